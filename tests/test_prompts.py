@@ -1,0 +1,133 @@
+"Prompts: cleaning, template file, and token ids against the tokenisers themselves."
+import random
+
+import polars as pl
+import pytest
+import torch
+
+from ganprompt import prompts
+from ganprompt.prompts import PromptEncoder, clean_title, pad, read_templates, render
+from ganprompt.runs import UserError, root
+
+BANK = read_templates(root()/"data"/"templates.yaml")
+TEXT = {t["task"]: t["text"] for t in BANK}
+SYLLABLES = ["ro", "se", "oat", "la", "ven", "der", "so", "ap", "min", "ty"]
+
+def titles(n, seed=0):
+    rng = random.Random(seed)
+    word = lambda: "".join(rng.choices(SYLLABLES, k=rng.randint(1, 4)))
+    return [" ".join(word() + rng.choice(["", "", ",", "!", " 8oz", " (2)", "-" + word()]) for _ in range(rng.randint(1, 9))) for _ in range(n)]
+
+@pytest.fixture(scope="module", params=["t5", "bert", "byte-bpe"])
+def tokenizer(request):
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import BertTokenizer, PreTrainedTokenizerFast, T5Tokenizer
+    text = [*titles(300), *TEXT.values()]
+    if request.param == "t5": return T5Tokenizer(extra_ids=100).train_new_from_iterator(iter(text), vocab_size=400, show_progress=False)
+    if request.param == "bert": return BertTokenizer(do_lower_case=True).train_new_from_iterator(iter(text), vocab_size=400, show_progress=False)
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(text, vocab_size=400, show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, unk_token="<unk>")
+
+def whole(tokenizer, text):
+    "The text in one go; a byte-level tokeniser tells a word at the very start, where no space stands, from the same word elsewhere."
+    return tokenizer(" "*(tokenizer.eos_token is None and tokenizer.cls_token is None) + text).input_ids
+
+@pytest.mark.parametrize("raw, clean", [
+    ("A &amp; B", "A & B"), ("A &amp;amp; B", "A & B"), ("&lt;b&gt;", "<b>"), ("caf&eacute;", "café"), ("a\x00b\x1fc\x85d", "a b c d"),
+    ("  a \n\t b ", "a b"), ("a\u200bb\ufeff", "ab"), ("AT&T", "AT&T"), ("", ""), (None, ""), (" \t", "")])
+def test_clean_title(raw, clean): assert clean_title(raw) == clean
+
+def test_the_papers_words_come_first():
+    assert [t["task"] for t in BANK[:3]] == ["recommendation", "attribute", "adversarial"]
+    assert TEXT["recommendation"] == ("{user_entity} has the following purchase history: {purchase_history} "
+                                      "does the user likely to buy {target_item} next ?")
+    assert TEXT["attribute"].replace("{attribute} .", "{attribute}.") == (
+        "You are a professional shopper, please generate the exact attributes based on the user's historical browsing sequence below: "
+        "{title_seq} If you recommend {dataset_item} to this user, you should focus on {attribute}.")
+
+@pytest.mark.parametrize("attribute", [None, "rose", "lavender soap"])
+def test_pieces_equal_whole_text(tokenizer, attribute):
+    names, rng = titles(200, 1), random.Random(2)
+    enc = PromptEncoder(tokenizer, TEXT["recommendation"], names, title_tokens=999)
+    for _ in range(100):
+        history, target = rng.choices(range(200), k=rng.randint(1, 5)), rng.randrange(200)
+        text = render(TEXT["recommendation"], user_entity="The user", purchase_history=[names[i] for i in history], target_item=names[target],
+                      attribute=attribute)
+        assert enc.ids(history, target, attribute) == whole(tokenizer, text)
+
+def test_cut_at_a_word_equals_text_of_cut_titles(tokenizer):
+    names = titles(300, 3)
+    cut = [tokenizer(f" {t}", add_special_tokens=False).input_ids[:6] for t in names]
+    texts = [tokenizer.decode(c) for c in cut]
+    same = [i for i, t in enumerate(texts) if tokenizer(f" {t.strip()}", add_special_tokens=False).input_ids == cut[i]] # not cut inside a word
+    assert len(same) > 50
+    enc = PromptEncoder(tokenizer, TEXT["adversarial"], names, title_tokens=6, history_items=3)
+    for i in range(0, len(same) - 5, 5):
+        history = same[i:i + 5]
+        text = render(TEXT["adversarial"], attribute="oat", title_seq=[texts[j].strip() for j in history[-3:]])
+        assert enc.ids(history, attribute="oat") == whole(tokenizer, text)
+
+def test_empty_history_and_mask(tokenizer):
+    enc = PromptEncoder(tokenizer, TEXT["adversarial"], titles(3))
+    assert enc.ids([], attribute="oat") == whole(tokenizer, "oat :")
+    if tokenizer.mask_token:
+        ids = PromptEncoder(tokenizer, TEXT["attribute"], ["a [MASK] b"], dataset_item="soap").ids([0], attribute=tokenizer.mask_token)
+        assert ids.count(tokenizer.mask_token_id) == 1
+
+def test_titles_only(tokenizer):
+    "Renumbering the items changes no prompt, and a number never appears."
+    names, rng = titles(50, 4), random.Random(5)
+    order = rng.sample(range(50), 50)
+    new = {old: n for n, old in enumerate(order)}
+    a, b = PromptEncoder(tokenizer, TEXT["recommendation"], names), PromptEncoder(tokenizer, TEXT["recommendation"], [names[o] for o in order])
+    for _ in range(50):
+        h, t = rng.choices(range(50), k=4), rng.randrange(50)
+        assert a.ids(h, t, "oat") == b.ids([new[i] for i in h], new[t], "oat")
+
+def test_pad():
+    ids, mask = pad([[5], [6, 7, 8], [9, 0]], 0)
+    assert ids.tolist() == [[5, 0, 0], [6, 7, 8], [9, 0, 0]] and mask.tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 0]]
+    assert ids.dtype == mask.dtype == torch.int64
+
+GOOD = "- {id: a, task: adversarial, group: g, split: seen, text: '{attribute} : {title_seq}'}\n"
+
+@pytest.mark.parametrize("text, message", [
+    (GOOD + GOOD, "line 2: the id 'a' is used twice"),
+    (GOOD.replace("{title_seq}", "{titles}"), "line 1: .*needs the slot {title_seq}"),
+    (GOOD.replace("{title_seq}", "{title_seq} {item_id}"), "line 1: unknown slot {item_id}"),
+    (GOOD.replace("adversarial", "chat"), "line 1: unknown task 'chat'"),
+    (GOOD.replace("{title_seq}", "{title_seq}."), "line 1: .*white space"),
+    (GOOD.replace("{title_seq}", "{title_seq"), "line 1: braces"),
+    (GOOD.replace("{title_seq}", "{title_seq} {title_seq}"), "line 1: a slot stands twice"),
+    (GOOD.replace("seen", "maybe"), "line 1: split"),
+    (GOOD.replace(", group: g", ""), "line 1: the fields must be"),
+    ("# words\n\n- [1, 2]\n", "line 3: the fields must be"),
+    ("a: b\n", "line 1: a list of templates"), ("", "line 1: a list of templates"),
+    ("- {id: a\n  task", "not YAML.*line 2")])
+def test_faults_of_a_template_file(tmp_path, text, message):
+    (tmp_path/"t.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"(?s)t\.yaml.*" + message): read_templates(tmp_path/"t.yaml")
+
+def test_missing_template_file(tmp_path):
+    with pytest.raises(UserError, match="no template file"): read_templates(tmp_path/"none.yaml")
+
+def fake_data(monkeypatch, tmp_path, rows):
+    "A data stage without the data chapter."
+    from ganprompt.runs import stage
+    make = lambda folder: pl.DataFrame({"item": range(len(rows)), "title": rows}, schema={"item": pl.Int32, "title": pl.String}).write_parquet(folder/"items.parquet")
+    stage(tmp_path/"r", "data", {}, make)
+    monkeypatch.setattr(prompts, "dataset_info", lambda run: {"dataset": "sports"})
+    return tmp_path/"r"
+
+def test_no_titles_says_why(monkeypatch, tmp_path):
+    run = fake_data(monkeypatch, tmp_path, [None, ""])
+    with pytest.raises(UserError, match="'sports' has no item titles.*fetch sports"): prompts.make_prompts(run)
+    assert sorted(p.name for p in run.iterdir() if not p.name.startswith(".")) == ["data"]
+
+def test_stage(monkeypatch, tmp_path):
+    run = fake_data(monkeypatch, tmp_path, ["A &amp; B", None, " C"])
+    folder = prompts.make_prompts(run)
+    assert prompts.load_titles(run) == ["A & B", "unknown item", "C"] and prompts.load_templates(run) == TEXT
+    when = (folder/"manifest.json").stat().st_mtime_ns
+    assert prompts.make_prompts(run) == folder and (folder/"manifest.json").stat().st_mtime_ns == when
