@@ -1,0 +1,45 @@
+"A shop of eighty shoppers, cut out of the demo, on which a whole pipeline takes seconds."
+import ast, csv, gzip, json
+
+import pytest
+
+from ganprompt.runs import root
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory):
+    "A CSV file with the columns user, item, rating, time and title."
+    with gzip.open(root()/"data/demo/reviews_Demo_5.json.gz", "rt") as f: reviews = [json.loads(line) for line in f]
+    with gzip.open(root()/"data/demo/meta_Demo.json.gz", "rt") as f: titles = {m["asin"]: m.get("title") for m in map(ast.literal_eval, f)}
+    users = sorted({r["reviewerID"] for r in reviews})[:120]
+    path = tmp_path_factory.mktemp("shop")/"shop.csv"
+    with open(path, "w", newline="") as f:
+        out = csv.writer(f)
+        out.writerow(["user", "item", "rating", "time", "title"])
+        for r in reviews:
+            if r["reviewerID"] in users and "overall" in r: out.writerow([r["reviewerID"], r["asin"], r["overall"], r.get("unixReviewTime"), titles.get(r["asin"])])
+    return path
+
+
+SMALL = dict(core=2, pocket_width=32, pocket_layers=1, pocket_epochs=1, bert_epochs=1, k=3, encoder_batch=16, held_out_users=30,
+             recommender_epochs=2, recommender_batch=16, valid_users=40)
+
+
+def make(run, last, shop, **more):
+    "Make all stages up to `last` with small settings; the last stage's folder."
+    import inspect
+
+    from ganprompt import attributes, backbones, data, encoder, prompts, recommender
+    values = SMALL | {"dataset": str(shop)} | more
+    for stage in data.make_data, prompts.make_prompts, backbones.make_backbones, attributes.make_attributes, encoder.make_encoder, recommender.make_recommender:
+        known = inspect.signature(stage).parameters
+        folder = stage(str(run), **{k: v for k, v in values.items() if k in known})
+        if stage.__name__ == f"make_{last}": return folder
+
+
+@pytest.fixture(scope="session")
+def finished(shop, tmp_path_factory):
+    "A run that went through undisturbed."
+    run = tmp_path_factory.mktemp("runs")/"whole"
+    make(run, "recommender", shop)
+    return run

@@ -1,0 +1,140 @@
+"The two trainings: killed and resumed, reloaded, permuted, and stopped by bad input."
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from conftest import make
+
+from ganprompt.backbones import answers, backbone, load_model, load_tokenizer, pocket_model, resolve
+from ganprompt.data import load_candidates, load_sequences
+from ganprompt.recommender import Questions, own_attributes, reader_for, score_prompts
+from ganprompt.runs import UserError
+
+SCRIPT = """
+import sys; sys.path.insert(0, {tests!r})
+from conftest import make
+from ganprompt import backbones
+backbones.EVERY = 0
+make({run!r}, {last!r}, {shop!r})
+"""
+
+
+def states(run): return pl.read_parquet(run/"encoder/states.parquet")
+def scores(run): return np.array(pl.read_parquet(run/"recommender/scores.parquet")["scores"].to_list())
+
+
+@pytest.mark.parametrize("stage", ["encoder", "recommender"])
+def test_a_killed_training_ends_with_the_same_numbers(stage, finished, shop, tmp_path):
+    run = tmp_path/"killed"
+    shutil.copytree(finished, run)
+    for name in ("recommender", stage): shutil.rmtree(run/name, ignore_errors=True)
+    script = SCRIPT.format(tests=str(Path(__file__).parent), run=str(run), last=stage, shop=str(shop))
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    for _ in range(6000):
+        if list((run/f"{stage}.partial").rglob("checkpoint.pt")): break
+        time.sleep(.01)
+    time.sleep(.2)
+    os.kill(process.pid, signal.SIGKILL); process.wait()
+    assert not (run/stage).exists() and list((run/f"{stage}.partial").rglob("checkpoint.pt"))
+    make(run, stage, shop)
+    assert json.loads((run/stage/"manifest.json").read_text())["resumed"]
+    if stage == "encoder": assert states(run).equals(states(finished))
+    else: assert np.array_equal(scores(run), scores(finished))
+    assert not list((run/stage).rglob("checkpoint*")) and not list((run/stage).rglob("*.bin"))
+
+
+def test_a_saved_recommender_gives_its_scores_again(finished):
+    run, folder = str(finished), finished/"recommender"
+    (reader, _), (_, lists) = reader_for(run), load_candidates(run, "uni99")
+    questions = Questions(reader, own_attributes(run), load_sequences(run, "test"))
+    for name in "no-stage-1", "ganprompt":
+        kept = pl.read_parquet(folder/"scores.parquet").filter(model=name)["scores"].to_list()
+        again = score_prompts(load_model(str(folder/name), "t5"), [questions.ids(3, int(i)) for i in lists[3]], reader.tokenizer)
+        assert np.allclose(again, kept[3], atol=1e-5)
+
+
+def test_the_encoder_stays_frozen_and_the_decoder_moves(finished):
+    tuned, start = (load_model(str(finished/p), "t5").state_dict() for p in ("recommender/ganprompt", "encoder/model"))
+    moved = {name.split(".")[0] for name in tuned if not torch.equal(tuned[name], start[name])}
+    assert moved == {"decoder"} and not [n for n in tuned if "embed" in n and not torch.equal(tuned[n], start[n])]
+
+
+def test_renumbering_all_items_changes_no_score(finished):
+    run = str(finished)
+    (reader, _), (_, lists) = reader_for(run), load_candidates(run, "uni99")
+    model, rows = load_model(str(finished/"recommender/ganprompt"), "t5"), load_sequences(run, "test")
+    anew, order = reader_for(run)[0], np.random.default_rng(0).permutation(len(reader.titles))
+    anew.titles = [reader.titles[i] for i in np.argsort(order)]
+    moved = rows.with_columns(history=pl.Series([[int(order[i]) for i in h] for h in rows["history"].to_list()]))
+    for r in range(5):
+        one = score_prompts(model, [Questions(reader, own_attributes(run), rows).ids(r, int(i)) for i in lists[r]], reader.tokenizer)
+        two = score_prompts(model, [Questions(anew, own_attributes(run), moved).ids(r, int(order[i])) for i in lists[r]], reader.tokenizer)
+        assert np.array_equal(one, two)
+
+
+def test_stages_after_the_data_never_see_held_out_purchases(finished):
+    rows = pl.read_parquet(finished/"data/interactions.parquet")
+    seen = rows.filter(pl.col("split") == "train").group_by("user").agg("item")
+    train = load_sequences(str(finished), "train").join(seen, on="user")
+    assert train.select((pl.col("history").list.set_difference("item").list.len() == 0).all()).item()
+    assert train.select(pl.col("item").list.contains(pl.col("target")).all()).item()
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_message(finished, shop, tmp_path):
+    shutil.copytree(finished, tmp_path/"run")
+    with pytest.raises(UserError, match="stage 1, step .*learning rate"): make(tmp_path/"run", "encoder", shop, encoder_lr=1e30)
+    assert not (tmp_path/"run/encoder.partial").exists()
+
+
+@pytest.mark.parametrize("bad, said", [(dict(coupling="rival"), "coupling='rival'"), (dict(lm_target="title"), "next-title"), (dict(optimizer="sgd"), "adafactor"),
+                                       (dict(js_sign=2), "js_sign=2"), (dict(pocket_width=50), "multiple of 16"), (dict(k=10**6), "usable words")])
+def test_a_wrong_value_is_named(bad, said, finished, shop, tmp_path):
+    shutil.copytree(finished, tmp_path/"run")
+    with pytest.raises(UserError, match=said): make(tmp_path/"run", "encoder", shop, **bad)
+    assert not list((tmp_path/"run").glob("*.partial"))
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_a_hub_model_without_network(download, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    start = time.time()
+    with pytest.raises(UserError, match="t5-none.*neither a folder nor in the local cache"): resolve("t5-none", download)
+    assert time.time() - start < 30
+
+
+def test_a_folder_with_pickled_weights_is_refused(tmp_path):
+    (tmp_path/"config.json").write_text("{}"); (tmp_path/"pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="only safetensors"): resolve(str(tmp_path))
+
+
+def test_a_tokenizer_that_splits_yes_is_refused(finished):
+    from transformers import T5Tokenizer
+    tokenizer = T5Tokenizer(extra_ids=100).train_new_from_iterator(["abc def"]*3, vocab_size=120, show_progress=False)
+    with pytest.raises(UserError, match="must be one"): answers(tokenizer)
+
+
+def test_a_local_folder_serves_as_backbone(finished, shop, tmp_path):
+    where = {kind: backbone(str(finished), kind)["path"] for kind in ("t5", "bert")}
+    folder = make(tmp_path/"local", "backbones", shop, **where)
+    assert not (folder/"t5").exists() and backbone(str(tmp_path/"local"), "t5")["pocket"] is False
+
+
+def test_a_pocket_causal_model_is_saved_and_loaded(finished, tmp_path):
+    tokenizer = load_tokenizer(backbone(str(finished), "t5")["path"])
+    model = pocket_model("causal", tokenizer, 32, 1).eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode(): assert torch.equal(model(ids).logits, load_model(str(tmp_path), "causal")(ids).logits)
+
+
+@pytest.mark.parametrize("lm_target", ["answer", "denoise"])
+@pytest.mark.parametrize("coupling, js_sign, optimizer", [("adversarial", 1, "adagrad"), ("none", -1, "adafactor")])
+def test_every_reading_of_the_paper_trains(lm_target, coupling, js_sign, optimizer, finished, shop, tmp_path):
+    shutil.copytree(finished, tmp_path/"run")
+    folder = make(tmp_path/"run", "encoder", shop, lm_target=lm_target, coupling=coupling, js_sign=js_sign, optimizer=optimizer)
+    curves = pl.read_parquet(folder/"curves.parquet")
+    assert np.isfinite(curves.select(pl.all().exclude("step", "model")).to_numpy()).all()
+    assert np.allclose(curves["total"], curves["cos"] + js_sign*.1*curves["js"], atol=1e-5)
