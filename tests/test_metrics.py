@@ -1,0 +1,121 @@
+"""The metrics against ir-measures and scikit-learn, and against figures printed in the paper."""
+import json
+
+import ir_measures
+import numpy as np
+import polars as pl
+import pytest
+from ir_measures import RR, Success, nDCG
+from sklearn.metrics import roc_auc_score
+
+from ganprompt import metrics as M
+from ganprompt.runs import UserError
+
+
+def tied_lists(n=300, seed=1):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 8, size=rng.integers(2, 60)).astype(float) for _ in range(n)]
+
+
+def test_ranks_agree_with_ir_measures():
+    lists = tied_lists()
+    ours = M.per_user(np.arange(len(lists)), {"m": lists})
+    qrels = [ir_measures.Qrel(str(u), "0", 1) for u in range(len(lists))]
+    run = []
+    for u, scores in enumerate(lists):
+        order = np.lexsort((np.arange(len(scores)) == 0, -scores))   # ties: the target comes last
+        run += [ir_measures.ScoredDoc(str(u), str(i), float(-place)) for place, i in enumerate(order)]
+    names = {RR: "mrr"} | {Success @ k: f"hit@{k}" for k in (1, 5, 10)} | {nDCG @ k: f"ndcg@{k}" for k in (1, 5, 10)}
+    found = {name: np.zeros(len(lists)) for name in names.values()}
+    for got in ir_measures.iter_calc(list(names), qrels, run): found[names[got.measure]][int(got.query_id)] = got.value
+    for name, values in found.items(): np.testing.assert_allclose(ours[name].to_numpy(), values, atol=1e-6, err_msg=name)
+
+
+def test_auc_agrees_with_scikit_learn():
+    lists = tied_lists(seed=2)
+    theirs = [roc_auc_score(np.arange(len(s)) == 0, s) for s in lists]
+    np.testing.assert_allclose(M.ranking(lists)["auc"], theirs, atol=1e-12)
+
+
+def test_a_constant_score_does_not_look_good():
+    people = M.per_user(np.arange(5), {"constant": [np.zeros(100)] * 5})
+    assert people["rank"].to_list() == [100] * 5 and people["hit@10"].sum() == 0 and people["auc"].to_list() == [.5] * 5
+
+
+@pytest.mark.parametrize("lists, words", [([[1., 2.], [1.]], "another candidate"), ([[1., np.nan]], "NaN"), ([], "another candidate")])
+def test_lists_that_cannot_be_ranked(lists, words):
+    with pytest.raises(UserError, match=words): M.ranking(lists)
+
+
+def test_interval_holds_the_truth_95_times_in_100():
+    rng = np.random.default_rng(0)
+    ends = [M.bootstrap(rng.normal(size=(80, 1)), 400, seed).ravel() for seed in range(300)]
+    assert .90 < np.mean([low < 0 < high for _, low, high in ends]) < .98
+
+
+def test_paired_difference_needs_the_same_users():
+    lists = tied_lists(5)
+    people = pl.concat([M.per_user(np.arange(5), {"a": lists}), M.per_user(np.arange(1, 6), {"b": lists})])
+    with pytest.raises(UserError, match="different users"): M.difference(people, "a", "b")
+
+
+def test_measured_figures_are_always_consistent():
+    rng = np.random.default_rng(3)
+    for _ in range(100):
+        lists = [rng.normal(size=100) + rng.uniform(0, 4) * (np.arange(100) == 0) for _ in range(20)]
+        row = M.per_user(np.arange(20), {"m": lists}).select(M.METRICS).mean().row(0, named=True)
+        assert set(M.consistency(row).values()) == {"ok"}
+
+
+def test_bounds_are_reached():
+    best, worst = ([1] * 3 + [2] * 4 + [6] * 2 + [11], [1] * 3 + [5] * 4 + [10] * 2 + [1e12])
+    for ranks, side in ((worst, 0), (best, 1)):
+        row = {m: v.mean() for m, v in M.gains(ranks).items()}
+        for m, ends in M.bounds(row).items(): assert ends[side] == pytest.approx(row[m], abs=1e-9), m
+
+
+def test_printed_tables_hang_together():
+    paper = M.paper_tables()
+    assert paper.shape == (27, 10)
+    improvement = {"beauty": [6.46, 20.77, 3.71, 6.46, 26.08, 24.35, 13.43], "toys": [67.12, 22.87, 14.21, 67.12, 23.28, 8.73, 8.95]}   # as printed
+    for dataset, printed in improvement.items():
+        rows = M.reported(dataset)
+        ours = [100 * (rows["GANPrompt"][m][0] / rows["best baseline"][m][0] - 1) for m in M.METRICS[1:]]
+        np.testing.assert_allclose(ours, printed, atol=.011)
+
+
+def test_marks_of_the_printed_tables():
+    marks = {(r["dataset"], r["model"], r["metric"]): r["mark"] for r in M.check_tables(M.paper_tables()).iter_rows(named=True)}
+    ours = [marks[d, "GANPrompt", f"ndcg@{k}"] for d in ("beauty", "sports", "toys") for k in (5, 10)]
+    assert ours == ["too high"] * 4 + ["too low"] * 2
+    assert marks["toys", "HGN", "ndcg@10"] == "ok" and marks["beauty", "TALLRec", "mrr"] == "too low"
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Two made-up entries of one study in a repository of their own."""
+    monkeypatch.setattr(M, "root", lambda: tmp_path)
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "data/results/toy").mkdir(parents=True)
+    for seed in (0, 1):
+        lists = tied_lists(200, seed)
+        people = M.per_user(np.arange(200), {"random": lists, "popularity": lists, "ganprompt": [s + 3 * (np.arange(len(s)) == 0) for s in lists]})
+        record = dict(entry=f"toy-{seed}", dataset="toy", synthetic=True, pocket=True, seed=seed, metrics=M.measure(people, 100),
+                      differences={"ganprompt - popularity": M.difference(people, "ganprompt", "popularity", 100)}, parameters={"data": {"k": 5, "seed": seed}})
+        (tmp_path / f"data/results/toy/toy-{seed}.json").write_text(json.dumps(record))
+    return tmp_path
+
+
+def test_summary_writes_table_and_picture(kept):
+    text = M.summary("toy").read_text()
+    assert "| toy (synthetic), pocket models | ganprompt" in text and "ganprompt - popularity" in text
+    for suffix in (".csv", ".png", ".md"): assert (kept / f"figures/toy{suffix}").stat().st_size
+    table = pl.read_csv(kept / "figures/toy.csv").filter(pl.col("model") == "ganprompt")
+    assert table["above_random"].all() and set(table["seed"]) == {0, 1}
+    before = {p: p.read_bytes() for p in (kept / "figures").iterdir()}
+    M.summary("toy")
+    assert before == {p: p.read_bytes() for p in before}
+
+
+def test_summary_of_nothing(kept):
+    with pytest.raises(UserError, match="ganprompt keep"): M.read_study("nothing")
