@@ -1,0 +1,75 @@
+"""Figure 3: the same picture twice, the same users in every panel, versions apart where the states are apart."""
+import hashlib
+
+import numpy as np
+import polars as pl
+import pytest
+
+from ganprompt import figures as F
+from ganprompt.runs import UserError
+
+VERSIONS = 6
+
+
+def blobs(shift, users=40, dims=16, seed=0):
+    rng = np.random.default_rng(seed)
+    version = np.tile(np.arange(VERSIONS), users)
+    x = np.repeat(rng.normal(size=(users, dims)), VERSIONS, axis=0) + .2 * rng.normal(size=(users * VERSIONS, dims))
+    return version, x + shift * rng.normal(size=(VERSIONS, dims))[version]
+
+
+@pytest.fixture(scope="module")
+def states():
+    frames = []
+    for stage, shift in (("before", 0), ("after", 6)):
+        version, x = blobs(shift)
+        frames.append(pl.DataFrame(dict(stage=stage, user=np.repeat(np.arange(40), VERSIONS), version=version, x=x.tolist())))
+    return pl.concat(frames)
+
+
+@pytest.fixture(scope="module")
+def points(states): return F.layout_points(states, 30, seed=3)
+
+
+ABOUT = dict(dataset="toy", synthetic=True, pocket=True, words=list("abcde"), coupling="none",
+             separability=dict(before=dict(silhouette=-.001, knn_purity=.2), after=dict(silhouette=.8, knn_purity=1.)))
+
+
+def test_same_points_twice(states, points): assert points.equals(F.layout_points(states, 30, seed=3))
+
+
+def test_same_users_in_every_panel(points):
+    panels = [part for _, part in points.group_by("method", "stage")]
+    assert len(panels) == 4 and all(set(p["user"]) == set(panels[0]["user"]) and len(p) == 30 * VERSIONS for p in panels)
+
+
+@pytest.mark.parametrize("method", ["UMAP", "t-SNE"])
+def test_separation_survives_the_layout(points, method):
+    from sklearn.metrics import silhouette_score
+    score = {stage: silhouette_score(p.select("x", "y"), p["version"]) for (stage,), p in points.filter(pl.col("method") == method).group_by("stage")}
+    assert score["before"] < 0 < .6 < score["after"]
+
+
+@pytest.mark.parametrize("method", ["UMAP", "t-SNE"])
+def test_after_is_turned_to_before(points, method):
+    before, after = (points.filter((pl.col("method") == method) & (pl.col("stage") == s)).select("x", "y").to_numpy() for s in ("before", "after"))
+    np.testing.assert_allclose(F.align(after, before), after, atol=1e-4 * np.abs(after).max())
+
+
+def test_same_bytes_twice(points, tmp_path):
+    def draw(name):
+        F.save_figure(F.draw_figure3([(ABOUT, points)]), tmp_path / f"{name}.png", tmp_path / f"{name}.pdf")
+        return [hashlib.sha256((tmp_path / f"{name}.{end}").read_bytes()).hexdigest() for end in ("png", "pdf")]
+    assert draw("one") == draw("two")
+
+
+def test_labels(points):
+    fig = F.draw_couplings([(ABOUT, points), (ABOUT | dict(coupling="cooperative"), points)])
+    assert [ax.get_title() for ax in fig.axes] == ["before stage 1\nsilhouette 0.00, kNN purity 0.20", "after, coupling none\nsilhouette 0.80, kNN purity 1.00",
+                                                   "after, coupling cooperative\nsilhouette 0.80, kNN purity 1.00"]
+    assert "synthetic data" in fig.get_suptitle() and "pocket model" in fig.get_suptitle()
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["plain", *"abcde"]
+
+
+def test_states_of_different_users(states):
+    with pytest.raises(UserError, match="same users"): F.pick_states(states.filter((pl.col("stage") == "before") | (pl.col("user") > 3)), 40)
