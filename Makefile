@@ -1,0 +1,38 @@
+# make demo    the whole pipeline on the demo data, in an environment of its own
+# make test    everything that must hold before a commit
+# make readme  README.md from nbs/index.ipynb
+# Needs Python 3.11 or later; another interpreter: make demo PYTHON=/path/to/python
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+META := settings.ini setup.py # not pyproject.toml, which nbdev-export writes anew each time
+README := $(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --RegexRemovePreprocessor.patterns='\#\|\s*hide' --output-dir=. --output=README nbs/index.ipynb
+
+# $(call same,COMMAND) runs a command that should find nothing to do, and fails if a file has changed.
+STATE := find nbs ganprompt README.md -type f ! -path '*/.*' ! -path '*/__pycache__/*' -exec cksum {} + | sort
+same = @echo "$(firstword $(notdir $(1)))"; before=$$($(STATE)); $(1) >/dev/null || exit 1; after=$$($(STATE)); \
+	[ "$$before" = "$$after" ] || { echo "out of sync, and now corrected; look at the difference and commit it"; exit 1; }
+
+.PHONY: demo test readme
+demo: .venv/.demo-stamp
+	$(BIN)/ganprompt run
+
+test: .venv/.dev-stamp
+	$(call same,$(BIN)/nbdev-export)
+	$(call same,$(BIN)/nbdev-clean)
+	$(call same,$(README))
+	$(BIN)/ruff check .
+	$(BIN)/nbdev-test --n-workers 1 --do-print --cell-timeout 3600
+	$(BIN)/pytest
+
+readme: .venv/.dev-stamp
+	$(README)
+
+.venv/.demo-stamp: $(META)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -e .
+	@touch $@
+
+.venv/.dev-stamp: .venv/.demo-stamp
+	$(BIN)/pip install -q -e '.[dev]'
+	@touch $@

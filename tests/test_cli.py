@@ -1,0 +1,216 @@
+"The launcher: strict before it starts, one process a chapter, nothing done twice, and it goes on after a kill."
+import io, json, signal, subprocess, sys, time
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from click.testing import CliRunner
+from rich.console import Console
+
+from ganprompt.cli import chapters, cli, convert, launch, main, parameters, read_chapter, read_parameters, resolve
+from ganprompt.runs import UserError, complete, root
+
+TRAIN = '''
+import os, time
+def make(folder):
+    (folder.parent/"kernel.pid").write_text(str(os.getpid()))
+    seed_all(0)
+    import torch
+    start, state = load_checkpoint(folder) or (0, {"x": 0.})
+    x = state["x"]
+    for step in range(start, steps):
+        x = .9 * x + torch.rand(()).item()
+        save_checkpoint(folder, step + 1, {"x": x})
+        print("step", step, flush=True)
+        time.sleep(pause)
+    write_json(folder/"x.json", {"x": x, "began": start})
+stage(run, "train", {"steps": steps}, make)'''
+TRAIN_PARAMETERS = 'steps: int = 30  # Steps\npause: float = 0.  # Seconds a step'
+
+
+def notebook(path, declared, body, tags=("parameters",)):
+    cells = [nbformat.v4.new_markdown_cell("# Toy\n\n## Run this stage"),
+             nbformat.v4.new_code_cell('run: str = "demo"  # Run folder\nseed: int = 0  # Seed\n' + declared, metadata={"tags": list(tags)}),
+             nbformat.v4.new_code_cell("from ganprompt.runs import *\n" + body)]
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+
+
+def go(nbs, run, **given):
+    "Launch and return what was printed."
+    console = Console(file=io.StringIO(), force_terminal=False, width=200)
+    launch(chapters(nbs), resolve(chapters(nbs), {"run": str(run), **given}), console)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("path", sorted((root()/"nbs").glob("[0-9]*.ipynb")), ids=lambda p: p.stem)
+def test_every_chapter_is_strict(path):
+    "One parameters cell, which papermill understands as we do, with a help text a line."
+    chapter = read_chapter(path)
+    if chapter is None: return
+    import papermill
+    assert "run" in chapter.parameters
+    assert all(p.type in ("str", "int", "float", "bool") and p.help for p in chapter.parameters.values())
+    theirs = papermill.inspect_notebook(path)
+    assert {(n, p["inferred_type_name"], p["help"]) for n, p in theirs.items()} <= {(n, p.type, p.help) for n, p in chapter.parameters.items()}
+
+
+def test_shared_parameters_agree():
+    for c in chapters():
+        for name, p in c.parameters.items(): assert (p.type, p.default) == parameters(chapters())[name][1:3], f"{c.path.name}: {name}"
+
+
+@pytest.mark.parametrize("tags", [[], ["parameter"]])
+def test_chapter_without_its_tag_is_refused(tmp_path, tags):
+    notebook(tmp_path/"01_toy.ipynb", "", "", tags)
+    with pytest.raises(UserError, match="01_toy.ipynb: 0 cells are tagged `parameters`"): chapters(tmp_path)
+
+
+def test_line_of_another_form_is_refused():
+    with pytest.raises(UserError, match="line 2"): read_parameters("a: int = 1\nb: int = a + 1", "toy")
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--datset", "toys"], "unknown parameter 'datset'; the nearest known name is 'dataset'"),
+    (["--max-histori=3"], "unknown parameter 'max_histori'; the nearest known name is 'max_history'"),
+    (["--core", "many"], "--core: core must be int, not 'many'"),
+    (["--preset", "huge"], "unknown preset 'huge'; there are pocket, t5-small, paper"),
+    (["--until", "dinner"], "there is no stage 'dinner'"),
+    (["--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
+])
+def test_mistakes_on_the_command_line(tmp_path, monkeypatch, capsys, args, message):
+    "One line, a non-zero exit code, and nothing made."
+    monkeypatch.setattr(sys, "argv", ["ganprompt", "run", "--run", str(tmp_path/"run"), *args])
+    with pytest.raises(SystemExit) as end: main()
+    said = capsys.readouterr()
+    assert end.value.code == 1 and message in said.err and said.err.count("\n") == 1 and not said.out
+    assert not (tmp_path/"run").exists()
+
+
+@pytest.mark.parametrize("text, message", [
+    ("core: 5\ndatset: toys\n", "line 2: unknown parameter 'datset'; the nearest known name is 'dataset'"),
+    ("\n\ncore: many\n", "line 3: core must be int, not 'many'"),
+    ("core: [1, 2]\n", "line 1: core must be one value"),
+    ("just words\n", "not a list of"),
+    ("core: 'open\n", "is not YAML"),
+])
+def test_mistakes_in_a_config(tmp_path, text, message):
+    (tmp_path/"my.yaml").write_text(text)
+    with pytest.raises(UserError) as e: resolve(chapters(), {}, config=tmp_path/"my.yaml")
+    assert message in str(e.value) and "my.yaml" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_precedence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"my.yaml").write_text("core: 7\nrating: 4\ndataset: toys\ndata_dir: raw\n")
+    values = resolve(chapters(), {"core": "9"}, config="my.yaml")
+    assert (values["core"], values["rating"], values["min_history"]) == (9, 4., 3)
+    assert values["run"] == "toys" and values["data_dir"] == str(tmp_path/"raw")
+
+
+@pytest.mark.parametrize("name", list(yaml.safe_load((root()/"data"/"presets.yaml").read_text())))
+def test_presets_name_known_parameters(name):
+    assert name in ("pocket", "t5-small", "paper")
+    values = resolve(chapters(), {}, preset=name)
+    assert values["t5"] == {"pocket": "pocket", "t5-small": "t5-small", "paper": "t5-base"}[name]
+
+
+@pytest.mark.parametrize("type, text, value", [("bool", "True", True), ("bool", "no", False), ("float", "5e-5", 5e-5), ("str", "no", "no"), ("int", "-3", -3)])
+def test_convert(type, text, value):
+    p, = read_parameters(f"x: {type} = {value!r}", "toy").values()
+    assert convert(p, text, "here") == value
+
+
+def test_help():
+    start = time.monotonic()
+    page = CliRunner().invoke(cli, ["run", "--help"]).output
+    assert time.monotonic() - start < 1
+    for c in chapters():
+        assert f"{c.path.stem}: {c.title}" in page or set(c.parameters) <= {"run", "seed"}
+        for name in c.parameters: assert f"--{name.replace('_', '-')} " in page
+    assert "torch" not in subprocess.run([sys.executable, "-c", "import sys, ganprompt.cli; print([*sys.modules])"], capture_output=True, text=True).stdout
+
+
+def test_underscores_are_as_good_as_dashes():
+    for spelling in ("--max-history", "--max_history"):
+        result = CliRunner().invoke(cli, ["run", spelling, "many"])
+        assert str(result.exception) == "--max-history: max_history must be int, not 'many'"
+
+
+def test_kernel_is_this_environment(tmp_path):
+    notebook(tmp_path/"nbs"/"01_who.ipynb", "", '''
+import os, sys
+stage(run, "who", {}, lambda folder: write_json(folder/"who.json", [sys.executable, os.getcwd()]))''')
+    go(tmp_path/"nbs", tmp_path/"run")
+    assert json.loads((tmp_path/"run"/"who"/"who.json").read_text()) == [sys.executable, str(tmp_path/"nbs")]
+
+
+def ended(pid, within):
+    "Whether a process is gone in time; one that nobody waits for counts as gone."
+    until = time.monotonic() + within
+    while time.monotonic() < until:
+        try: state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except (FileNotFoundError, ProcessLookupError): return True
+        if state == "Z": return True
+        time.sleep(.1)
+    return False
+
+
+def test_killed_launcher_goes_on_and_then_rests(tmp_path):
+    notebook(tmp_path/"nbs"/"01_train.ipynb", TRAIN_PARAMETERS, TRAIN)
+    go(tmp_path/"nbs", tmp_path/"calm")
+    code = f'''
+from pathlib import Path
+from ganprompt.cli import *
+nbs = chapters(Path({str(tmp_path/"nbs")!r}))
+launch(nbs, resolve(nbs, {{"run": {str(tmp_path/"killed")!r}, "pause": ".5", "steps": "30"}}))'''
+    launcher = subprocess.Popen([sys.executable, "-c", code])
+    log, until = tmp_path/"killed"/"logs"/"01_train.log", time.monotonic() + 60
+    while not (log.exists() and "step 4" in log.read_text()) and time.monotonic() < until: time.sleep(.1)
+    with pytest.raises(UserError, match=f"in use by process {launcher.pid}"): go(tmp_path/"nbs", tmp_path/"killed")
+    launcher.send_signal(signal.SIGKILL); launcher.wait()
+    assert ended(int((tmp_path/"killed"/"kernel.pid").read_text()), within=8), "the kernel outlived its launcher"
+    assert not complete(tmp_path/"killed"/"train")
+    said = go(tmp_path/"nbs", tmp_path/"killed")
+    assert "train" in said and "done" in said
+    calm, killed = (json.loads((tmp_path/run/"train"/"x.json").read_text()) for run in ("calm", "killed"))
+    assert killed["began"] >= 5 and calm["began"] == 0 and calm["x"] == killed["x"]
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path/"killed").rglob("*") if p.is_file()}
+    assert "up to date" in go(tmp_path/"nbs", tmp_path/"killed")
+    changed = {p.name for p, t in before.items() if p.stat().st_mtime_ns != t}
+    assert changed <= {"run", "train"}, "only lock files may be touched"
+    html = (tmp_path/"killed"/"report.html").read_text()
+    assert "Run this stage" in html and "step 29" in html
+
+
+@pytest.mark.parametrize("body, message", [
+    ("raise UserError('no titles; use another data set')", "toy: no titles; use another data set\n(log: "),
+    ("1/0", "toy: ZeroDivisionError: division by zero\n(log: "),
+    ("print('words')", "its stage is not complete"),
+    ("import os; os._exit(1)", "its process died"),
+])
+def test_failing_chapter(tmp_path, body, message):
+    notebook(tmp_path/"nbs"/"01_toy.ipynb", "", body)
+    with pytest.raises(UserError) as e: go(tmp_path/"nbs", tmp_path/"run")
+    assert message in str(e.value) and str(tmp_path/"run"/"logs"/"01_toy.log") in str(e.value)
+    assert not list((tmp_path/"run").glob("toy*")) and not (tmp_path/"run"/"report.html").exists()
+    if "/0" in body: assert "ZeroDivisionError" in (tmp_path/"run"/"logs"/"01_toy.log").read_text()
+
+
+def test_show(tmp_path):
+    folder = tmp_path/"run"
+    from ganprompt.runs import stage
+    def make(f):
+        (f/"table1.csv").write_text("data set,users\nbeauty,4144\n")
+        return {"users": 4144}
+    stage(folder, "data", {}, make)
+    said = CliRunner().invoke(cli, ["show", str(folder)]).output
+    assert "users 4144" in said and "data/table1.csv" in said and "beauty" in said and "missing" in said
+    assert "there is no run" in str(CliRunner().invoke(cli, ["show", str(tmp_path/"none")]).exception)
+
+
+def test_console_script():
+    start = time.monotonic()
+    done = subprocess.run([f"{sys.prefix}/bin/ganprompt", "--help"], capture_output=True, text=True, check=True)
+    assert time.monotonic() - start < 2 and {"run", "show", "fetch"} <= set(done.stdout.split())

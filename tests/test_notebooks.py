@@ -1,0 +1,52 @@
+"The notebooks as files: clean, portable, in order, and the package is what they export."
+import json, re, shutil, subprocess, sys
+
+import nbformat
+import pytest
+
+from ganprompt.runs import root
+
+NOTEBOOKS = sorted((root()/"nbs").glob("*.ipynb"))
+CHAPTERS = [p for p in NOTEBOOKS if p.name[0].isdigit()]
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+
+
+@each
+def test_clean(path):
+    nb = nbformat.read(path, as_version=4)
+    nbformat.validate(nb)
+    for cell in nb.cells:
+        assert set(cell.metadata) <= {"tags"}
+        if cell.cell_type == "code": assert cell.execution_count is None
+    assert path.stat().st_size < 500_000
+
+
+@each
+def test_no_machine_paths(path):
+    assert not re.findall(r"/(?:home|root|Users|work|opt|mnt)/\w+", path.read_text(encoding="utf-8"))
+
+
+@each_chapter
+def test_imports_go_down_the_list(path):
+    order = [p.stem.split("_", 1)[1] for p in CHAPTERS]
+    code = "\n".join("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code")
+    imported = set(re.findall(r"(?:from|import) ganprompt\.(\w+)", code))
+    assert imported <= set(order[:order.index(path.stem.split("_", 1)[1]) + 1])
+
+
+@each_chapter
+def test_shape(path):
+    "A title, a one-line subtitle, a module of the chapter's name, and short cells."
+    cells = nbformat.read(path, as_version=4).cells
+    assert re.match(r"# .+\n+> .+", cells[0].source)
+    assert any(c.source.startswith(f"#| default_exp {path.stem.split('_', 1)[1]}") for c in cells)
+    for c in cells:
+        if c.cell_type == "code": assert len(c.source.splitlines()) <= 60, c.source[:80]
+
+
+def test_exports_in_sync(tmp_path):
+    for name in ("nbs", "ganprompt", "pyproject.toml"):
+        (shutil.copytree if (root()/name).is_dir() else shutil.copy)(root()/name, tmp_path/name)
+    subprocess.run([f"{sys.prefix}/bin/nbdev-export"], cwd=tmp_path, check=True)
+    for path in (tmp_path/"ganprompt").glob("*.py"): assert path.read_text() == (root()/"ganprompt"/path.name).read_text(), "run nbdev-export"

@@ -1,0 +1,75 @@
+"The whole way through real papermill: undisturbed, killed in both trainings, and again without change."
+import json, subprocess, sys, time
+from pathlib import Path
+
+import polars as pl
+import pytest
+from conftest import SMALL
+
+GANPROMPT = str(Path(sys.executable).with_name("ganprompt"))
+
+
+def command(run, shop, **more):
+    values = SMALL | {"dataset": shop, "run": run, "figure_users": 30, "resamples": 100} | more
+    return [GANPROMPT, "run", *(x for name, value in values.items() for x in (f"--{name.replace('_', '-')}", str(value)))]
+
+
+def launch(*args, **kwargs):
+    return subprocess.run(command(*args, **kwargs), capture_output=True, text=True, timeout=600)
+
+
+def kill_in(run, shop, stage):
+    "Start a run in a process group of its own and kill all of it in the middle of a training."
+    code = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
+    process = subprocess.Popen([sys.executable, "-c", code, *command(run, shop)], stdout=subprocess.DEVNULL)
+    for _ in range(6000):
+        if list((run/f"{stage}.partial").rglob("*.bin" if stage == "recommender" else ".fingerprint")): break
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(.02)
+    time.sleep(.5)
+    process.kill(); process.wait() # the launcher alone: the kernel has to notice by itself
+    time.sleep(5)
+    assert not (run/stage).exists()
+
+
+@pytest.fixture(scope="module")
+def whole(shop, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs")/"whole"
+    done = launch(run, shop)
+    assert done.returncode == 0, done.stderr
+    return run, done.stdout
+
+
+def test_a_run_ends_with_table_figures_and_report(whole):
+    run, said = whole
+    assert "measured" in said and "figure3.png" in said and "report.html" in said
+    assert all((run/p).stat().st_size for p in ("metrics/table.csv", "metrics/table.html", "figures/figure3.png", "figures/figure3.pdf", "report.html"))
+    assert len(list((run/"notebooks").glob("*.ipynb"))) == len(list((run/"logs").glob("*.log"))) == 8
+    assert set(json.loads((run/"metrics/table.json").read_text())["metrics"]) == {"random", "popularity", "no-stage-1", "ganprompt"}
+
+
+def test_again_without_change_executes_nothing(whole, shop):
+    run, _ = whole
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and ".locks" not in p.parts}
+    start = time.time()
+    done = launch(run, shop)
+    assert done.stdout.count("up to date") == 8 and " done " not in done.stdout and time.time() - start < 20
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and ".locks" not in p.parts}
+
+
+def test_a_run_killed_in_both_trainings_ends_with_the_same_numbers(whole, shop, tmp_path):
+    run = tmp_path/"killed"
+    for stage in "encoder", "recommender": kill_in(run, shop, stage)
+    done = launch(run, shop)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run/"metrics/table.json").read_text()) == json.loads((whole[0]/"metrics/table.json").read_text())
+    for file in "encoder/states.parquet", "recommender/scores.parquet", "figures/points.parquet":
+        assert pl.read_parquet(run/file).equals(pl.read_parquet(whole[0]/file))
+
+
+def test_a_data_set_without_titles_stops_with_a_reason(shop, tmp_path):
+    bare = tmp_path/"bare.csv"
+    bare.write_text("\n".join(line.rsplit(",", 1)[0] for line in shop.read_text().splitlines()))
+    done = launch(tmp_path/"run", bare)
+    assert done.returncode == 1 and "no item titles" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path/"run/data").exists() and not (tmp_path/"run/prompts").exists() and not list((tmp_path/"run").glob("*.partial"))
