@@ -1,25 +1,16 @@
 "The two trainings: killed and resumed, reloaded, permuted, and stopped by bad input."
-import json, os, shutil, signal, subprocess, sys, time
-from pathlib import Path
+import json, os, shutil, signal, time
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
-from conftest import make
+from conftest import make, start
 
 from ganprompt.backbones import answers, backbone, load_model, load_tokenizer, pocket_model, resolve
 from ganprompt.data import load_candidates, load_sequences
 from ganprompt.recommender import Questions, own_attributes, reader_for, score_prompts
 from ganprompt.runs import UserError
-
-SCRIPT = """
-import sys; sys.path.insert(0, {tests!r})
-from conftest import make
-from ganprompt import backbones
-backbones.EVERY = 0
-make({run!r}, {last!r}, {shop!r})
-"""
 
 
 def states(run): return pl.read_parquet(run/"encoder/states.parquet")
@@ -31,15 +22,14 @@ def test_a_killed_training_ends_with_the_same_numbers(stage, finished, shop, tmp
     run = tmp_path/"killed"
     shutil.copytree(finished, run)
     for name in ("recommender", stage): shutil.rmtree(run/name, ignore_errors=True)
-    script = SCRIPT.format(tests=str(Path(__file__).parent), run=str(run), last=stage, shop=str(shop))
-    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    process = start(run, stage, shop, every=0)
     for _ in range(6000):
         if list((run/f"{stage}.partial").rglob("checkpoint.pt")): break
         time.sleep(.01)
     time.sleep(.2)
     os.kill(process.pid, signal.SIGKILL); process.wait()
     assert not (run/stage).exists() and list((run/f"{stage}.partial").rglob("checkpoint.pt"))
-    make(run, stage, shop)
+    assert start(run, stage, shop).wait() == 0
     assert json.loads((run/stage/"manifest.json").read_text())["resumed"]
     if stage == "encoder": assert states(run).equals(states(finished))
     else: assert np.array_equal(scores(run), scores(finished))
