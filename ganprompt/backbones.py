@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from .data import dataset_info, load_training, make_data
+from .data import dataset_info, load_training
 from .prompts import PromptEncoder, load_templates, load_titles, make_prompts, pad
 from .runs import UserError, device, finite, load_checkpoint, need, save_checkpoint, seed_all, stage, write_json
 

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 
 from .attributes import load_attributes, make_attributes
-from .backbones import Reader, adamw, backbone, descend, encode, load_model, load_tokenizer, make_backbones, negatives, plot_curves, train
+from .backbones import Reader, adamw, backbone, descend, encode, load_model, load_tokenizer, negatives, plot_curves, train
 from .data import load_sequences
 from .prompts import pad
 from .runs import UserError, device, need, seed_all, stage, write_json
@@ -49,7 +49,6 @@ def js(
     x, # Versions (n, k + 1, width)
 ): # Scalar, 0 to ln 2
     "Mean Jensen-Shannon divergence over the pairs, in nats (section 3.2.3)."
-    import torch
     p, q = (v.softmax(-1) for v in pairs(x))
     log_m = ((p + q)/2).log()
     return ((p*(p.log() - log_m)).sum(-1) + (q*(q.log() - log_m)).sum(-1)).mean()/2

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, polars as pl
 
 # %% ../nbs/10_figures.ipynb #10-005
-from .runs import UserError, manifest, need, root, run_folder, stage, write_json
+from .runs import UserError, manifest, need, root, run_folder, stage
 from .data import dataset_info
 from .encoder import make_encoder
 

@@ -8,7 +8,7 @@ __all__ = ['RECOMMENDERS', 'SCORES', 'Questions', 'own_attributes', 'token_batch
            'tune', 'score_lists', 'make_recommender']
 
 # %% ../nbs/06_recommender.ipynb #06-004
-import json, math
+import math
 from pathlib import Path
 
 import numpy as np

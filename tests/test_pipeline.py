@@ -19,7 +19,7 @@ def launch(*args, **kwargs):
 
 
 def kill_in(run, shop, stage):
-    "Start a run in a process group of its own and kill all of it in the middle of a training."
+    "Start a run and kill its launcher once a training stage has begun; so short a training has no checkpoint yet and starts over."
     code = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
     process = subprocess.Popen([sys.executable, "-c", code, *command(run, shop)], stdout=subprocess.DEVNULL)
     for _ in range(6000):
