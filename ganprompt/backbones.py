@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['EVERY', 'resolve', 'load_tokenizer', 'load_model', 'pieces', 't5_tokenizer', 'bert_tokenizer', 'answers', 'encode',
-           'answer_logits', 'pocket_model', 'batches', 'train', 'plot_curves', 'adamw', 'descend', 'Reader',
-           'negatives', 't5_update', 'mask_tokens', 'slot_targets', 'bert_update', 'pocket_tokenizer', 'train_pocket',
-           'make_backbones', 'backbone']
+           'cross_attention', 'first_step', 'answer_logits', 'pocket_model', 'batches', 'train', 'plot_curves', 'adamw',
+           'descend', 'Reader', 'negatives', 't5_update', 'question_tails', 'last_logits', 'causal_update',
+           'mask_tokens', 'slot_targets', 'bert_update', 'pocket_tokenizer', 'train_pocket', 'make_backbones',
+           'backbone']
 
 # %% ../nbs/03_backbones.ipynb #03-004
 import json, math, re, time
@@ -18,7 +19,7 @@ import polars as pl
 
 from .data import dataset_info, load_training
 from .prompts import PromptEncoder, load_templates, load_titles, make_prompts, pad
-from .runs import UserError, device, finite, load_checkpoint, need, save_checkpoint, seed_all, stage, write_json
+from .runs import UserError, device, finite, is_main, load_checkpoint, need, save_checkpoint, seed_all, stage, summed, write_json
 
 # %% ../nbs/03_backbones.ipynb #03-007
 def resolve(
@@ -123,6 +124,42 @@ def encode(
     "Last hidden states of the encoder."
     return model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
 
+def cross_attention(
+    layer, # T5Attention of a decoder's block, from text to states
+    x, # Queries (n, m, width)
+    states, # Encoder states (n, tokens, width)
+    bias, # 0 for a token, -inf for padding (n, 1, tokens)
+): # (n, m, width)
+    "T5's cross-attention, with the projections of keys and values moved to where there is less to project."
+    import torch
+    n, m, d = x.shape
+    q = layer.q(x).view(n, m, layer.n_heads, -1)
+    if m > q.shape[-1]: # with more queries than a head is wide, projecting the tokens is cheaper
+        k, v = (f(states).view(n, -1, layer.n_heads, q.shape[-1]).transpose(1, 2) for f in (layer.k, layer.v))
+        h = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, v, bias.unsqueeze(1), scale=1.).transpose(1, 2)
+        return layer.o(h.flatten(2))
+    key, value = (f.weight.view(layer.n_heads, -1, d) for f in (layer.k, layer.v))
+    q = torch.einsum("nmhk,hkd->nmhd", q, key).flatten(1, 2)
+    seen = ((q @ states.transpose(1, 2)).float() + bias).softmax(-1).to(states.dtype) @ states
+    return layer.o(torch.einsum("nmhd,hkd->nmhk", seen.view(n, m, layer.n_heads, d), value).flatten(2))
+
+# %% ../nbs/03_backbones.ipynb #03-018
+def first_step(
+    model, # T5
+    x, # Input of the decoder's first position (n, m, width): m separate questions about each prompt
+    states, # Encoder states (n, tokens, width)
+    mask, # 1 where there is a token (n, tokens)
+): # Last hidden states of the decoder (n, m, width), before the output matrix
+    "The decoder at its first position, without dropout. Self-attention has one position to look at, so it is its value."
+    bias = x.new_zeros(mask.shape).masked_fill(mask == 0, float("-inf")).unsqueeze(1)
+    for block in model.decoder.block:
+        own, other, forward = block.layer
+        x = x + own.SelfAttention.o(own.SelfAttention.v(own.layer_norm(x)))
+        x = x + cross_attention(other.EncDecAttention, other.layer_norm(x), states, bias)
+        x = forward(x)
+    h = model.decoder.final_layer_norm(x)
+    return h*model.model_dim**-.5 if model.config.scale_decoder_outputs else h
+
 def answer_logits(
     model, # T5
     states, # Encoder states (n, tokens, width)
@@ -130,13 +167,10 @@ def answer_logits(
     answers:list[int], # Token ids of [no, yes], or slice(None) for the whole vocabulary
 ): # Logits (n, 2)
     "One decoder step, and the rows of the output matrix that matter."
-    import torch
-    start = torch.full((len(mask), 1), model.config.decoder_start_token_id, device=mask.device)
-    h = model.decoder(input_ids=start, encoder_hidden_states=states, encoder_attention_mask=mask, use_cache=False).last_hidden_state[:, 0]
-    if model.config.scale_decoder_outputs: h = h * model.model_dim**-.5
-    return h @ model.lm_head.weight[answers].T
+    start = model.shared.weight[model.config.decoder_start_token_id].expand(len(states), 1, -1)
+    return first_step(model, start, states, mask)[:, 0] @ model.lm_head.weight[answers].T
 
-# %% ../nbs/03_backbones.ipynb #03-019
+# %% ../nbs/03_backbones.ipynb #03-020
 def pocket_model(
     kind:str, # "t5", "bert" or "causal"
     tokenizer, # Its tokenizer
@@ -159,7 +193,7 @@ def pocket_model(
         return model
     return tf.LlamaForCausalLM(tf.LlamaConfig(**same, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id))
 
-# %% ../nbs/03_backbones.ipynb #03-023
+# %% ../nbs/03_backbones.ipynb #03-026
 def batches(
     n:int, # Rows
     size:int, # Rows a batch
@@ -175,7 +209,7 @@ def batches(
     cut = [order[i:i + size] for i in range(0, n, size)]
     return [cut[i] for i in rng.permutation(len(cut))]
 
-# %% ../nbs/03_backbones.ipynb #03-024
+# %% ../nbs/03_backbones.ipynb #03-027
 EVERY = 10. # Seconds between checkpoints, or 20 times what one takes if that is more
 
 def train(
@@ -198,20 +232,20 @@ def train(
         curves = state["curves"]
         for name, part in parts.items(): part.load_state_dict(state["parts"][name])
     last, epoch_now, order = time.time(), -1, []
-    for step in tqdm(range(start, steps), initial=start, total=steps, desc=where, mininterval=5, ncols=90):
+    for step in tqdm(range(start, steps), initial=start, total=steps, desc=where, mininterval=5, ncols=90, disable=not is_main()):
         epoch, i = divmod(step, math.ceil(n/size))
         if epoch != epoch_now: epoch_now, order = epoch, batches(n, size, (seed, epoch), lengths)
         row = update(order[i], np.random.default_rng((seed, step, 1)))
         finite(row["loss"], f"{where}, step {step}")
         curves.append({"step": step, **row})
         if i == len(order) - 1 and after_epoch and after_epoch(epoch, curves): break
-        if time.time() - last > every:
+        if is_main() and time.time() - last > every:
             began = time.time()
             save_checkpoint(folder, step + 1, {"curves": curves, "parts": {k: p.state_dict() for k, p in parts.items()}})
             last, every = time.time(), max(every, 20*(time.time() - began))
     return curves
 
-# %% ../nbs/03_backbones.ipynb #03-025
+# %% ../nbs/03_backbones.ipynb #03-028
 def plot_curves(
     curves:pl.DataFrame, # model, step, and one column a term; null where a step has no value
     terms:list[str], # Columns to draw, one panel each
@@ -221,14 +255,14 @@ def plot_curves(
     rows, columns = math.ceil(len(terms)/3), min(3, len(terms))
     fig = Figure(figsize=(3.3*columns, 2.5*rows), layout="constrained")
     for ax, term in zip(fig.subplots(rows, columns, squeeze=False).flat, terms):
-        for colour, ((name,), part) in zip(("#0072B2", "#D55E00"), curves.drop_nulls(term).group_by("model", maintain_order=True)):
+        for colour, ((name,), part) in zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), curves.drop_nulls(term).group_by("model", maintain_order=True)):
             mean = part.group_by(pl.int_range(pl.len())//max(1, len(part)//50), maintain_order=True).agg(pl.col("step", term).mean())
             ax.plot(mean["step"], mean[term], marker="o" if len(mean) < 20 else None, ms=3, color=colour, label=name)
         ax.set(title=term, xlabel="step"); ax.spines[["top", "right"]].set_visible(False)
         if curves["model"].n_unique() > 1: ax.legend(fontsize=7)
     return fig
 
-# %% ../nbs/03_backbones.ipynb #03-026
+# %% ../nbs/03_backbones.ipynb #03-029
 def adamw(
     parameters, # Parameters to train
     lr:float, # Peak learning rate
@@ -239,7 +273,7 @@ def adamw(
     import torch
     kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "adafactor": torch.optim.Adafactor}
     if optimizer not in kinds: raise UserError(f"unknown optimizer {optimizer!r}; one of {', '.join(kinds)}")
-    opt = kinds[optimizer]([p for p in parameters if p.requires_grad], lr=lr)
+    opt = kinds[optimizer]([p for p in parameters if p.requires_grad], lr=lr, **({} if optimizer == "adafactor" else {"fused": True}))
     warm = max(1, steps//20)
     return opt, torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min((i + 1)/warm, max(.02, (steps - i)/(steps - warm + 1))))
 
@@ -248,14 +282,16 @@ def descend(
     opt, # Optimizer
     schedule=None, # Its scheduler
 ):
-    "One step down the gradient, clipped to norm 1."
+    "One step down the gradient, summed over the processes and clipped to norm 1."
     import torch
     opt.zero_grad(); loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], 1.)
+    parameters = [p for g in opt.param_groups for p in g["params"]]
+    summed([p.grad for p in parameters if p.grad is not None])
+    torch.nn.utils.clip_grad_norm_(parameters, 1.)
     opt.step()
     if schedule: schedule.step()
 
-# %% ../nbs/03_backbones.ipynb #03-028
+# %% ../nbs/03_backbones.ipynb #03-031
 class Reader:
     "The training part as a language model reads it: (history, next item) pairs, titles and templates."
     def __init__(self,
@@ -289,7 +325,7 @@ class Reader:
         words = {w for t in self.templates.values() for w in re.sub(r"\{\w+\}", " ", t).split()}
         return [self.titles[i] for i in items], sorted(words | set("yes no , The user Focus on .".split()))
 
-# %% ../nbs/03_backbones.ipynb #03-029
+# %% ../nbs/03_backbones.ipynb #03-032
 def negatives(
     owned:list[set], # Training items of each row's user
     n_items:int, # Items of the catalogue
@@ -303,7 +339,7 @@ def negatives(
             while row[j] in mine: row[j] = rng.integers(n_items)
     return drawn
 
-# %% ../nbs/03_backbones.ipynb #03-032
+# %% ../nbs/03_backbones.ipynb #03-035
 def t5_update(
     model, # Pocket T5, in training mode
     reader:Reader, # What there is to read
@@ -329,7 +365,49 @@ def t5_update(
         return {"loss": (lm + bce).item(), "lm": lm.item(), "bce": bce.item()}
     return update
 
-# %% ../nbs/03_backbones.ipynb #03-034
+# %% ../nbs/03_backbones.ipynb #03-037
+def question_tails(
+    reader:"Reader", # Titles
+    tokenizer, # Tokenizer of a causal language model
+)->list[list[int]]: # Token ids for each item
+    "What a causal model reads of a candidate before it answers: its title and a question mark."
+    prompt = PromptEncoder(tokenizer, "{title_seq} ?", reader.titles, reader.title_tokens, 1)
+    return [prompt.ids([i])[len(prompt.start):][:-len(prompt.end) or None] for i in range(len(reader.titles))]
+
+def last_logits(
+    model, # Causal language model
+    ids, mask, # Token ids, padded on the right, and 1 where there is a token (n, tokens)
+    rows, # Rows of the output matrix
+): # (n, rows)
+    "What follows the last token of each text."
+    import torch
+    h = getattr(model, model.base_model_prefix)(input_ids=ids, attention_mask=mask).last_hidden_state
+    return h[torch.arange(len(h)), mask.sum(1) - 1] @ model.get_output_embeddings().weight[rows].T
+
+def causal_update(
+    model, # Pocket Llama, in training mode
+    reader:"Reader", # What there is to read
+    opt, schedule, # From `adamw`
+    k:int=1, # Negatives a positive
+): # update(rows, rng) for `train`
+    "One step on both tasks."
+    import torch.nn.functional as F, torch
+    plain, tokenizer, dev = reader.encoder("{title_seq}"), reader.tokenizer, model.device
+    tails, names, end = question_tails(reader, tokenizer), answers(tokenizer), len(plain.end)
+    def update(rows, rng):
+        seen, nexts = reader.histories(rows, rng), reader.nexts[rows]
+        ids, mask = (t.to(dev) for t in pad([plain.ids([*h, i]) for h, i in zip(seen, nexts)], tokenizer.pad_token_id))
+        lm = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        items = np.column_stack([nexts, negatives([reader.owned[r] for r in rows], len(reader.titles), k, rng)])
+        asked = [plain.ids(h)[:-end or None] + tails[i] for h, row in zip(seen, items) for i in row]
+        z = last_logits(model, *(t.to(dev) for t in pad(asked, tokenizer.pad_token_id)), names)
+        y = torch.zeros(len(rows), k + 1, device=dev); y[:, 0] = 1
+        bce = F.binary_cross_entropy_with_logits(z[:, 1] - z[:, 0], y.flatten())
+        descend(lm + bce, opt, schedule)
+        return {"loss": (lm + bce).item(), "lm": lm.item(), "bce": bce.item()}
+    return update
+
+# %% ../nbs/03_backbones.ipynb #03-039
 def mask_tokens(
     ids, # Token ids (n, tokens)
     mask, # 1 where there is a token
@@ -343,7 +421,7 @@ def mask_tokens(
     hide = torch.from_numpy(rng.random(ids.shape) < share) & ~special & (mask == 1)
     return ids.masked_fill(hide, tokenizer.mask_token_id), ids.masked_fill(~hide, -100)
 
-# %% ../nbs/03_backbones.ipynb #03-035
+# %% ../nbs/03_backbones.ipynb #03-040
 def slot_targets(
     titles:list[list[int]], # Token ids of each title
     tokenizer, # BERT's
@@ -355,7 +433,7 @@ def slot_targets(
     for row, title in zip(target, titles): row[[i for i in title if i in whole]] = 1
     return target/target.sum(1, keepdim=True).clamp(min=1)
 
-# %% ../nbs/03_backbones.ipynb #03-036
+# %% ../nbs/03_backbones.ipynb #03-041
 def bert_update(
     model, # Pocket BERT in training mode
     reader:Reader, # What there is to read
@@ -376,14 +454,14 @@ def bert_update(
         return {"loss": (mlm + word).item(), "mlm": mlm.item(), "word": word.item()}
     return update
 
-# %% ../nbs/03_backbones.ipynb #03-038
+# %% ../nbs/03_backbones.ipynb #03-043
 def pocket_tokenizer(kind, reader):
     "The tokenizer of a pocket model."
     titles, words = reader.texts()
-    return {"t5": t5_tokenizer, "bert": bert_tokenizer}[kind](titles, words)
+    return {"t5": t5_tokenizer, "causal": t5_tokenizer, "bert": bert_tokenizer}[kind](titles, words)
 
 def train_pocket(
-    kind:str, # "t5" or "bert"
+    kind:str, # "t5", "bert" or "causal"
     reader:Reader, # What there is to read
     folder:Path, # Where the model goes
     width:int, layers:int, # Size
@@ -398,14 +476,14 @@ def train_pocket(
     seed_all(seed)
     model = pocket_model(kind, tokenizer, width, layers).to(device()).train()
     opt, schedule = adamw(model.parameters(), lr, epochs*math.ceil(len(reader.nexts)/size))
-    update = {"t5": t5_update, "bert": bert_update}[kind](model, reader, opt, schedule)
+    update = {"t5": t5_update, "bert": bert_update, "causal": causal_update}[kind](model, reader, opt, schedule)
     lengths = np.array([min(len(h), reader.history_items) for h in reader.past])
     parts = {"model": model, "opt": opt, "schedule": schedule}
     curves = train(update, parts, len(reader.nexts), epochs, size, folder, seed, f"pocket {kind}", lengths)
     model.save_pretrained(folder); tokenizer.save_pretrained(folder)
     return [{"model": kind, **row} for row in curves]
 
-# %% ../nbs/03_backbones.ipynb #03-040
+# %% ../nbs/03_backbones.ipynb #03-045
 def make_backbones(
     run:str="demo", # Run folder: a name under runs/, or a path
     seed:int=0, # Seed of weights, batches and negatives
@@ -437,7 +515,7 @@ def make_backbones(
         return {kind: sum(p.numel() for p in load_model(found.get(kind, folder/kind), kind).parameters()) for kind in names}
     return stage(run, "backbones", params, make, inputs=["data", "prompts"], files=[Path(f)/"config.json" for f in found.values()])
 
-# %% ../nbs/03_backbones.ipynb #03-041
+# %% ../nbs/03_backbones.ipynb #03-046
 def backbone(
     run:str, # Run
     kind:str, # "t5" or "bert"
