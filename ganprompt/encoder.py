@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COUPLINGS', 'TARGETS', 'pool', 'pairs', 'cosine', 'js', 'total', 'discriminator', 'version_loss', 'corrupt',
            'Versions', 'language_loss', 'adversarial_update', 'version_states', 'separability', 'split_users',
-           'reader_for', 'check_switches', 'make_encoder']
+           'reader_for', 'check_switches', 'train_encoder', 'make_encoder']
 
 # %% ../nbs/05_encoder.ipynb #05-004
-import json, math
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from .attributes import load_attributes, make_attributes
 from .backbones import Reader, adamw, backbone, descend, encode, load_model, load_tokenizer, negatives, plot_curves, train
 from .data import load_sequences
 from .prompts import pad
-from .runs import UserError, device, need, seed_all, stage, write_json
+from .runs import UserError, device, gathered, in_processes, is_main, need, part, seed_all, shard, stage, totals, write_json
 
 # %% ../nbs/05_encoder.ipynb #05-007
 def pool(
@@ -145,11 +145,14 @@ def language_loss(
     lm_target:str, # One of TARGETS
     rng, # numpy generator
 ): # Scalar
-    "L_LM (section 3.4.1): mean cross-entropy of the label tokens."
-    inputs, labels = zip(*(versions.text_pair(r, lm_target, rng) for r in rows))
+    "L_LM (section 3.4.1): this process's part of the mean cross-entropy of the label tokens."
+    texts = [versions.text_pair(r, lm_target, rng) for r in rows]
+    mine, share = part(np.arange(len(rows)))
+    inputs, labels = zip(*(texts[i] for i in mine))
+    share = share and sum(map(len, labels))/sum(len(label) for _, label in texts)
     ids, mask = (t.to(model.device) for t in pad(inputs, versions.tokenizer.pad_token_id))
     y, used = (t.to(model.device) for t in pad(labels, versions.tokenizer.pad_token_id))
-    return model(input_ids=ids, attention_mask=mask, labels=y.masked_fill(used == 0, -100)).loss
+    return share*model(input_ids=ids, attention_mask=mask, labels=y.masked_fill(used == 0, -100)).loss
 
 # %% ../nbs/05_encoder.ipynb #05-023
 def adversarial_update(
@@ -160,16 +163,16 @@ def adversarial_update(
 ): # update(rows, rng) for `train`
     "One iteration of stage 1."
     def update(rows, rng):
-        ids, mask = (t.to(model.device) for t in versions.batch(rows))
-        x = pool(encode(model, ids, mask), mask).unflatten(0, (len(rows), -1))
-        d_loss, d_accuracy = version_loss(D, x.detach())
+        mine, share = part(rows)
+        ids, mask = (t.to(model.device) for t in versions.batch(mine))
+        x = pool(encode(model, ids, mask), mask).unflatten(0, (len(mine), -1))
+        d_loss, d_accuracy = (share*t for t in version_loss(D, x.detach()))
         descend(d_loss, opt_d)
-        lm, cos, div = language_loss(model, versions, rows, lm_target, rng), cosine(x), js(x)
+        lm, cos, div = language_loss(model, versions, rows, lm_target, rng), share*cosine(x), share*js(x)
         d_total = total(cos, div, alpha, beta, js_sign)
-        loss = lm + gamma*(d_total + COUPLINGS[coupling]*version_loss(D, x)[0])
+        loss = lm + gamma*(d_total + COUPLINGS[coupling]*share*version_loss(D, x)[0])
         descend(loss, opt_g, schedule)
-        terms = dict(loss=loss, lm=lm, cos=cos, js=div, total=d_total, d_loss=d_loss, d_accuracy=d_accuracy)
-        return {name: t.item() for name, t in terms.items()}
+        return totals(dict(loss=loss, lm=lm, cos=cos, js=div, total=d_total, d_loss=d_loss, d_accuracy=d_accuracy))
     return update
 
 # %% ../nbs/05_encoder.ipynb #05-025
@@ -178,15 +181,14 @@ def version_states(
     versions:Versions, # Histories
     size:int=64, # Histories a batch
 )->np.ndarray: # (histories, k + 1, width)
-    "Pooled encoder states of all versions."
+    "Pooled encoder states of all versions; each process computes a share of the histories."
     import torch
-    out = []
+    out, mine = [], shard(len(versions.past))
     with torch.inference_mode():
-        for at in range(0, len(versions.past), size):
-            rows = range(at, min(at + size, len(versions.past)))
+        for rows in (mine[at:at + size] for at in range(0, len(mine), size)):
             ids, mask = (t.to(model.device) for t in versions.batch(rows))
             out.append(pool(encode(model, ids, mask), mask).unflatten(0, (len(rows), -1)).float().cpu().numpy())
-    return np.concatenate(out)
+    return np.concatenate([x for one in gathered(out) for x in one])
 
 # %% ../nbs/05_encoder.ipynb #05-026
 def separability(
@@ -241,43 +243,59 @@ def check_switches(
         if value not in known: raise UserError(f"{name}={value!r} is not known; choose one of {', '.join(map(str, known))}")
 
 # %% ../nbs/05_encoder.ipynb #05-031
+def train_encoder(
+    path:str, # T5 to start from
+    versions:Versions, shown:Versions, # Training and held-out histories
+    folder:Path, # Where checkpoints, `model/` and the discriminator go
+    seed:int, encoder_lr:float, encoder_batch:int, encoder_epochs:int, optimizer:str, **losses, # See the parameters
+)->tuple: # (curves, held-out states before, after, accuracy of D on the latter)
+    "Stage 1 itself; what each process calls."
+    import torch
+    from safetensors.torch import save_file
+    seed_all(seed)
+    model, n = load_model(path, "t5").to(device()), len(versions.past)
+    D = discriminator(model.config.d_model, len(versions.words) + 1).to(device())
+    before = version_states(model, shown)
+    opt_g, schedule = adamw(model.parameters(), encoder_lr, encoder_epochs*math.ceil(n/encoder_batch), optimizer)
+    opt_d, _ = adamw(D.parameters(), encoder_lr, 1, optimizer)
+    update = adversarial_update(model.train(), D, versions, opt_g, schedule, opt_d, **losses)
+    parts = dict(model=model, D=D, opt_g=opt_g, schedule=schedule, opt_d=opt_d)
+    curves = train(update, parts, n, encoder_epochs, encoder_batch, folder, seed, "stage 1", np.array([len(h) for h in versions.past]))
+    after = version_states(model.eval(), shown)
+    with torch.inference_mode(): accuracy = version_loss(D, torch.from_numpy(after).to(device()))[1].item()
+    if is_main():
+        model.save_pretrained(folder/"model")
+        save_file({k: v.contiguous().cpu() for k, v in D.state_dict().items()}, folder/"discriminator.safetensors")
+    return curves, before, after, accuracy
+
+# %% ../nbs/05_encoder.ipynb #05-032
 def make_encoder(
     run:str="demo", seed:int=0, alpha:float=1., beta:float=.1, gamma:float=.3, js_sign:int=-1, coupling:str="cooperative",
     lm_target:str="next-title", optimizer:str="adam", encoder_lr:float=1e-3, encoder_batch:int=16, encoder_epochs:int=1, held_out_users:int=350,
+    processes:int=1,
 )->Path: # Folder with the encoder, its curves, states of held-out users before and after
     "Stage `encoder` (stage 1 of the paper, section 3.4.1). The parameters are explained at the head of the chapter."
     check_switches(js_sign=(js_sign, (-1, 1)), coupling=(coupling, COUPLINGS), lm_target=(lm_target, TARGETS))
     need(run, "attributes", make_attributes)
-    params = {k: v for k, v in locals().items() if k != "run"}
+    params = {k: v for k, v in locals().items() if k not in ("run", "processes")}
     def make(folder):
         (reader, path), words = reader_for(run), load_attributes(run)
         rows, held = split_users(run, held_out_users, seed)
         versions, shown = Versions(reader, words, rows), Versions(reader, words, held)
-        seed_all(seed)
-        model = load_model(path, "t5").to(device())
-        D = discriminator(model.config.d_model, len(words) + 1).to(device())
-        before = version_states(model, shown)
-        opt_g, schedule = adamw(model.parameters(), encoder_lr, encoder_epochs*math.ceil(len(rows)/encoder_batch), optimizer)
-        opt_d, _ = adamw(D.parameters(), encoder_lr, 1, optimizer)
-        update = adversarial_update(model.train(), D, versions, opt_g, schedule, opt_d, alpha, beta, gamma, js_sign, coupling, lm_target)
-        parts = dict(model=model, D=D, opt_g=opt_g, schedule=schedule, opt_d=opt_d)
-        curves = train(update, parts, len(rows), encoder_epochs, encoder_batch, folder, seed, "stage 1", np.array([len(h) for h in versions.past]))
-        after = version_states(model.eval(), shown)
-        return _write(folder, model, D, reader.tokenizer, curves, before, after, held)
+        def fit():
+            return train_encoder(path, versions, shown, folder, **{k: v for k, v in params.items() if k != "held_out_users"})
+        merit = _write(folder, reader.tokenizer, held, *in_processes(processes, fit))
+        return merit | ({"processes": processes} if processes > 1 else {})
     return stage(run, "encoder", params, make, inputs=["data", "prompts", "backbones", "attributes"])
 
-# %% ../nbs/05_encoder.ipynb #05-032
-def _write(folder, model, D, tokenizer, curves, before, after, held):
-    "Write what stage 1 leaves; return the figures of merit."
-    import torch
-    from safetensors.torch import save_file
-    model.save_pretrained(folder/"model"); tokenizer.save_pretrained(folder/"model")
-    save_file({k: v.contiguous().cpu() for k, v in D.state_dict().items()}, folder/"discriminator.safetensors")
+# %% ../nbs/05_encoder.ipynb #05-033
+def _write(folder, tokenizer, held, curves, before, after, accuracy):
+    "Write the rest of what stage 1 leaves; return the figures of merit."
+    tokenizer.save_pretrained(folder/"model")
     table = pl.DataFrame(curves).with_columns(model=pl.lit("stage 1"))
     table.write_parquet(folder/"curves.parquet")
     plot_curves(table, ["lm", "cos", "js", "total", "d_loss", "d_accuracy"]).savefig(folder/"curves.png", dpi=110)
     pl.concat([_states(before, held, "before"), _states(after, held, "after")]).write_parquet(folder/"states.parquet")
-    with torch.inference_mode(): accuracy = version_loss(D, torch.from_numpy(after).to(device()))[1].item()
     merit = {"before": separability(before), "after": separability(after) | {"d_accuracy": accuracy}}
     write_json(folder/"separability.json", merit)
     return merit
