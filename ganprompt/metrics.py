@@ -290,7 +290,8 @@ def evaluate(
     for model, row in metrics.items():
         wrong = {m for m, mark in consistency({m: v[0] for m, v in row.items()}).items() if mark != "ok"}
         if wrong: raise UserError(f"{model}: {', '.join(sorted(wrong))} contradict the hit rates; the scores' files are damaged: run `ganprompt run` again")
-    pairs = [("ganprompt", b) for b in ("no-stage-1", "popularity") if {"ganprompt", b} <= set(metrics)]
+    kinds = [model.removeprefix("ganprompt") for model in metrics if model.startswith("ganprompt")] # "" is the T5 decoder
+    pairs = [(f"ganprompt{kind}", other) for kind in kinds for other in (f"no-stage-1{kind}", "popularity", *(["ganprompt"] if kind and "" in kinds else [])) if other in metrics]
     return dict(dataset=info["dataset"], synthetic=info["synthetic"], pocket=made["pocket"], candidates=made["candidates"],
                 users=people["user"].n_unique(), metrics=metrics, reported=reported(info["dataset"]),
                 differences={f"{a} - {b}": difference(people, a, b, resamples, seed) for a, b in pairs})

@@ -23,7 +23,7 @@ def shop(tmp_path_factory):
 
 
 SMALL = dict(core=2, pocket_width=32, pocket_layers=1, pocket_epochs=1, bert_epochs=1, k=3, encoder_batch=16, held_out_users=30,
-             recommender_epochs=2, recommender_batch=16, valid_users=40)
+             recommender="t5-decoder,causal-lm,t5-ranker", recommender_epochs=2, recommender_batch=16, valid_users=40)
 
 
 def make(run, last, shop, **more):
@@ -38,10 +38,10 @@ def make(run, last, shop, **more):
         if stage.__name__ == f"make_{last}": return folder
 
 
-def start(run, last, shop, every=10):
+def start(run, last, shop, every=10, stderr=subprocess.DEVNULL, **more):
     "`make` in a process of its own, as the launcher does: libraries loaded by other tests change the last digits of sums."
-    code = "import sys; sys.path.insert(0, {!r}); from conftest import make; from ganprompt import backbones; backbones.EVERY = {}; make({!r}, {!r}, {!r})"
-    return subprocess.Popen([sys.executable, "-c", code.format(str(Path(__file__).parent), every, str(run), last, str(shop))], stderr=subprocess.DEVNULL)
+    code = "import sys; sys.path.insert(0, {!r}); from conftest import make; from ganprompt import backbones; backbones.EVERY = {}; make({!r}, {!r}, {!r}, **{!r})"
+    return subprocess.Popen([sys.executable, "-c", code.format(str(Path(__file__).parent), every, str(run), last, str(shop), more)], stderr=stderr)
 
 
 @pytest.fixture(scope="session")

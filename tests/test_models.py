@@ -9,8 +9,12 @@ from conftest import make, start
 
 from ganprompt.backbones import answers, backbone, load_model, load_tokenizer, pocket_model, resolve
 from ganprompt.data import load_candidates, load_sequences
-from ganprompt.recommender import Questions, own_attributes, reader_for, score_prompts
+from ganprompt.encoder import reader_for
+from ganprompt.recommender import load_recommender, new_recommender
 from ganprompt.runs import UserError
+from ganprompt.scorer import Questions, own_attributes, score_rows
+
+MODELS = [f"{start}{kind}" for start in ("no-stage-1", "ganprompt") for kind in ("", ", causal-lm", ", t5-ranker")]
 
 
 def states(run): return pl.read_parquet(run/"encoder/states.parquet")
@@ -36,14 +40,28 @@ def test_a_killed_training_ends_with_the_same_numbers(stage, finished, shop, tmp
     assert not list((run/stage).rglob("checkpoint*")) and not list((run/stage).rglob("*.bin"))
 
 
-def test_a_saved_recommender_gives_its_scores_again(finished):
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_recommender_gives_its_scores_again(name, finished):
     run, folder = str(finished), finished/"recommender"
-    (reader, _), (_, lists) = reader_for(run), load_candidates(run, "uni99")
+    (reader, _), (users, lists) = reader_for(run), load_candidates(run, "uni99")
     questions = Questions(reader, own_attributes(run), load_sequences(run, "test"))
-    for name in "no-stage-1", "ganprompt":
-        kept = pl.read_parquet(folder/"scores.parquet").filter(model=name)["scores"].to_list()
-        again = score_prompts(load_model(str(folder/name), "t5"), [questions.ids(3, int(i)) for i in lists[3]], reader.tokenizer)
-        assert np.allclose(again, kept[3], atol=1e-5)
+    kept = pl.read_parquet(folder/"scores.parquet").filter(model=name)
+    assert kept["user"].to_list() == list(users)
+    again = score_rows(load_recommender(folder/name, reader), questions, np.arange(5), lists)
+    assert np.allclose(np.concatenate(again), np.concatenate(kept["scores"].to_list()[:5]), atol=1e-5)
+
+
+def test_adapters_and_projection_make_the_scores(finished):
+    "What is saved of a causal recommender has moved, is all safetensors, and is what a reloaded model answers with: fresh adapters answer otherwise."
+    run, folder = str(finished), finished/"recommender/ganprompt, causal-lm"
+    reader, (_, lists) = reader_for(run)[0], load_candidates(run, "uni99")
+    questions, trained = Questions(reader, own_attributes(run), load_sequences(run, "test")), load_recommender(folder, reader)
+    assert {p.suffix for p in folder.rglob("*") if p.is_file()} <= {".safetensors", ".json", ".md"}
+    moved = [p.abs().max().item() for n, p in trained.module.named_parameters() if "lora_B" in n]
+    assert moved and min(moved) > 0 # peft starts these at zero
+    fresh = new_recommender("causal-lm", str(finished/"encoder/model"), reader, str(finished/"recommender/llm"))
+    good, other = (np.concatenate(score_rows(m, questions, np.arange(5), lists)) for m in (trained, fresh))
+    assert np.abs(good - other).max() > 1e-2
 
 
 def test_the_encoder_stays_frozen_and_the_decoder_moves(finished):
@@ -52,17 +70,16 @@ def test_the_encoder_stays_frozen_and_the_decoder_moves(finished):
     assert moved == {"decoder"} and not [n for n in tuned if "embed" in n and not torch.equal(tuned[n], start[n])]
 
 
-def test_renumbering_all_items_changes_no_score(finished):
+@pytest.mark.parametrize("name", MODELS[3:])
+def test_renumbering_all_items_changes_no_score(name, finished):
     run = str(finished)
     (reader, _), (_, lists) = reader_for(run), load_candidates(run, "uni99")
-    model, rows = load_model(str(finished/"recommender/ganprompt"), "t5"), load_sequences(run, "test")
-    anew, order = reader_for(run)[0], np.random.default_rng(0).permutation(len(reader.titles))
+    rows, anew, order = load_sequences(run, "test"), reader_for(run)[0], np.random.default_rng(0).permutation(len(reader.titles))
     anew.titles = [reader.titles[i] for i in np.argsort(order)]
     moved = rows.with_columns(history=pl.Series([[int(order[i]) for i in h] for h in rows["history"].to_list()]))
-    for r in range(5):
-        one = score_prompts(model, [Questions(reader, own_attributes(run), rows).ids(r, int(i)) for i in lists[r]], reader.tokenizer)
-        two = score_prompts(model, [Questions(anew, own_attributes(run), moved).ids(r, int(order[i])) for i in lists[r]], reader.tokenizer)
-        assert np.array_equal(one, two)
+    def scores(reader, rows, lists):
+        return np.stack(score_rows(load_recommender(finished/"recommender"/name, reader), Questions(reader, own_attributes(run), rows), np.arange(5), lists))
+    assert np.allclose(scores(reader, rows, lists), scores(anew, moved, [order[i] for i in lists]), atol=1e-5)
 
 
 def test_stages_after_the_data_never_see_held_out_purchases(finished):

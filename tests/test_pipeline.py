@@ -23,7 +23,7 @@ def kill_in(run, shop, stage):
     code = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
     process = subprocess.Popen([sys.executable, "-c", code, *command(run, shop)], stdout=subprocess.DEVNULL)
     for _ in range(6000):
-        if list((run/f"{stage}.partial").rglob("*.bin" if stage == "recommender" else ".fingerprint")): break
+        if list((run/f"{stage}.partial").rglob("no-stage-1" if stage == "recommender" else ".fingerprint")): break
         assert process.poll() is None, "ended before it could be killed"
         time.sleep(.02)
     time.sleep(.5)
@@ -45,7 +45,8 @@ def test_a_run_ends_with_table_figures_and_report(whole):
     assert "measured" in said and "figure3.png" in said and "report.html" in said
     assert all((run/p).stat().st_size for p in ("metrics/table.csv", "metrics/table.html", "figures/figure3.png", "figures/figure3.pdf", "report.html"))
     assert len(list((run/"notebooks").glob("*.ipynb"))) == len(list((run/"logs").glob("*.log"))) == 8
-    assert set(json.loads((run/"metrics/table.json").read_text())["metrics"]) == {"random", "popularity", "no-stage-1", "ganprompt"}
+    made = {f"{start}{kind}" for start in ("no-stage-1", "ganprompt") for kind in ("", ", causal-lm", ", t5-ranker")}
+    assert set(json.loads((run/"metrics/table.json").read_text())["metrics"]) == {"random", "popularity"} | made
 
 
 def test_again_without_change_executes_nothing(whole, shop):

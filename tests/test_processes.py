@@ -1,0 +1,154 @@
+"Two processes do the work of one: the same numbers, from Python and from papermill; errors and kills end all of them."
+import os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from conftest import SMALL, make, start
+
+from ganprompt import runs
+from ganprompt.runs import UserError, gathered, in_processes, is_main, manifest, part, rank, root, shard, summed, totals
+
+TOLERANCE = 1e-4 # Largest difference of an encoder state, or of a point of a curve, between one process and two
+
+
+@pytest.fixture(scope="session")
+def ready(finished, tmp_path_factory):
+    "A run with all that stage 1 needs."
+    run = copy(finished, tmp_path_factory.mktemp("runs")/"ready")
+    for stage in "encoder", "recommender": shutil.rmtree(run/stage)
+    return run
+
+
+def copy(run, to):
+    shutil.copytree(run, to)
+    return to
+
+
+def numbers(run, stage="encoder"):
+    "All that stage 1 measures: states of held-out users, and the learning curves."
+    states = np.array(pl.read_parquet(run/stage/"states.parquet")["x"].to_list())
+    return states, pl.read_parquet(run/stage/"curves.parquet").drop("model", "step", "d_accuracy").to_numpy()
+
+
+def assert_same(run, single):
+    found, wanted = numbers(run), numbers(single)
+    largest = [float(np.abs(a - b).max()) for a, b in zip(found, wanted)]
+    print("largest differences of states and curves:", largest)
+    assert max(largest) < TOLERANCE
+    assert manifest(run, "encoder")["metrics"]["processes"] == 2 and manifest(run, "encoder")["fingerprint"] == manifest(single, "encoder")["fingerprint"]
+    assert not list((run/"encoder").rglob("checkpoint*"))
+
+
+def test_stage_1_in_two_processes(ready, finished, shop, tmp_path):
+    run = copy(ready, tmp_path/"two")
+    assert start(run, "encoder", shop, processes=2).wait() == 0
+    assert_same(run, finished)
+
+
+def test_both_stages_and_the_scoring_in_two_processes_from_papermill(ready, finished, tmp_path):
+    import papermill
+    run = copy(ready, tmp_path/"mill")
+    for chapter in "05_encoder", "06_recommender":
+        notebook = root()/f"nbs/{chapter}.ipynb"
+        values = {k: v for k, v in SMALL.items() if k in papermill.inspect_notebook(str(notebook))} | {"run": str(run), "processes": 2}
+        papermill.execute_notebook(notebook, tmp_path/"out.ipynb", values, kernel_name="python3", language="python", cwd=notebook.parent, progress_bar=False)
+    assert_same(run, finished)
+    assert manifest(run, "recommender")["metrics"]["processes"] == 2
+    one, two = (pl.read_parquet(r/"recommender/scores.parquet") for r in (finished, run))
+    assert one.select("model", "user").equals(two.select("model", "user"))
+    largest = max(np.abs(np.subtract(a, b)).max() for a, b in zip(one["scores"].to_list(), two["scores"].to_list()))
+    print("largest difference of scores:", largest)
+    assert largest < 1e-3 # after two trainings
+
+
+def test_a_killed_pair_leaves_nobody_behind_and_its_work_goes_on(ready, finished, shop, tmp_path):
+    run = copy(ready, tmp_path/"killed")
+    process = start(run, "encoder", shop, every=0, processes=2)
+    while not list((run/"encoder.partial").rglob("checkpoint.pt")): assert process.poll() is None; time.sleep(.01)
+    children = offspring(process.pid)
+    os.kill(process.pid, signal.SIGKILL); process.wait()
+    assert len(children) >= 2 and not (run/"encoder").exists()
+    for _ in range(50):
+        if not any(map(alive, children)): break
+        time.sleep(.1)
+    assert not any(map(alive, children))
+    for processes in 1, 2:
+        again = copy(run, tmp_path/f"resumed by {processes}")
+        make(again, "encoder", shop, processes=processes)
+        assert manifest(again, "encoder")["resumed"]
+        assert max(np.abs(a - b).max() for a, b in zip(numbers(again), numbers(finished))) < TOLERANCE
+
+
+def offspring(pid):
+    found = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return found + [q for p in found for q in offspring(p)]
+
+
+def alive(pid):
+    try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError: return False
+
+
+def test_a_mistake_in_a_process_is_the_same_mistake_here(ready, shop, tmp_path):
+    run, began = copy(ready, tmp_path/"wrong"), time.time()
+    with pytest.raises(UserError, match="^the loss is nan in stage 1, step .*learning rate"): make(run, "encoder", shop, processes=2, encoder_lr=1e30)
+    assert time.time() - began < 20
+    assert not (run/"encoder.partial").exists()
+
+
+def work():
+    "What two processes make of nine rows, and of one."
+    import torch
+    x = torch.arange(9.)
+    mine, share = part(np.arange(9))
+    mean = totals({"mean": share*x[mine].mean()})["mean"]
+    one, weight = part(np.array([7]))
+    alone = totals({"mean": weight*x[one].mean()})["mean"]
+    several = [torch.ones(2, 2), torch.full((3,), float(rank()[0]))]
+    summed(several)
+    return mean, alone, np.concatenate(gathered(shard(9))).tolist(), [t.tolist() for t in several], rank()
+
+
+def test_shares_add_up():
+    mean, alone, order, several, who = in_processes(2, work)
+    assert mean == pytest.approx(4) and alone == 7 and order == list(range(9)) and who == (0, 2)
+    assert several == [[[2, 2], [2, 2]], [1, 1, 1]]
+    assert in_processes(1, work)[:3] == (4, 7, list(range(9)))
+
+
+def test_stage_1_in_processes_that_start_afresh(ready, finished, shop, tmp_path, monkeypatch):
+    "The way that a machine with GPUs takes: all that stage 1 needs travels to a process that has touched none."
+    run = copy(ready, tmp_path/"fresh")
+    monkeypatch.setattr(runs, "_gpus", lambda: 2)
+    make(run, "encoder", shop, processes=2)
+    assert_same(run, finished)
+
+
+def test_this_process_stays_as_it_was():
+    from accelerate.state import AcceleratorState
+    before = dict(os.environ), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"): in_processes(2, lambda: 1/rank()[0])
+    assert before == (dict(os.environ), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+    assert not AcceleratorState._shared_state and rank() == (0, 1) and is_main()
+
+
+def test_a_process_that_dies_is_noticed():
+    with pytest.raises(UserError, match="died"): in_processes(2, lambda: os.kill(os.getpid(), signal.SIGKILL) if rank()[0] else gathered(0))
+
+
+def test_a_signal_ends_all_of_them(tmp_path):
+    code = ("import os, time\nfrom pathlib import Path\nfrom ganprompt.runs import *\n"
+            f"in_processes(2, lambda: (Path({str(tmp_path)!r}, str(os.getpid())).touch(), time.sleep(60)))")
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    while len(list(tmp_path.iterdir())) < 2: time.sleep(.05)
+    process.terminate()
+    assert process.wait(timeout=10) == -signal.SIGTERM
+    assert not any(alive(int(p.name)) for p in tmp_path.iterdir())
+
+
+def test_a_wrong_number_of_processes(monkeypatch):
+    with pytest.raises(UserError, match="processes=0"): in_processes(0, work)
+    monkeypatch.setattr(runs, "_gpus", lambda: 2)
+    with pytest.raises(UserError, match="processes=3.* 2 GPUs"): in_processes(3, work)
