@@ -50,6 +50,7 @@ class Chapter(NamedTuple):
     title: str # Its first heading
     parameters: dict # Name → `Parameter`
     source: str # Hash of its code
+    on_demand: bool = False # Whether it runs only if it is asked for by name
 
 # %% ../nbs/11_cli.ipynb #11-010
 def read_chapter(
@@ -58,11 +59,12 @@ def read_chapter(
     "What the launcher has to know of a chapter. Raises `UserError` unless exactly one cell is tagged `parameters`."
     cells = [(c["cell_type"], "".join(c["source"]), c["metadata"].get("tags", [])) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
     prose = "\n".join(text for kind, text, _ in cells if kind == "markdown")
-    if not re.search(r"^## Run this stage", prose, re.M): return None
+    section = re.search(r"^## Run this stage( on demand)?", prose, re.M)
+    if not section: return None
     tagged = [text for kind, text, tags in cells if "parameters" in tags]
     if len(tagged) != 1: raise UserError(f"{path.name}: {len(tagged)} cells are tagged `parameters`; a chapter that can be launched has exactly one")
     return Chapter(path.stem.split("_", 1)[1], path, prose.splitlines()[0].strip("# "), read_parameters(tagged[0], path.name),
-                   digest([text for kind, text, _ in cells if kind == "code"]))
+                   digest([text for kind, text, _ in cells if kind == "code"]), bool(section[1]))
 
 # %% ../nbs/11_cli.ipynb #11-011
 @cache
@@ -318,7 +320,7 @@ def shown(
 @cli.command(cls=RunCommand, short_help="Execute the chapters into a run folder.")
 @click.option("--preset", metavar="NAME", default="pocket", help="Values for a size of models: pocket, t5-small, paper  [pocket]")
 @click.option("--config", metavar="FILE", help="YAML file of `name: value` lines")
-@click.option("--until", metavar="STAGE", help="Last stage to make  [all of them]")
+@click.option("--until", metavar="STAGE", help="Last stage to make; benchmarks are made only if named here  [all others]")
 def run(preset, config, until, **given):
     """Execute the chapters, in order, into a run folder; skip what is up to date.
 
@@ -327,7 +329,8 @@ def run(preset, config, until, **given):
     values = resolve(todo, {name: text for name, text in given.items() if text is not None}, preset, config)
     stages = [c.stage for c in todo]
     if until and until not in stages: raise UserError(f"--until: there is no stage {until!r}; there are {', '.join(stages)}")
-    report, folder = launch(todo[:stages.index(until) + 1] if until else todo, values), run_folder(values["run"])
+    todo = [c for c in todo[:stages.index(until) + 1 if until else None] if not c.on_demand or c.stage == until]
+    report, folder = launch(todo, values), run_folder(values["run"])
     if (folder/"metrics"/"table.md").exists(): click.echo("\n" + (folder/"metrics"/"table.md").read_text(encoding="utf-8"))
     for path in [*sorted(folder.glob("[a-z]*/*.png")), *sorted(folder.glob("[a-z]*/*.pdf")), report]: click.echo(shown(path))
 
@@ -367,7 +370,7 @@ def show(name):
     from rich.console import Console
     console, run = Console(), absolute("run", name)
     if not run_folder(run).is_dir(): raise UserError(f"there is no run {run_folder(run)}; make it with: ganprompt run --run {name}")
-    stages = [c.stage for c in chapters()]
+    stages = [c.stage for c in chapters() if not c.on_demand or (run_folder(run)/c.stage).is_dir()]
     console.print(as_table(str(run_folder(run)), ["stage", "state", "time", "peak memory", "figures of merit"], [stage_row(run, s) for s in stages]))
     for path in (p for s in stages for p in sorted((run_folder(run)/s).glob("table*.csv"))):
         if (readable := path.with_suffix(".md")).exists():
@@ -380,9 +383,12 @@ def show(name):
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
 @click.option("--study", metavar="NAME", default="end_to_end", help="Folder under data/results  [end_to_end]")
 def keep(runs, study):
-    "Keep the results of runs, and Figure 3 of the first run of each data set."
-    from ganprompt import figures, metrics
+    "Keep the results of runs, and Figure 3 of the first run of each data set; or, with --study benchmarks, their measurements."
+    from ganprompt import benchmarks, figures, metrics
     runs = [absolute("run", run) for run in runs]
+    if study == "benchmarks":
+        for path in [*map(benchmarks.keep_benchmarks, runs), *benchmarks.draw_benchmarks()]: click.echo(shown(path))
+        return
     for run in runs: click.echo(shown(metrics.keep(run, study)))
     for path in {figures.keep_figure(run) for run in reversed(runs)}: click.echo(shown(path))
     click.echo(shown(metrics.summary(study)))
@@ -391,8 +397,8 @@ def keep(runs, study):
 @click.argument("study", default="end_to_end")
 def tables(study):
     "Remake the table and the picture of a study from its kept results."
-    from ganprompt import metrics
-    click.echo(shown(metrics.summary(study)))
+    from ganprompt import benchmarks, metrics
+    for path in benchmarks.draw_benchmarks() if study == "benchmarks" else [metrics.summary(study)]: click.echo(shown(path))
 
 @cli.command()
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
