@@ -234,9 +234,9 @@ def _explain(source, error):
     raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}; fetch the file again, or check --columns") from None
 
 # %% ../nbs/01_data.ipynb #01-032
-def _collect(frame, source):
-    "Run a lazy query, piece by piece."
-    try: return frame.collect(engine="streaming")
+def _collect(frames, source):
+    "Run lazy queries over one file together, piece by piece: the file is read once."
+    try: return pl.collect_all(frames, engine="streaming")
     except (pl.exceptions.PolarsError, OSError) as e: _explain(source, e)
 
 # %% ../nbs/01_data.ipynb #01-034
@@ -256,52 +256,66 @@ def _check_values(lf, counts, source):
         row = numbered.filter(~pl.col("rating").is_between(1, 5)).head(1).collect().row(0, named=True)
         raise UserError(f"{source.reviews}, line {row['line']}: rating {row['rating']:g} is outside 1 to 5; correct or remove the line")
 
-# %% ../nbs/01_data.ipynb #01-035
+# %% ../nbs/01_data.ipynb #01-036
+def _enum(ids):
+    "Texts → an `Enum` with as many categories as there are different texts."
+    number = ids.hash().rank("dense")
+    codes = number.to_numpy() - 1
+    first = np.empty(number.max() or 0, np.uint32) # one row of each text
+    first[codes] = np.arange(len(codes), dtype=np.uint32)
+    names = ids.gather(first)
+    return names.cast(pl.Enum(names)).gather(codes)
+
+# %% ../nbs/01_data.ipynb #01-038
 def read_reviews(
     source:Source,
     rating:float=5., # Least rating to keep
-) -> tuple: # (frame of user, item, rating, time in order of time; list of drops)
+) -> tuple: # (frame of user and item (Enum), rating and time in order of time; list of drops)
     "Read, filter and sort the reviews. Raises `UserError` for unreadable files, missing columns and impossible ratings."
     lf, r = scan(source), pl.col("rating")
     missing = pl.any_horizontal(pl.col("user", "item", "rating").is_null())
-    counts = _collect(lf.select(pl.len().alias("rows"), pl.col(*TYPES).null_count(), missing.sum().alias("missing"),
-                                (~r.is_between(1, 5)).sum().alias("outside")), source).row(0, named=True)
+    totals = lf.select(pl.len().alias("rows"), pl.col(*TYPES).null_count(), missing.sum().alias("missing"), (~r.is_between(1, 5)).sum().alias("outside"))
+    counts, df = _collect([totals, lf.filter(~missing & (r >= rating)).with_columns(r.cast(pl.Float32))], source)
+    counts = counts.row(0, named=True)
     _check_values(lf, counts, source)
-    df = _collect(lf.filter(~missing & (r >= rating)), source).sort("time", maintain_order=True)
+    for c in ("item", "user"): df = df.with_columns(_enum(df[c])) # one after the other: less memory
+    df = df.sort("time", maintain_order=True)
     drops = [{"step": "read", "rows_in": counts["rows"], "rows_out": counts["rows"], "why": f"rows of {source.reviews.name}"}]
     _drop(drops, "missing", counts["rows"] - counts["missing"], "no user, item or rating")
     _drop(drops, "rating", len(df), f"rating below {rating:g}")
-    first = df.unique(["user", "item"], keep="first", maintain_order=True)
+    user, item = (pl.col(c).to_physical().cast(pl.UInt64) for c in ("user", "item"))
+    first = df.filter((user * 2**32 + item).is_first_distinct())
     _drop(drops, "repeat", len(first), "the user has this item already")
     timeless = first["time"].null_count()
     if timeless: _drop(drops, "no time", len(first), f"{timeless} rows without a time: kept, first in their user's history")
     return first, drops
 
-# %% ../nbs/01_data.ipynb #01-038
+# %% ../nbs/01_data.ipynb #01-041
 def k_core(
-    df:pl.DataFrame, # Has columns user and item
+    df:pl.DataFrame, # Has columns user and item: Enum, or small integers
     core:int, # Least number of rows of each user, and of each item
 ) -> pl.DataFrame: # The rows of the k-core, in the same order
     "Remove rare users and items until none is left."
-    n = -1
-    while n != len(df):
-        n = len(df)
-        df = df.filter((pl.len().over("user") >= core) & (pl.len().over("item") >= core))
-    return df
+    codes = [df[c].to_physical().to_numpy() for c in ("user", "item")]
+    rows, n = np.arange(len(df)), -1
+    while n != len(rows):
+        n = len(rows)
+        for x in codes: rows = rows[(np.bincount(x[rows]) >= core)[x[rows]]]
+    return df[rows]
 
-# %% ../nbs/01_data.ipynb #01-042
+# %% ../nbs/01_data.ipynb #01-045
 def cut_reviews(
     df:pl.DataFrame, # user, item, … in order of time
     core:int=5, # k of the k-core
     cut:str="literal", # literal or holdout-first
 ) -> tuple: # (the core, the rows set aside that come back)
     "Cut rare users and items away."
-    last = pl.int_range(pl.len()).over("user") == pl.len().over("user") - 1
+    last = pl.col("user").is_last_distinct()
     kept = k_core(df if cut == "literal" else df.filter(~last), core)
     aside = df.clear() if cut == "literal" else df.filter(last).join(kept, on="user", how="semi").join(kept, on="item", how="semi")
     return kept, aside
 
-# %% ../nbs/01_data.ipynb #01-045
+# %% ../nbs/01_data.ipynb #01-048
 def histories(
     df:pl.DataFrame, # user, item, time, position
     min_history:int=3, max_history:int=10, # Lengths
@@ -315,7 +329,7 @@ def histories(
     rows = df.select(*group, "place", pl.len().over(group).alias("size"), "time", history=past, target=pl.col("item"))
     return rows.filter(pl.col("place") >= min_history)
 
-# %% ../nbs/01_data.ipynb #01-048
+# %% ../nbs/01_data.ipynb #01-051
 def split_of(
     rows:pl.DataFrame, # size, place, time
     times:pl.Series, # Times of all interactions
@@ -327,7 +341,7 @@ def split_of(
     if protocol == "time": valid, test = (pl.col("time") >= times.quantile(q, "higher") for q in (.8, .9))
     return rows.select(pl.when(test).then(pl.lit("test")).when(valid).then(pl.lit("valid")).otherwise(pl.lit("train")).alias("split"))["split"]
 
-# %% ../nbs/01_data.ipynb #01-049
+# %% ../nbs/01_data.ipynb #01-052
 def split_rows(
     rows:pl.DataFrame, # From `histories`
     times:pl.Series, # Times of all interactions
@@ -338,7 +352,7 @@ def split_rows(
     if protocol == "time": rows = rows.filter((pl.col("split") == "train") | (pl.int_range(pl.len()).over("user", "split") == 0))
     return rows.select("user", "split", "history", "target")
 
-# %% ../nbs/01_data.ipynb #01-052
+# %% ../nbs/01_data.ipynb #01-055
 def _mix(x):
     "The finaliser of splitmix64: scrambles 64-bit integers."
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xbf58476d1ce4e5b9)
@@ -349,7 +363,7 @@ def _names(raw):
     "Raw ids → uint64 hashes, the same on every machine."
     return np.array([int.from_bytes(hashlib.blake2b(str(s).encode(), digest_size=8).digest()) for s in raw], np.uint64)
 
-# %% ../nbs/01_data.ipynb #01-053
+# %% ../nbs/01_data.ipynb #01-056
 def uniforms(
     users:np.ndarray, targets:np.ndarray, # uint64 [n]: hashes of the rows' users and targets
     items:np.ndarray, # uint64 [m]: hashes of all items
@@ -359,7 +373,7 @@ def uniforms(
     rows = _mix(users ^ _mix(targets + _mix(np.array([seed + 1], np.uint64))))
     return ((_mix(rows[:, None] + items) >> np.uint64(11)) + .5) * 2.**-53
 
-# %% ../nbs/01_data.ipynb #01-055
+# %% ../nbs/01_data.ipynb #01-058
 def sample(
     rows:pl.DataFrame, # user, target, …: one row for each list
     seen:list, # For each user: array of the items of the user in any split
@@ -382,7 +396,7 @@ def sample(
         out += [np.r_[target, row[:k]].astype(np.int32) for target, row, k in zip(t, best, free)]
     return out
 
-# %% ../nbs/01_data.ipynb #01-059
+# %% ../nbs/01_data.ipynb #01-062
 ASIN = re.compile(r"""['"](?:parent_)?asin['"]:\s*['"]([^'"]+)['"]""")
 
 def _titles_of(lines, wanted, path):
@@ -397,7 +411,7 @@ def _titles_of(lines, wanted, path):
         if row.get("title"): titles[found[1]] = row["title"]
     return titles
 
-# %% ../nbs/01_data.ipynb #01-060
+# %% ../nbs/01_data.ipynb #01-063
 def read_titles(
     source:Source,
     wanted:set, # Raw ids
@@ -414,7 +428,7 @@ def read_titles(
     pairs = read(source.reviews).select(pl.col(item).cast(pl.String).alias("item"), pl.col(title).cast(pl.String).alias("title"))
     return dict(pairs.drop_nulls().filter(pl.col("item").is_in(list(wanted))).unique("item", keep="first", maintain_order=True).collect().rows())
 
-# %% ../nbs/01_data.ipynb #01-063
+# %% ../nbs/01_data.ipynb #01-066
 def prepare(
     reviews:pl.DataFrame, # From `read_reviews`
     core:int=5, cut:str="literal", protocol:str="leave-one-out",
@@ -422,8 +436,8 @@ def prepare(
 ) -> dict: # core (frame), interactions, sequences, users, items (raw ids, sorted)
     "Cut, number the ids, make the sequences. Nothing here depends on the order of users in the file."
     kept, aside = cut_reviews(reviews, core, cut)
-    users, items = (kept[c].unique().sort() for c in ("user", "item"))
-    ids = {c: pl.DataFrame({c: s, "id": np.arange(len(s), dtype=np.int32)}) for c, s in (("user", users), ("item", items))}
+    users, items = (kept[c].unique().cast(pl.String).sort() for c in ("user", "item"))
+    ids = {c: pl.DataFrame({c: s.cast(kept[c].dtype), "id": np.arange(len(s), dtype=np.int32)}) for c, s in (("user", users), ("item", items))}
     df = pl.concat([kept, aside])
     for c in ids: df = df.join(ids[c], on=c, maintain_order="left").drop(c).rename({"id": c})
     df = df.sort("user", maintain_order=True).with_columns(position=pl.int_range(pl.len(), dtype=pl.Int32).over("user"))
@@ -432,7 +446,7 @@ def prepare(
     df = df.with_columns(split=split_of(histories(df, 0, 1, max_sequence), df["time"], protocol))
     return dict(core=kept, interactions=df, sequences=split_rows(rows, df["time"], protocol), users=users, items=items)
 
-# %% ../nbs/01_data.ipynb #01-064
+# %% ../nbs/01_data.ipynb #01-067
 def table1_row(dataset, source, cut, made):
     "One row of Table 1."
     n, u, i = len(made["core"]), len(made["users"]), len(made["items"])
@@ -440,7 +454,7 @@ def table1_row(dataset, source, cut, made):
     sparsity = round(100 - 100*n / max(1, u*i), 2)
     return dict(dataset=dataset, source=source, cut=cut, users=u, items=i, interactions=n, sequences=sequences, sparsity=sparsity)
 
-# %% ../nbs/01_data.ipynb #01-065
+# %% ../nbs/01_data.ipynb #01-068
 def table1(
     dataset:str, # Short name
     made:dict, # Cut → result of `prepare`
@@ -450,7 +464,7 @@ def table1(
     paper = pl.read_csv(root()/"data"/"paper_table1.csv").filter(pl.col("dataset") == dataset)
     return pl.concat([ours, paper.with_columns(source=pl.lit("paper"), cut=pl.lit("as reported")).select(ours.columns)])
 
-# %% ../nbs/01_data.ipynb #01-070
+# %% ../nbs/01_data.ipynb #01-073
 def _choice(name, value, known):
     "Raise `UserError` with the nearest name unless `value` is one of `known`."
     if value in known: return
@@ -462,7 +476,7 @@ def _check_lengths(core, min_history, max_history, max_sequence):
     if core < 1 or max_sequence < 0: raise UserError("core must be at least 1, and max_sequence 0 or more")
     if not 1 <= min_history <= max_history: raise UserError(f"min_history={min_history} must be at least 1, and at most max_history={max_history}")
 
-# %% ../nbs/01_data.ipynb #01-071
+# %% ../nbs/01_data.ipynb #01-074
 def _enough(made, drops, name):
     "Raise `UserError` with the drops if there is nothing to test on."
     missing = {"train", "valid", "test"} - set(made["sequences"]["split"])
@@ -470,7 +484,7 @@ def _enough(made, drops, name):
     lines = "\n".join(f"  {d['step']:>9} {d['rows_in']:>9} -> {d['rows_out']:>9}  {d['why']}" for d in drops)
     raise UserError(f"{name}: nothing left for {', '.join(sorted(missing))} after the cut; lower --core or --rating, or bring more data\n{lines}")
 
-# %% ../nbs/01_data.ipynb #01-072
+# %% ../nbs/01_data.ipynb #01-075
 def _write_candidates(folder, made, seed):
     "Write the three candidate lists of validation and test rows."
     df, rows = made["interactions"], made["sequences"].filter(pl.col("split") != "train")
@@ -485,7 +499,7 @@ def _write_candidates(folder, made, seed):
     full = rows.join(own, on="user", maintain_order="left").select("user", "split", "target", exclude=others)
     full.write_parquet(folder/"candidates_full.parquet")
 
-# %% ../nbs/01_data.ipynb #01-073
+# %% ../nbs/01_data.ipynb #01-076
 def _write_names(folder, made, source):
     "Write users.parquet and items.parquet, with the truth on the demo; return the number of titles."
     titles = read_titles(source, set(made["items"]))
@@ -500,7 +514,7 @@ def _write_names(folder, made, source):
     items.write_parquet(folder/"items.parquet")
     return len(titles)
 
-# %% ../nbs/01_data.ipynb #01-074
+# %% ../nbs/01_data.ipynb #01-077
 def _make(folder, source, rating, core, cut, protocol, min_history, max_history, max_sequence, split_seed):
     "Fill the stage's folder."
     start = time.time()
@@ -526,7 +540,7 @@ def _make(folder, source, rating, core, cut, protocol, min_history, max_history,
     return dict(users=len(this["users"]), items=len(this["items"]), interactions=len(this["core"]), titles=titles,
                 load_and_cut_seconds=round(seconds, 2), **sizes)
 
-# %% ../nbs/01_data.ipynb #01-075
+# %% ../nbs/01_data.ipynb #01-078
 def make_data(
     run:str="demo", dataset:str="demo", data_dir:str="", rating:float=5., core:int=5, cut:str="literal", protocol:str="leave-one-out",
     min_history:int=3, max_history:int=10, max_sequence:int=0, split_seed:int=0, columns:str="",
@@ -542,14 +556,14 @@ def make_data(
     if source.name == "demo": files.append(source.reviews.parent/"truth.json")
     return stage(run, "data", dict(dataset=source.name, columns=columns, **how), lambda folder: _make(folder, source, **how), files=files)
 
-# %% ../nbs/01_data.ipynb #01-077
+# %% ../nbs/01_data.ipynb #01-080
 def dataset_info(
     run:str, # Run
 ) -> dict: # dataset, item_noun, has_titles, synthetic, cut, protocol, …
     "What stage `data` says about the data set."
     return json.loads((need(run, "data", make_data)/"dataset.json").read_text())
 
-# %% ../nbs/01_data.ipynb #01-078
+# %% ../nbs/01_data.ipynb #01-081
 def load_sequences(
     run:str, # Run
     split:str, # train, valid or test
@@ -579,7 +593,7 @@ def load_candidates(
     items = np.arange(pl.scan_parquet(folder/"items.parquet").select(pl.len()).collect().item(), dtype=np.int32)
     return users, [np.r_[t, np.delete(items, [t, *exclude])].astype(np.int32) for t, exclude in zip(rows["target"], rows["exclude"].to_list())]
 
-# %% ../nbs/01_data.ipynb #01-080
+# %% ../nbs/01_data.ipynb #01-083
 def _fill(url, part):
     "Download what is missing from `part`. Raises `ConnectionError` if the connection ends too early."
     from tqdm import tqdm
@@ -592,7 +606,7 @@ def _fill(url, part):
             while block := reply.read(1 << 18): bar.update(f.write(block))
     if part.stat().st_size < total: raise ConnectionError(f"connection cut after {part.stat().st_size} of {total} bytes")
 
-# %% ../nbs/01_data.ipynb #01-081
+# %% ../nbs/01_data.ipynb #01-084
 def _sound(file, name):
     "Check a file against its recorded SHA-256, or record it. Raises `UserError` if it is damaged or another."
     try:
@@ -606,7 +620,7 @@ def _sound(file, name):
                         f"if the release itself has changed, delete {mark.name} and fetch again")
     mark.write_text(f"{now}  {name.name}\n")
 
-# %% ../nbs/01_data.ipynb #01-082
+# %% ../nbs/01_data.ipynb #01-085
 def download(
     url:str, # Where from
     path:Path, # Where to
@@ -629,7 +643,7 @@ def download(
     except UserError: part.unlink(); raise
     return part.rename(path)
 
-# %% ../nbs/01_data.ipynb #01-083
+# %% ../nbs/01_data.ipynb #01-086
 def fetch(
     category:str, # Short name or category
     folder:str="", # Where to; empty: data/raw
