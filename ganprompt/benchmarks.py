@@ -176,7 +176,7 @@ def bench_training(
 )->dict: # Times, ratios, agreement
     "One step of stage 2, three ways."
     prompts = bench.pairs(batch//5, 5)*2
-    states = States(prompts, bench.t5.config.d_model, bench.pad_id, folder).fill(bench.t5)
+    states = States(prompts, bench.t5.config.d_model, bench.pad_id, Path(folder)/"states.bin").fill(bench.t5)
     start, losses = {k: v.clone() for k, v in bench.t5.state_dict().items()}, {}
     def step(name, train):
         def go():
@@ -196,7 +196,7 @@ def bench_epochs(bench, repeats, folder, batch=40, batches=2, epochs=3):
     "Three epochs from the first prompt to the last step: the time that keeping the states costs is counted."
     prompts = bench.pairs(batch*batches//5, 5)
     def ours():
-        states = States(prompts, bench.t5.config.d_model, bench.pad_id, folder).fill(bench.t5)
+        states = States(prompts, bench.t5.config.d_model, bench.pad_id, Path(folder)/"states.bin").fill(bench.t5)
         train_on_states(bench, states, batch, epochs)
     start = {k: v.clone() for k, v in bench.t5.state_dict().items()}
     times = in_turn({"full": lambda: train_with_trainer(bench, prompts, False, batch, epochs, folder), "kept": ours}, repeats)
@@ -286,7 +286,7 @@ def grow(axis, bench, folder):
     "(sizes, seconds) along one axis: users, candidates, history or parameters."
     rng = np.random.default_rng(0)
     if axis == "users":
-        sizes = [4, 8, 16, 32]
+        sizes = [2, 4, 8, 16]
         return sizes, [best_of(lambda: score_prompts(bench.decoder, bench.pairs(n, 8))) for n in sizes]
     if axis == "candidates":
         sizes, model, contexts = [25, 50, 100, 200, 400], random_causal(bench.size, bench.t5, bench.reader), [bench.questions.context(0)]
@@ -312,19 +312,20 @@ def peak_of(
     code:str, # Python source
     timeout:float=1800, # Seconds
 )->dict: # seconds, peak_mb, and what the code called `rows`
-    "Run code in a process of its own; its wall time without imports that come before `begin()`, and its peak memory."
-    frame = ("import json, resource, sys, time\nat = [time.perf_counter()]\ndef begin(): at[0] = time.perf_counter()\n" + code +
-             "\nprint(json.dumps({'seconds': time.perf_counter() - at[0], 'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024, 'rows': globals().get('rows')}))")
+    "Run code in a process of its own (on Linux); its wall time from `begin()` on, and its peak memory."
+    frame = ("import json, time\nat = [time.perf_counter()]\ndef begin(): at[0] = time.perf_counter()\n" + code + "\nseconds = time.perf_counter() - at[0]\n"
+             "peak = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM'))\n" # its own; getrusage would hand down this process's
+             "print(json.dumps({'seconds': seconds, 'peak_mb': peak//1024, 'rows': globals().get('rows')}))")
     done = subprocess.run([sys.executable, "-c", frame], capture_output=True, text=True, timeout=timeout)
     if done.returncode: raise UserError(f"a measurement failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 def bench_memory(bench, repeats, folder):
     "Peak memory in MB: a training step three ways, and scoring."
-    head = (f"from ganprompt.benchmarks import *\nfrom ganprompt.benchmarks import train_on_states, train_with_trainer\nb = Bench({bench.run!r}, {bench.size!r})\n"
+    head = (f"from ganprompt.benchmarks import *\nfrom ganprompt.scorer import *\nb = Bench({bench.run!r}, {bench.size!r})\n"
             f"p, f = b.pairs(16, 5), {str(folder)!r}\n")
     does = {"model alone": "", "full": "train_with_trainer(b, p, False, 40, 1, f)", "frozen": "train_with_trainer(b, p, True, 40, 1, f)",
-            "kept": "train_on_states(b, States(p, b.t5.config.d_model, b.pad_id, f).fill(b.t5), 40, 1)", "scoring": "score_prompts(b.decoder, p)"}
+            "kept": "train_on_states(b, States(p, b.t5.config.d_model, b.pad_id, f + '/states.bin').fill(b.t5), 40, 1)", "scoring": "score_prompts(b.decoder, p)"}
     return {"peak_mb": {name: peak_of(head + code)["peak_mb"] for name, code in does.items()}}
 
 # %% ../nbs/10b_benchmarks.ipynb #10b-032
@@ -349,15 +350,18 @@ def generate_ratings(
 
 def cut_with_pandas(
     path:str, # CSV file
+    tuned:bool=False, # Whether ids are categories
 ): # Rows of the 5-core
     "Read, filter, order by time, drop repeats, and cut to the 5-core until nothing changes: in pandas."
     import pandas as pd
-    df = pd.read_csv(path, usecols=["user", "item", "rating", "time"], dtype={"rating": "float32"})
+    ids = {"user": "category", "item": "category"} if tuned else {}
+    df = pd.read_csv(path, usecols=["user", "item", "rating", "time"], dtype={"rating": "float32", **ids}, low_memory=not tuned)
     df = df[df["rating"] >= 5].sort_values("time", kind="stable").drop_duplicates(["user", "item"])
     n = -1
     while n != len(df):
         n = len(df)
-        df = df[(df["user"].map(df["user"].value_counts()) >= 5) & (df["item"].map(df["item"].value_counts()) >= 5)]
+        user, item = (df[c].cat.codes if tuned else df[c] for c in ("user", "item"))
+        df = df[(user.map(user.value_counts()) >= 5) & (item.map(item.value_counts()) >= 5)]
     return df
 
 # %% ../nbs/10b_benchmarks.ipynb #10b-033
@@ -369,7 +373,8 @@ def bench_data(
     "Reading and cutting a ratings file: ours and pandas."
     import inspect, os
     path = generate_ratings(folder/"ratings.csv", rows)
-    code = {"pandas": f"{inspect.getsource(cut_with_pandas)}\nbegin(); rows = len(cut_with_pandas({str(path)!r}))",
+    source = inspect.getsource(cut_with_pandas)
+    code = {"pandas": f"{source}\nbegin(); rows = len(cut_with_pandas({str(path)!r}))", "pandas, tuned": f"{source}\nbegin(); rows = len(cut_with_pandas({str(path)!r}, True))",
             "ours": f"from ganprompt.data import cut_reviews, find_source, read_reviews\nbegin(); rows = len(cut_reviews(read_reviews(find_source({str(path)!r}))[0])[0])"}
     found = {name: [] for name in code}
     for _ in range(repeats):
@@ -398,7 +403,7 @@ def utilisation(work)->dict:
     flops = counter.get_total_flops()
     return {"seconds": seconds, "flops": flops, "share_of_matmul_rate": flops/seconds/matmul_rate()}
 
-def bench_utilisation(bench, repeats, folder, histories=32):
+def bench_utilisation(bench, repeats, folder, histories=8):
     "Stage 1 and scoring, as a share of what the device can multiply."
     from ganprompt.attributes import load_attributes
     from ganprompt.encoder import Versions, adversarial_update, discriminator
@@ -407,7 +412,7 @@ def bench_utilisation(bench, repeats, folder, histories=32):
     D = discriminator(bench.t5.config.d_model, len(words) + 1).to(device())
     opts = [adamw(m.parameters(), 1e-6, 10**6, "adam") for m in (bench.t5, D)]
     update = adversarial_update(bench.t5, D, Versions(bench.reader, words, rows), *opts[0], opts[1][0], 1., .1, .3, -1, "cooperative", "next-title")
-    prompts, found = bench.pairs(histories, 16), {"matmul_tflops": matmul_rate()/1e12}
+    prompts, found = bench.pairs(histories, 8), {"matmul_tflops": matmul_rate()/1e12}
     found["stage 1"] = utilisation(lambda: update(np.arange(histories), np.random.default_rng(0)))
     bench.t5.requires_grad_(False)
     return found | {"scoring": utilisation(lambda: score_prompts(bench.decoder, prompts))}
@@ -429,8 +434,8 @@ def bench_catalogue(bench, repeats, folder):
     seconds = time.perf_counter() - start
     rank, auc = (np.concatenate([f[k] for f in found]) for k in ("rank", "auc"))
     quality = {"auc": float(auc.mean())} | {k: float(v.mean()) for k, v in gains(rank).items() if k in ("hit@10", "ndcg@10")}
-    return {"users": len(rows), "items": int(np.mean([len(items) for items in lists])), "pairs": pairs, "ranker_seconds": seconds, "cross_encoder_seconds_extrapolated": slow,
-            "ratio": slow/seconds, "ranker_quality_on_full_lists": quality}
+    times = {"t5-decoder, extrapolated": [slow], "t5-ranker": [seconds]}
+    return {"seconds": times, "ratios": ratios(times, "t5-ranker"), "users": len(rows), "items": len(reader.titles), "pairs": pairs, "ranker_quality_on_full_lists": quality}
 
 # %% ../nbs/10b_benchmarks.ipynb #10b-039
 def plot_benchmarks(
@@ -440,21 +445,23 @@ def plot_benchmarks(
     from matplotlib.figure import Figure
     parts = {n: p for n, p in found["parts"].items() if "ratios" in p}
     fig = Figure(figsize=(11, 4), layout="constrained")
-    left, right = fig.subplots(1, 2, width_ratios=(3, 2))
+    growth = found["parts"].get("growth", {})
+    left, *right = fig.subplots(1, 2 if growth else 1, width_ratios=(3, 2) if growth else None, squeeze=False)[0]
     y, labels = 0, []
     for name, part in parts.items():
         ours = next(k for k in part["seconds"] if k not in part["ratios"])
         for other, ratio in part["ratios"].items():
             left.barh(y, ratio, color="#0072B2", alpha=.7)
             left.plot(np.array(part["seconds"][other])/part["seconds"][ours], [y]*len(part["seconds"][ours]), ".", color="black", ms=4)
-            left.annotate(f" {ratio:.1f}×", (ratio, y), va="center", fontsize=8)
+            left.annotate(f"  {ratio:.1f}×", (max(np.array(part["seconds"][other])/part["seconds"][ours]), y), va="center", fontsize=8)
             labels.append(f"{name}: {other} / {ours}"); y += 1
-    left.set(yticks=range(y), yticklabels=labels, xscale="log", title="time of the alternative / our time"); left.invert_yaxis(); left.axvline(1, color="grey", lw=.8)
-    for axis, line in found["parts"].get("growth", {}).items():
-        x, t = np.array(line["sizes"]), np.array(line["seconds"])
-        right.plot(x/x[0], t/t[0], "o-", ms=4, label=f"{axis}: exponent {line['exponent']:.2f}")
-    right.set(xscale="log", yscale="log", xlabel="work, relative", ylabel="time, relative", title="growth"); right.legend(fontsize=7)
-    for ax in (left, right): ax.spines[["top", "right"]].set_visible(False); ax.tick_params(labelsize=8)
+    left.set(yticks=range(y), yticklabels=labels, xscale="log", title="time of the alternative / our time"); left.invert_yaxis(); left.set_xlim(left=1)
+    for ax in right:
+        for axis, line in growth.items():
+            x, t = np.array(line["sizes"]), np.array(line["seconds"])
+            ax.plot(x/x[0], t/t[0], "o-", ms=4, label=f"{axis}: exponent {line['exponent']:.2f}")
+        ax.set(xscale="log", yscale="log", xlabel="work, relative", ylabel="time, relative", title="growth"); ax.legend(fontsize=7)
+    for ax in (left, *right): ax.spines[["top", "right"]].set_visible(False); ax.tick_params(labelsize=8)
     fig.suptitle(f"{found['machine']}, {found['threads']} threads; {found['size']}-sized models with random weights", fontsize=9)
     return fig
 
@@ -472,7 +479,7 @@ def measure_part(
     "One part; measured once."
     file = folder/f"{name}.json"
     if file.exists(): return json.loads(file.read_text())
-    try: found = bench_data(rows, min(repeats, 3), folder) if name == "data" else PARTS[name](bench, repeats, folder)
+    try: found = bench_data(rows, 1 if rows > 5e6 else repeats, folder) if name == "data" else PARTS[name](bench, repeats, folder)
     except UserError as e: return {"failed": str(e)}
     write_json(file, found)
     return found

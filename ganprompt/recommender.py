@@ -373,10 +373,10 @@ def tune(
     at = sample_rows(len(lists), p["valid_users"], p["seed"])
     others = np.stack([load_candidates(run, "uni99" if p["candidates"] == "full" else p["candidates"], "valid")[1][i][:21] for i in at])
     width = json.loads((Path(path)/"config.json").read_text())["d_model"]
-    def kept(questions, items):
+    def kept(name, questions, items):
         prompts = ask(KINDS[kind], questions, items)
-        return States(prompts, width, reader.tokenizer.pad_token_id, folder, how["cache_gb"], how["cache_file_gb"], how["processes"] > 1), items
-    sets = kept(Questions(reader, own, rows), items), kept(Questions(reader, own, lists[at]), others)
+        return States(prompts, width, reader.tokenizer.pad_token_id, folder/name, how["cache_gb"], how["cache_file_gb"], how["processes"] > 1), items
+    sets = kept("train.bin", Questions(reader, own, rows), items), kept("valid.bin", Questions(reader, own, lists[at]), others)
     print(f"{folder.name}: {sets[0][0]}")
     def fit():
         seed_all(p["seed"])

@@ -93,7 +93,7 @@ class States:
         prompts:list[list[int]], # Token ids
         width:int, # Width of the encoder
         pad_id:int, # Padding token
-        folder:Path, # For a mapped file
+        file:Path, # Where a mapped file would lie
         memory_gb:float=4., # Most memory to use
         file_gb:float=50., # Largest file
         shared:bool=False, # Whether several processes fill and read them
@@ -101,7 +101,7 @@ class States:
         self.prompts, self.pad_id, self.lengths = prompts, pad_id, np.array([len(p) for p in prompts])
         self.starts, self.shape = np.cumsum(self.lengths) - self.lengths, (int(self.lengths.sum()), width)
         self.bytes, self.data, self.model = math.prod(self.shape)*4, None, None
-        self.where, self.file = place(self.bytes, memory_gb, file_gb, folder, shared), Path(folder)/f"states-{id(self)}.bin"
+        self.where, self.file = place(self.bytes, memory_gb, file_gb, Path(file).parent, shared), Path(file)
 
     def __str__(self):
         kept = "computed each time, for there is no room to keep them" if self.where == "nowhere" else f"kept in {self.where}"
