@@ -145,15 +145,21 @@ def trainer_for(
     return YesNo(model, args, train_dataset=list(range(len(prompts))), data_collator=collate, optimizers=opt, callbacks=[Clock()]), steps
 
 # %% ../nbs/10b_benchmarks.ipynb #10b-015
-def train_with_trainer(bench, prompts, frozen, batch, epochs, folder):
-    "Seconds and loss of each step (steps, 2)."
+def train_with_trainer(
+    bench:Bench, prompts:list[list[int]], frozen:bool, batch:int, epochs:int, folder:Path, # As for `trainer_for`
+)->np.ndarray: # Seconds and loss of each step (steps, 2)
+    "Train with transformers' Trainer."
     trainer, steps = trainer_for(bench, prompts, frozen, batch, epochs, folder)
     trainer.remove_callback(type(next(c for c in trainer.callback_handler.callbacks if "Printer" in type(c).__name__)))
     trainer.train()
     bench.t5.eval()
     return np.array(steps)
 
-def train_on_states(bench, states, batch, epochs):
+def train_on_states(
+    bench:Bench, # Model
+    states:States, # States of the prompts; every fifth was bought
+    batch:int, epochs:int, # Prompts a batch, passes
+)->np.ndarray: # Seconds and loss of each step (steps, 2)
     "The same for ours, as chapter 06 trains."
     n, model = len(states.lengths), bench.decoder
     T5Decoder(bench.t5, bench.reader)
@@ -460,7 +466,7 @@ def plot_benchmarks(
         for axis, line in growth.items():
             x, t = np.array(line["sizes"]), np.array(line["seconds"])
             ax.plot(x/x[0], t/t[0], "o-", ms=4, label=f"{axis}: exponent {line['exponent']:.2f}")
-        ax.set(xscale="log", yscale="log", xlabel="work, relative", ylabel="time, relative", title="growth"); ax.legend(fontsize=7)
+        ax.set(xscale="log", yscale="log", xlabel="work, relative", ylabel="time, relative", title="growth"); ax.legend(fontsize=7, loc="lower right")
     for ax in (left, *right): ax.spines[["top", "right"]].set_visible(False); ax.tick_params(labelsize=8)
     fig.suptitle(f"{found['machine']}, {found['threads']} threads; {found['size']}-sized models with random weights", fontsize=9)
     return fig

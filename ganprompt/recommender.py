@@ -69,7 +69,9 @@ class T5Ranker(T5Decoder):
                     self.vectors[rows] = pool(encode(self.t5, ids, mask), mask).float()
         return self.vectors
 
-    def cost(self, mask): return len(mask)*(1 + mask.shape[1]//8)
+    def cost(self, mask):
+        "What one more candidate for each prompt costs, in tokens: a query that looks at all of them is cheap."
+        return len(mask)*(1 + mask.shape[1]//8)
 
     def answer(self, memory, items, rows):
         "Logits (n, m, rows) of m items for each of n prompts."
@@ -153,7 +155,9 @@ class CausalLM:
         "Keys and values of the projected states."
         return read_prefix(self.lm, self.module["projection"](states).to(self.lm.dtype), mask)
 
-    def cost(self, mask): return len(mask)*(mask.shape[1] + int(self.tail_lengths.max()))
+    def cost(self, mask):
+        "What one more candidate for each prompt costs, in tokens: a copy of the keys and values, and its title."
+        return len(mask)*(mask.shape[1] + int(self.tail_lengths.max()))
 
     def answer(self, memory, items, rows):
         "Logits (n, m, rows) of m items for each of n prompts."
