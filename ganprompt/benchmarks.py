@@ -450,7 +450,7 @@ def plot_benchmarks(
     "How many times as long everything else takes, each round a dot; and growth, in logarithms."
     from matplotlib.figure import Figure
     parts = {n: p for n, p in found["parts"].items() if "ratios" in p}
-    fig = Figure(figsize=(11, 4), layout="constrained")
+    fig = Figure(figsize=(11, max(2, 1.2 + .25*sum(len(p["ratios"]) for p in parts.values()))), layout="constrained")
     growth = found["parts"].get("growth", {})
     left, *right = fig.subplots(1, 2 if growth else 1, width_ratios=(3, 2) if growth else None, squeeze=False)[0]
     y, labels = 0, []
@@ -468,7 +468,8 @@ def plot_benchmarks(
             ax.plot(x/x[0], t/t[0], "o-", ms=4, label=f"{axis}: exponent {line['exponent']:.2f}")
         ax.set(xscale="log", yscale="log", xlabel="work, relative", ylabel="time, relative", title="growth"); ax.legend(fontsize=7, loc="lower right")
     for ax in (left, *right): ax.spines[["top", "right"]].set_visible(False); ax.tick_params(labelsize=8)
-    fig.suptitle(f"{found['machine']}, {found['threads']} threads; {found['size']}-sized models with random weights", fontsize=9)
+    models = f"{found['size']}-sized models with random weights" if found["random_weights"] else f"trained models of the run {found['run']}"
+    fig.suptitle(f"{found['machine']}, {found['threads']} threads; {models}", fontsize=9)
     return fig
 
 # %% ../nbs/10b_benchmarks.ipynb #10b-041
@@ -503,7 +504,7 @@ def make_benchmarks(
     def make(folder):
         bench = Bench(run, bench_size, seed)
         found = {name: measure_part(name, bench, bench_repeats, bench_rows, folder) for name in parts}
-        about = {"size": bench_size, "t5": bench.t5_size, "run": Path(run).name, "repeats": bench_repeats, "seed": seed, "random_weights": True, "machine": device_words(),
+        about = {"size": bench_size, "t5": bench.t5_size, "run": Path(run).name, "repeats": bench_repeats, "seed": seed, "random_weights": parts != ["catalogue"], "machine": device_words(),
                  "threads": torch.get_num_threads(), "versions": versions()}
         write_json(folder/"benchmarks.json", about | {"parts": found})
         plot_benchmarks(about | {"parts": found}).savefig(folder/"benchmarks.png", dpi=110, metadata={"Software": None})
