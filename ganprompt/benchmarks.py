@@ -454,19 +454,21 @@ def plot_benchmarks(
     growth = found["parts"].get("growth", {})
     left, *right = fig.subplots(1, 2 if growth else 1, width_ratios=(3, 2) if growth else None, squeeze=False)[0]
     y, labels = 0, []
+    def words(seconds): return f"{seconds:,.0f} s" if seconds >= 100 else f"{seconds:.3g} s"
     for name, part in parts.items():
         ours = next(k for k in part["seconds"] if k not in part["ratios"])
         for other, ratio in part["ratios"].items():
             left.barh(y, ratio, color="#0072B2", alpha=.7)
             left.plot(np.array(part["seconds"][other])/part["seconds"][ours], [y]*len(part["seconds"][ours]), ".", color="black", ms=4)
-            left.annotate(f"  {ratio:.1f}×", (max(np.array(part["seconds"][other])/part["seconds"][ours]), y), va="center", fontsize=8)
+            slow, fast = (float(np.median(part["seconds"][k])) for k in (other, ours))
+            left.annotate(f"  {ratio:.1f}×  ({words(slow)} / {words(fast)})", (max(np.array(part["seconds"][other])/part["seconds"][ours]), y), va="center", fontsize=7)
             labels.append(f"{name}: {other} / {ours}"); y += 1
-    left.set(yticks=range(y), yticklabels=labels, xscale="log", title="time of the alternative / our time"); left.invert_yaxis(); left.set_xlim(left=1)
+    left.set(yticks=range(y), yticklabels=labels, xscale="log", title="time of the alternative / our time"); left.invert_yaxis(); left.set_xlim(1, left.get_xlim()[1]*8)
     for ax in right:
         for axis, line in growth.items():
             x, t = np.array(line["sizes"]), np.array(line["seconds"])
             ax.plot(x/x[0], t/t[0], "o-", ms=4, label=f"{axis}: exponent {line['exponent']:.2f}")
-        ax.set(xscale="log", yscale="log", xlabel="work, relative", ylabel="time, relative", title="growth"); ax.legend(fontsize=7, loc="lower right")
+        ax.set(xscale="log", yscale="log", xlabel="work, relative", ylabel="time, relative", title="growth"); ax.legend(fontsize=6, loc="upper center", bbox_to_anchor=(.45, -.18), ncols=2, columnspacing=1)
     for ax in (left, *right): ax.spines[["top", "right"]].set_visible(False); ax.tick_params(labelsize=8)
     models = f"{found['size']}-sized models with random weights" if found["random_weights"] else f"trained models of the run {found['run']}"
     fig.suptitle(f"{found['machine']}, {found['threads']} threads; {models}", fontsize=9)
