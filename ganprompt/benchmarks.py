@@ -23,7 +23,7 @@ from .encoder import check_switches, make_encoder, reader_for
 from .prompts import pad
 from .recommender import CausalLM, T5Decoder, T5Ranker, load_recommender, rec_loss, uncached_logits
 from .runs import UserError, device, device_words, manifest, need, root, run_folder, seed_all, stage, versions, write_json
-from .scorer import Questions, States, fast_math, own_attributes, score_contexts, score_prompts, score_rows, scores_of, token_batches
+from .scorer import Questions, States, bf16_pays, fast_math, own_attributes, score_contexts, score_prompts, score_rows, scores_of, token_batches
 
 # %% ../nbs/10b_benchmarks.ipynb #10b-007
 def in_turn(
@@ -396,7 +396,6 @@ def bench_data(
 def matmul_rate(n:int=0)->float: # Floating-point operations a second
     "Rate of a large square matrix product in the precision that `fast_math` uses."
     import torch
-    from ganprompt.scorer import bf16_pays
     n = n or (8192 if device().type == "cuda" else 2048)
     a = torch.randn(n, n, device=device(), dtype=torch.bfloat16 if bf16_pays() else torch.float32)
     return 2*n**3/best_of(lambda: (a @ a, None)[1], 5)

@@ -61,10 +61,9 @@ def token_batches(
 
 # %% ../nbs/05b_scorer.ipynb #05b-018
 def bf16_pays()->bool:
-    "Whether this device multiplies bfloat16 faster than 32-bit floats."
+    "Whether to multiply in bfloat16 here: on a GPU that can."
     import torch
-    if device().type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device().type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 def fast_math():
     "A context in which matrices are multiplied in bfloat16 where that pays."
