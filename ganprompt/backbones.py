@@ -376,12 +376,13 @@ def question_tails(
 
 def last_logits(
     model, # Causal language model
-    ids, mask, # Token ids, padded on the right, and 1 where there is a token (n, tokens)
+    mask, # 1 where a text has a token, padded on the right (n, tokens)
     rows, # Rows of the output matrix
+    **inputs, # The texts as the model takes them: input_ids or inputs_embeds, attention_mask, ...
 ): # (n, rows)
     "What follows the last token of each text."
     import torch
-    h = getattr(model, model.base_model_prefix)(input_ids=ids, attention_mask=mask).last_hidden_state
+    h = getattr(model, model.base_model_prefix)(**inputs).last_hidden_state
     return h[torch.arange(len(h)), mask.sum(1) - 1] @ model.get_output_embeddings().weight[rows].T
 
 def causal_update(
@@ -400,7 +401,8 @@ def causal_update(
         lm = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
         items = np.column_stack([nexts, negatives([reader.owned[r] for r in rows], len(reader.titles), k, rng)])
         asked = [plain.ids(h)[:-end or None] + tails[i] for h, row in zip(seen, items) for i in row]
-        z = last_logits(model, *(t.to(dev) for t in pad(asked, tokenizer.pad_token_id)), names)
+        ids, mask = (t.to(dev) for t in pad(asked, tokenizer.pad_token_id))
+        z = last_logits(model, mask, names, input_ids=ids, attention_mask=mask)
         y = torch.zeros(len(rows), k + 1, device=dev); y[:, 0] = 1
         bce = F.binary_cross_entropy_with_logits(z[:, 1] - z[:, 0], y.flatten())
         descend(lm + bce, opt, schedule)

@@ -21,7 +21,7 @@ from .backbones import adamw, answers, descend, encode
 from .data import load_candidates, load_sequences
 from .encoder import check_switches, make_encoder, reader_for
 from .prompts import pad
-from .recommender import CausalLM, T5Decoder, T5Ranker, load_recommender, rec_loss, uncached_logits
+from .recommender import CausalLM, T5Decoder, T5Ranker, add_adapters, freeze_encoder, load_recommender, rec_loss, uncached_logits
 from .runs import UserError, device, device_words, manifest, need, root, run_folder, seed_all, stage, versions, write_json
 from .scorer import Questions, States, bf16_pays, fast_math, own_attributes, score_contexts, score_prompts, score_rows, scores_of, token_batches
 
@@ -73,11 +73,9 @@ def random_causal(
 )->CausalLM: # Recommender
     "A causal recommender with a random Llama and fresh adapters."
     import transformers as tf
-    from peft import LoraConfig, get_peft_model
     numbers = LLAMA_SIZES[size]
     config = tf.LlamaConfig(vocab_size=len(reader.tokenizer) if size == "pocket" else 32128, bos_token_id=None, eos_token_id=1, pad_token_id=0, **numbers)
-    lm = get_peft_model(tf.LlamaForCausalLM(config), LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"]))
-    model = CausalLM(t5, reader, lm.eval(), reader.tokenizer)
+    model = CausalLM(t5, reader, add_adapters(tf.LlamaForCausalLM(config)), reader.tokenizer)
     model.module.to(device())
     return model
 
@@ -120,8 +118,8 @@ def trainer_for(
     "transformers' Trainer on the yes/no question: full forward passes, prompts in the given order."
     import torch, transformers as tf
     model, steps = bench.t5, []
-    if frozen: T5Decoder(model, bench.reader)
-    else: model.requires_grad_(True)
+    model.requires_grad_(True)
+    if frozen: freeze_encoder(model)
     class YesNo(tf.Trainer):
         def compute_loss(self, model, inputs, **_):
             labels = inputs.pop("labels")
@@ -162,7 +160,7 @@ def train_on_states(
 )->np.ndarray: # Seconds and loss of each step (steps, 2)
     "The same for ours, as chapter 06 trains."
     n, model = len(states.lengths), bench.decoder
-    T5Decoder(bench.t5, bench.reader)
+    freeze_encoder(bench.t5)
     opt, schedule = adamw(model.module.parameters(), 1e-5, epochs*math.ceil(n/batch))
     out, rows = [], np.split(np.arange(n), range(batch, n, batch))
     for at in rows*epochs:
@@ -316,13 +314,12 @@ def bench_growth(bench, repeats, folder):
 # %% ../nbs/10b_benchmarks.ipynb #10b-030
 def peak_of(
     code:str, # Python source
-    timeout:float=1800, # Seconds
 )->dict: # seconds, peak_mb, and what the code called `rows`
     "Run code in a process of its own (on Linux); its wall time from `begin()` on, and its peak memory."
     frame = ("import json, time\nat = [time.perf_counter()]\ndef begin(): at[0] = time.perf_counter()\n" + code + "\nseconds = time.perf_counter() - at[0]\n"
              "peak = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM'))\n" # its own; getrusage would hand down this process's
              "print(json.dumps({'seconds': seconds, 'peak_mb': peak//1024, 'rows': globals().get('rows')}))")
-    done = subprocess.run([sys.executable, "-c", frame], capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run([sys.executable, "-c", frame], capture_output=True, text=True)
     if done.returncode: raise UserError(f"a measurement failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
