@@ -13,7 +13,10 @@ STATE := find nbs ganprompt README.md -type f ! -path '*/.*' ! -path '*/__pycach
 same = @echo "$(firstword $(notdir $(1)))"; before=$$($(STATE)); $(1) >/dev/null || exit 1; after=$$($(STATE)); \
 	[ "$$before" = "$$after" ] || { echo "out of sync, and now corrected; look at the difference and commit it"; exit 1; }
 
-.PHONY: demo test readme
+# Chapters and tests run side by side, each on half of the cores.
+HALF := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 1 ? n/2 : 1)))
+
+.PHONY: demo test chapters tests readme
 demo: .venv/.demo-stamp
 	$(BIN)/ganprompt run
 
@@ -22,7 +25,12 @@ test: .venv/.dev-stamp
 	$(call same,$(BIN)/nbdev-clean)
 	$(call same,$(README))
 	$(BIN)/ruff check .
+	OMP_NUM_THREADS=$(HALF) $(MAKE) -j2 chapters tests
+
+chapters:
 	$(BIN)/nbdev-test --n-workers 1 --do-print --cell-timeout 3600
+
+tests:
 	$(BIN)/pytest
 
 readme: .venv/.dev-stamp
@@ -34,5 +42,5 @@ readme: .venv/.dev-stamp
 	@touch $@
 
 .venv/.dev-stamp: .venv/.demo-stamp
-	$(BIN)/pip install -q -e '.[dev]'
+	$(BIN)/pip install -q -e '.[dev,baselines,test]'
 	@touch $@

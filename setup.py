@@ -16,5 +16,5 @@ setup(
     author=meta["author"], license=meta["license"], python_requires=">=" + meta["min_python"],
     long_description=(here / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     packages=["ganprompt"], install_requires=lines("requirements"),
-    extras_require={"dev": lines("dev_requirements")}, entry_points={"console_scripts": lines("console_scripts")},
+    extras_require={extra: lines(f"{extra}_requirements") for extra in ("dev", "baselines", "test")}, entry_points={"console_scripts": lines("console_scripts")},
 )

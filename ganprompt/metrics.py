@@ -24,8 +24,8 @@ from .recommender import make_recommender
 # %% ../nbs/07_metrics.ipynb #07-009
 def ranking(
     scores:list, # One sequence of scores a user, the target's first; at least two each
-) -> dict: # `rank` i64[users] (1 is best) and `auc` f64[users]
-    "Rank of the target with ties against the model, and its AUC with half credit for ties; `UserError` on NaN or a list of one."
+) -> dict: # `rank` i64[users] (1 is best), `ties` and `size` i64[users], `auc` f64[users]
+    "Rank of the target with ties against the model, others with its score, list lengths, AUC with half credit for ties; `UserError` on NaN or a list of one."
     sizes = np.array([len(s) for s in scores])
     if not len(sizes) or sizes.min() < 2: raise UserError("a score list without another candidate cannot be ranked; check the candidate lists")
     flat, starts = np.concatenate(scores), np.r_[0, sizes.cumsum()[:-1]]
@@ -33,7 +33,7 @@ def ranking(
     target = np.repeat(flat[starts], sizes)
     rank = np.add.reduceat(flat >= target, starts, dtype=np.int64)   # counts the target itself: this is the 1 in 1 + #
     above = np.add.reduceat(flat > target, starts, dtype=np.int64)
-    return dict(rank=rank, auc=1 - (above + rank - 1) / 2 / (sizes - 1))
+    return dict(rank=rank, ties=rank - above - 1, size=sizes, auc=1 - (above + rank - 1) / 2 / (sizes - 1))
 
 # %% ../nbs/07_metrics.ipynb #07-013
 METRICS = ["auc", "hit@1", "hit@5", "hit@10", "ndcg@1", "ndcg@5", "ndcg@10", "mrr"]   # named as in the paper's tables

@@ -1,0 +1,142 @@
+"The id models: figures by hand and by another library, no leak, one message for what is missing, a failure that stays alone."
+import json, sys
+
+import numpy as np
+import polars as pl
+import pytest
+
+from ganprompt import baselines
+from ganprompt.baselines import COUNTED, figures, known_models, make_baselines, rank_rows, trainer_process, write_atomic
+from ganprompt.data import load_candidates, load_sequences, make_data
+from ganprompt.metrics import bootstrap
+from ganprompt.runs import UserError, run_folder
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    "The demo with all models, two epochs each."
+    run = str(tmp_path_factory.mktemp("runs")/"demo")
+    make_data(run)
+    make_baselines(run, id_epochs=2)
+    return run
+
+
+@pytest.fixture(scope="module")
+def small(shop, tmp_path_factory):
+    "The data of a small shop."
+    run = str(tmp_path_factory.mktemp("runs")/"shop")
+    make_data(run, str(shop), core=2)
+    return run
+
+
+def about(run): return json.loads((run_folder(run)/"baselines/models.json").read_text())
+def ranks(run): return pl.read_parquet(run_folder(run)/"baselines/ranks.parquet")
+def aucs(frame): return (1 - (frame["rank"] - 1 - frame["ties"]/2)/(frame["size"] - 1)).to_numpy()
+
+
+def test_every_model_beats_random(demo, tmp_path):
+    "Two epochs are enough, but for MF: it gets twenty."
+    assert set(about(demo)) == {*COUNTED, *known_models()} and not [m for m in about(demo).values() if "failed" in m]
+    make_data(str(tmp_path/"demo")); make_baselines(str(tmp_path/"demo"), models="MF", id_epochs=20)
+    both = pl.concat([ranks(demo).filter(pl.col("model") != "MF"), ranks(tmp_path/"demo")])
+    for (model,), rows in both.filter(candidates="uni99").group_by("model", maintain_order=True):
+        assert bootstrap(aucs(rows)[:, None])[1, 0] > .5, model
+
+
+def test_same_rows_for_all(demo):
+    users = {tuple(rows["user"]) for _, rows in ranks(demo).group_by("model", "candidates", maintain_order=True)}
+    assert users == {tuple(load_sequences(demo, "test")["user"])}
+    for name in ("uni99", "full"):
+        assert ranks(demo).filter(model="SASRec", candidates=name)["size"].to_list() == [len(x) for x in load_candidates(demo, name)[1]]
+
+
+def test_popularity_by_hand(demo):
+    data = run_folder(demo)/"data"
+    bought = pl.read_parquet(data/"interactions.parquet").filter(pl.col("split") == "train")["item"].to_list()
+    lists = pl.read_parquet(data/"candidates_uni99.parquet").filter(pl.col("split") == "test")["items"].to_list()
+    count = [bought.count(i) for i in range(1 + max(map(max, lists)))]
+    places = [sum(count[i] >= count[x[0]] for i in x) for x in lists] # ties against the model; the target counts itself
+    found = figures(ranks(demo))["popularity"]
+    assert found["hit@10"] == pytest.approx(np.mean([p <= 10 for p in places]), abs=1e-12)
+    assert found["ndcg@10"] == pytest.approx(np.mean([1/np.log2(p + 1) if p <= 10 else 0 for p in places]), abs=1e-12)
+
+
+def test_nothing_held_out_in_training_files(demo):
+    atomic = run_folder(demo)/"baselines/atomic"
+    hidden = {pair for split in ("valid", "test") for pair in load_sequences(demo, split).select("user", "target").rows()}
+    paths = [*atomic.glob("*/*.train.inter"), *atomic.glob("*/*.cloze.inter")]
+    assert len(paths) == 4
+    for path in paths:
+        rows = pl.read_csv(path, separator="\t", schema_overrides={"item_id_list:token_seq": pl.String}).to_dict(as_series=False)
+        seen = set(zip(rows["user_id:token"], rows["item_id:token"]))
+        seen |= {(u, int(i)) for u, items in zip(rows["user_id:token"], rows.get("item_id_list:token_seq", [])) for i in items.split()}
+        assert len(seen) > 4000 and not seen & hidden, path.name
+
+
+def test_embeddings_are_in_our_numbers(demo):
+    "MF's score is the product of the two saved vectors, so they give the ranks that were kept."
+    from safetensors.numpy import load_file
+    tables, (users, lists) = load_file(run_folder(demo)/"baselines/MF.safetensors"), load_candidates(demo, "uni99")
+    scores = [tables["item"][x] @ tables["user"][u] for u, x in zip(users, lists)]
+    kept = ranks(demo).filter(model="MF", candidates="uni99")["rank"].to_numpy()
+    assert np.mean(kept == rank_rows("MF", users, "uni99", scores)["rank"].to_numpy()) > .99 # sums in another order may swap neighbours
+
+
+def test_failure_resume_and_reuse(small, shop, monkeypatch, tmp_path):
+    "A bad setting stops its model only; what is trained stays trained after a kill; another run takes the chosen settings."
+    good = known_models()
+    bad = good | {"HGN": good["HGN"] | {"settings": [{"loss_type": "CE", "pooling_type": "median"}]*2}}
+    monkeypatch.setattr(baselines, "known_models", lambda: bad)
+    make_baselines(small, models="popularity,HGN,MF", trials=2, id_epochs=2)
+    found = about(small)
+    assert found["HGN"]["failed"].startswith("NotImplementedError") and set(ranks(small)["model"]) == {"popularity", "MF"}
+    assert [t["settings"] for t in found["MF"]["search"]] == good["MF"]["settings"][:2]
+    assert found["MF"]["settings"] == max(found["MF"]["search"], key=lambda t: t["valid"])["settings"]
+    monkeypatch.undo()
+
+    again, train = str(tmp_path/"again"), baselines.id_model
+    make_data(again, str(shop), core=2)
+    def killed(job, process):
+        if job["name"] == "HGN": raise KeyboardInterrupt
+        return train(job, process)
+    monkeypatch.setattr(baselines, "id_model", killed)
+    with pytest.raises(KeyboardInterrupt): make_baselines(again, seed=1, models="MF,HGN", id_epochs=2, search_run=small)
+    first = json.loads((run_folder(again)/"baselines.partial/jobs/MF.json").read_text())
+    monkeypatch.undo()
+    make_baselines(again, seed=1, models="MF,HGN", id_epochs=2, search_run=small)
+    found = about(again)
+    assert found["MF"] == {"family": "id", **first} and found["MF"]["settings"] == about(small)["MF"]["settings"] and len(found["MF"]["search"]) == 1
+    assert "no settings" in found["HGN"]["failed"]
+
+
+def test_without_recbole(small, monkeypatch):
+    monkeypatch.setitem(sys.modules, "recbole", None) # as if it were not installed
+    with pytest.raises(UserError, match=r"pip install -e '\.\[baselines\]'"): make_baselines(small, models="SASRec", seed=7)
+    assert not (run_folder(small)/"baselines.partial").exists()
+    make_baselines(small, models="last-item", seed=7) # counting needs no library
+
+
+def test_misspelt(small):
+    with pytest.raises(UserError, match="SASrec.*SASRec"): make_baselines(small, models="SASrec")
+    with pytest.raises(UserError, match="trials=9"): make_baselines(small, trials=9)
+
+
+@pytest.fixture(scope="module")
+def trained(demo, tmp_path_factory):
+    "HR@10 and AUC of MF and SASRec-CE by RecBole, two seeds each, on fixed epochs."
+    folder = tmp_path_factory.mktemp("trained")
+    common = dict(run=demo, folder=str(folder), atomic=str(folder/"atomic"), lengths=write_atomic(demo, folder/"atomic"), patience=99, test_users=0)
+    def one(train, name, seed, epochs):
+        model = known_models()[name]
+        train(model | common | dict(name=name, seed=seed, epochs=epochs, settings=model["settings"][1:2]))
+        return list(figures(pl.read_parquet(folder/f"{name}.parquet"))[name].values())[:2]
+    with trainer_process() as train: return {name: [one(train, name, seed, epochs) for seed in (0, 1)] for name, epochs in (("MF", 15), ("SASRec-CE", 4))}
+
+
+def by_cornac(model, run):
+    "AUC and HR@10 of a fitted model of cornac on our lists."
+    rows, (users, lists) = load_sequences(run, "test"), load_candidates(run, "uni99")
+    order = np.array([model.iid_map[i] for i in range(len(model.iid_map))])
+    def score(user, history): return model.score(model.uid_map[user], **({"history_items": order[history].tolist()} if "SASRec" in model.name else {}))
+    scores = [score(u, h)[order[x]] for u, h, x in zip(users.tolist(), rows["history"].to_list(), lists)]
+    return list(figures(rank_rows("cornac", users, "uni99", scores))["cornac"].values())[:2]
