@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Parameter', 'read_parameters', 'Chapter', 'read_chapter', 'chapters', 'parameters', 'convert', 'unknown',
            'read_config', 'read_preset', 'absolute', 'resolve', 'duration', 'Progress', 'execute', 'current',
-           'run_chapter', 'write_report', 'launch', 'RunCommand', 'cli', 'shown', 'run', 'stage_row', 'as_table',
-           'show', 'keep', 'tables', 'compare', 'fetch', 'main']
+           'run_chapter', 'write_report', 'launch', 'RunCommand', 'cli', 'shown', 'choose', 'run', 'stage_row',
+           'as_table', 'show', 'read_plan', 'fill', 'keep', 'tables', 'compare', 'fetch', 'main']
 
 # %% ../nbs/11_cli.ipynb #11-002
 import ast, difflib, io, json, os, re, sys, time, tokenize
@@ -151,7 +151,7 @@ def absolute(
     "Make a path that the user gave independent of the current folder."
     if not isinstance(value, str) or not value: return value
     is_path = (name.endswith(("_dir", "_file")) or name == "templates" or value.startswith((".", "~")) or value.endswith((".csv", ".parquet"))
-               or (name == "run" and "/" in value))
+               or (name in ("run", "search_run") and "/" in value))
     return str(Path(value).expanduser().absolute()) if is_path else value
 
 # %% ../nbs/11_cli.ipynb #11-026
@@ -317,24 +317,35 @@ def shown(
     return min(str(path), os.path.relpath(path), key=len)
 
 # %% ../nbs/11_cli.ipynb #11-049
+def choose(
+    chapters, # `Chapter`s, in order
+    until:str|None=None, # Last stage; one that is made on demand is made if it is this one
+    only:str|None=None, # These stages instead, separated by commas
+) -> list: # `Chapter`s, in order
+    "The chapters to execute. Raises `UserError` for a stage that there is not."
+    stages, wanted = [c.stage for c in chapters], [s.strip() for s in only.split(",")] if only else []
+    for option, name in [("--until", until)]*bool(until) + [("--only", s) for s in wanted]:
+        if name not in stages: raise UserError(f"{option}: there is no stage {name!r}; there are {', '.join(stages)}")
+    if only: return [c for c in chapters if c.stage in wanted]
+    return [c for c in chapters[:stages.index(until) + 1 if until else None] if not c.on_demand or c.stage == until]
+
+# %% ../nbs/11_cli.ipynb #11-050
 @cli.command(cls=RunCommand, short_help="Execute the chapters into a run folder.")
 @click.option("--preset", metavar="NAME", default="pocket", help="Values for a size of models: pocket, t5-small, paper  [pocket]")
 @click.option("--config", metavar="FILE", help="YAML file of `name: value` lines")
-@click.option("--until", metavar="STAGE", help="Last stage to make; benchmarks are made only if named here  [all others]")
-def run(preset, config, until, **given):
+@click.option("--until", metavar="STAGE", help="Last stage to make; baselines and benchmarks are made only if named here  [all others]")
+@click.option("--only", metavar="STAGES", help="These stages and no others, as in data,baselines")
+def run(preset, config, until, only, **given):
     """Execute the chapters, in order, into a run folder; skip what is up to date.
 
     A value on the command line wins over the YAML file, that over the preset, that over the default."""
     todo = list(chapters())
     values = resolve(todo, {name: text for name, text in given.items() if text is not None}, preset, config)
-    stages = [c.stage for c in todo]
-    if until and until not in stages: raise UserError(f"--until: there is no stage {until!r}; there are {', '.join(stages)}")
-    todo = [c for c in todo[:stages.index(until) + 1 if until else None] if not c.on_demand or c.stage == until]
-    report, folder = launch(todo, values), run_folder(values["run"])
+    report, folder = launch(choose(todo, until, only), values), run_folder(values["run"])
     if (folder/"metrics"/"table.md").exists(): click.echo("\n" + (folder/"metrics"/"table.md").read_text(encoding="utf-8"))
     for path in [*sorted(folder.glob("[a-z]*/*.png")), *sorted(folder.glob("[a-z]*/*.pdf")), report]: click.echo(shown(path))
 
-# %% ../nbs/11_cli.ipynb #11-051
+# %% ../nbs/11_cli.ipynb #11-052
 def stage_row(
     run:str, # Run
     name:str, # Stage
@@ -347,7 +358,7 @@ def stage_row(
     merits = ", ".join(f"{k} {number(v)}" for k, v in m["metrics"].items() if isinstance(v, (int, float, str)))
     return [name, "done" if fresh(run, name) else "out of date", duration(m["wall_seconds"]), f"{m['peak_memory_mb']} MB", merits]
 
-# %% ../nbs/11_cli.ipynb #11-052
+# %% ../nbs/11_cli.ipynb #11-053
 def as_table(
     title:str, # Above the table
     header:list, # Names of the columns
@@ -361,7 +372,7 @@ def as_table(
     for row in rows: table.add_row(*map(Text, row))
     return table
 
-# %% ../nbs/11_cli.ipynb #11-053
+# %% ../nbs/11_cli.ipynb #11-054
 @cli.command()
 @click.argument("name", metavar="RUN", default="demo")
 def show(name):
@@ -378,14 +389,56 @@ def show(name):
         with open(path, newline="", encoding="utf-8") as f: header, *rows = csv.reader(f)
         console.print(as_table(f"{path.parent.name}/{path.name}", header, rows))
 
-# %% ../nbs/11_cli.ipynb #11-055
+# %% ../nbs/11_cli.ipynb #11-056
+def read_plan(
+    path:str="", # YAML file; data/tables.yaml by default
+) -> dict: # seeds, datasets, parameters, stages
+    "What a study of tables consists of. Raises `UserError` for names that there are not."
+    import yaml
+    path, stages = Path(path or root()/"data"/"tables.yaml"), [c.stage for c in chapters()]
+    _compose(path) # says what is wrong with the file
+    plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try: wanted = [s for names in plan["datasets"].values() for s in names] + [n for s in plan["stages"].values() for n in s["needs"] if s["models"]]
+    except (KeyError, TypeError, AttributeError): raise UserError(f"{path}: not a plan; it needs seeds, datasets, and stages with needs and models, as data/tables.yaml has") from None
+    for stage in wanted:
+        if stage not in stages: raise UserError(f"{path}: there is no stage {stage!r}; there are {', '.join(stages)}")
+    return plan
+
+# %% ../nbs/11_cli.ipynb #11-057
+def fill(
+    plan:dict, # From `read_plan`
+    study:str, # Folder under data/results
+    data_dir:str, # Where the files of the data sets are
+    runs:str="", # Where run folders go
+) -> list: # What failed, one line each
+    "Make the entries that are missing; a failure does not stop the rest."
+    from ganprompt.tables import keep_models, lacking
+    failed, folder = [], Path(runs or root()/"runs").absolute()
+    for dataset, seed, stage in [(d, s, stage) for d, stages in plan["datasets"].items() for s in plan["seeds"] for stage in stages]:
+        about = plan["stages"][stage]
+        if not lacking(study, dataset, seed, about["models"]): continue
+        first = folder/f"{Path(dataset).stem}-{plan['seeds'][0]}"
+        run = first.with_name(f"{Path(dataset).stem}-{seed}")
+        given = dict(dataset=dataset, data_dir=data_dir, run=run, seed=seed, search_run="" if run == first else first) | plan.get("parameters", {})
+        click.echo(f"{run.name}: {stage}")
+        try:
+            launch([c for c in chapters() if c.stage in [*about["needs"], stage]], resolve(chapters(), {k: str(v) for k, v in given.items()}))
+            keep_models(run, study)
+            failed += [f"{run.name}: {model} has failed; the log of {stage} tells why" for model in lacking(study, dataset, seed, about["models"])]
+        except UserError as e: failed.append(f"{run.name}: {e}")
+    return failed
+
+# %% ../nbs/11_cli.ipynb #11-058
 @cli.command()
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
 @click.option("--study", metavar="NAME", default="end_to_end", help="Folder under data/results  [end_to_end]")
 def keep(runs, study):
-    "Keep the results of runs, and Figure 3 of the first run of each data set; or, with --study benchmarks, their measurements."
-    from ganprompt import benchmarks, figures, metrics
+    "Keep the results of runs, and Figure 3 of the first run of each data set; or, with --study benchmarks, their measurements; or, with --study tables, each model's ranks."
+    from ganprompt import benchmarks, figures, metrics, tables
     runs = [absolute("run", run) for run in runs]
+    if study == "tables":
+        for path in [p for run in runs for p in tables.keep_models(run)] + tables.make_tables(): click.echo(shown(path))
+        return
     if study == "benchmarks":
         for path in [*map(benchmarks.keep_benchmarks, runs), *benchmarks.draw_benchmarks()]: click.echo(shown(path))
         return
@@ -394,11 +447,17 @@ def keep(runs, study):
     click.echo(shown(metrics.summary(study)))
 
 @cli.command()
-@click.argument("study", default="end_to_end")
-def tables(study):
-    "Remake the table and the picture of a study from its kept results."
-    from ganprompt import benchmarks, metrics
-    for path in benchmarks.draw_benchmarks() if study == "benchmarks" else [metrics.summary(study)]: click.echo(shown(path))
+@click.argument("study", default="tables")
+@click.option("--data-dir", metavar="DIR", help="First make what is missing of Tables 1 to 4, from the files in this folder")
+@click.option("--plan", metavar="FILE", default="", help="What that is  [data/tables.yaml]")
+@click.option("--runs", metavar="FOLDER", default="", help="Where its run folders go  [runs]")
+def tables(study, data_dir, plan, runs):
+    "Remake the tables and pictures of a study from its kept results; with --data-dir, make the missing results first."
+    from ganprompt import benchmarks, metrics, tables
+    failed = fill(read_plan(plan), study, data_dir, runs) if data_dir is not None else []
+    draw = {"benchmarks": benchmarks.draw_benchmarks, "tables": tables.make_tables}.get(study, lambda: [metrics.summary(study)])
+    for path in draw(): click.echo(shown(path))
+    if failed: raise UserError("\n".join(["these are missing; the rest is made:", *failed]))
 
 @cli.command()
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
@@ -407,7 +466,7 @@ def compare(runs):
     from ganprompt import figures
     click.echo(shown(figures.compare_runs([absolute("run", run) for run in runs])))
 
-# %% ../nbs/11_cli.ipynb #11-057
+# %% ../nbs/11_cli.ipynb #11-060
 @cli.command()
 @click.argument("category")
 @click.option("--to", metavar="FOLDER", default="", help="Where to  [data/raw]")
@@ -418,7 +477,7 @@ def fetch(category, to, release, base_url):
     from ganprompt import data
     for path in data.fetch(category, to, release, base_url): click.echo(shown(path))
 
-# %% ../nbs/11_cli.ipynb #11-059
+# %% ../nbs/11_cli.ipynb #11-062
 def main():
     "The `ganprompt` command."
     try: sys.exit(cli(sys.argv[1:] or ["--help"], standalone_mode=False))

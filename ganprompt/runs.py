@@ -79,7 +79,7 @@ def manifest(
     "What a complete stage says about itself. Raises `UserError` if it is not complete."
     folder = run_folder(run)/name
     if not complete(folder):
-        raise UserError(f"run {str(run)!r} has no complete stage {name!r}; make it with: ganprompt run --run {run}")
+        raise UserError(f"run {str(run)!r} has no complete stage {name!r}; make it with: ganprompt run --run {run} --until {name}")
     return json.loads((folder/"manifest.json").read_text())
 
 # %% ../nbs/00_runs.ipynb #00-017

@@ -8,7 +8,7 @@ import yaml
 from click.testing import CliRunner
 from rich.console import Console
 
-from ganprompt.cli import chapters, cli, convert, launch, main, parameters, read_chapter, read_parameters, resolve
+from ganprompt.cli import chapters, choose, cli, convert, launch, main, parameters, read_chapter, read_parameters, read_plan, resolve
 from ganprompt.runs import UserError, complete, root
 
 TRAIN = '''
@@ -214,3 +214,36 @@ def test_console_script():
     start = time.monotonic()
     done = subprocess.run([f"{sys.prefix}/bin/ganprompt", "--help"], capture_output=True, text=True, check=True)
     assert time.monotonic() - start < 2 and {"run", "show", "fetch"} <= set(done.stdout.split())
+
+
+def test_tables_make_what_is_missing_and_a_failure_does_not_stop_the_rest(shop, tmp_path, monkeypatch, capsys):
+    "A shop without titles: the models that count can be made, those that read cannot; the second time only the failed stage is tried."
+    import polars as pl
+
+    from ganprompt import tables
+    (bare := tmp_path/"bare.csv").write_text(pl.read_csv(shop).drop("title").write_csv())
+    plan = dict(seeds=[0, 1], datasets={str(bare): ["p5", "baselines"]}, parameters=dict(core=2, models="popularity,last-item"), stages=dict(
+        baselines=dict(needs=["data"], models=["popularity", "last-item"]), p5=dict(needs=["data", "prompts", "backbones"], models=["P5 (ids)"])))
+    (tmp_path/"plan.yaml").write_text(yaml.safe_dump(plan))
+    monkeypatch.setattr(tables, "root", lambda: tmp_path)
+    for again in False, True:
+        monkeypatch.setattr(sys, "argv", ["ganprompt", "tables", "--data-dir", "", "--plan", str(tmp_path/"plan.yaml"), "--runs", str(tmp_path/"runs")])
+        with pytest.raises(SystemExit) as end: main()
+        said = capsys.readouterr()
+        assert end.value.code == 1 and said.err.count("no item titles") == 2 and "Traceback" not in said.err
+        assert ("bare-1: baselines" in said.out) != again and "bare-0: p5" in said.out
+        assert {p.name for p in (tmp_path/"data/results/tables/bare").glob("*.json")} == {"data.json", "popularity-0.json", "popularity-1.json", "last-item-0.json", "last-item-1.json"}
+    search = json.loads((tmp_path/"runs/bare-1/baselines/manifest.json").read_text())["parameters"]["search_run"]
+    assert search.endswith("bare-0")
+
+
+@pytest.mark.parametrize("text, message", [("seeds: [0]\n", "not a plan"), ("datasets: {a: [dinner]}\nstages: {}\n", "no stage 'dinner'"), ("a: [", "is not YAML")])
+def test_mistakes_in_a_plan(tmp_path, text, message):
+    (tmp_path/"plan.yaml").write_text(text)
+    with pytest.raises(UserError, match=message): read_plan(str(tmp_path/"plan.yaml"))
+
+
+def test_only_these_stages():
+    assert [c.stage for c in choose(chapters(), only="baselines, data")] == ["data", "baselines"]
+    with pytest.raises(UserError, match="--only: there is no stage 'dinner'"): choose(chapters(), only="data,dinner")
+    assert "baselines" not in [c.stage for c in choose(chapters())] and [c.stage for c in choose(chapters(), "benchmarks")][-1] == "benchmarks"
