@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COUNTED', 'RECENT', 'VALID_ROWS', 'VALID_METRIC', 'rank_rows', 'figures', 'short_message', 'attempt', 'finish',
-           'show_models', 'popularity', 'last_item', 'prefixes', 'title_words', 'write_table', 'write_rows',
-           'write_atomic', 'recbole', 'open_data', 'their_ids', 'questions', 'ask_pairs', 'ask', 'Trimmed', 'ndcg',
-           'pretrain', 'fit', 'known_models', 'search', 'sampled', 'rank_all', 'train_model', 'serve',
-           'trainer_process', 'count_model', 'id_model', 'chosen_settings', 'make_baselines']
+           'show_models', 'popularity', 'last_item', 'prefixes', 'title_words', 'write_rows', 'write_atomic', 'recbole',
+           'open_data', 'their_ids', 'questions', 'ask_pairs', 'ask', 'Trimmed', 'ndcg', 'pretrain', 'fit',
+           'known_models', 'search', 'sampled', 'rank_all', 'train_model', 'serve', 'trainer_process', 'count_model',
+           'id_model', 'chosen_settings', 'make_baselines']
 
 # %% ../nbs/08_baselines.ipynb #08-004
 import html, importlib.util, json, logging, math, os, re, shutil, subprocess, sys, time, warnings
@@ -150,16 +150,14 @@ def title_words(
     return [" ".join(w for w in ws if w in kept) for ws in words]
 
 # %% ../nbs/08_baselines.ipynb #08-028
-def write_table(path, **columns): pl.DataFrame({k.replace("__", ":"): v for k, v in columns.items()}).write_csv(path, separator="\t")
-
 def write_rows(
     path:Path, # Where
     rows:pl.DataFrame, # user, target, and history for sequences
     lists:bool, # Whether to write the histories
 ):
     "An atomic file of interactions."
-    history = {"item_id_list__token_seq": rows["history"].cast(pl.List(pl.String)).list.join(" ")} if lists else {}
-    write_table(path, user_id__token=rows["user"], **history, item_id__token=rows["target"])
+    history = {"item_id_list:token_seq": rows["history"].cast(pl.List(pl.String)).list.join(" ")} if lists else {}
+    pl.DataFrame({"user_id:token": rows["user"], **history, "item_id:token": rows["target"]}).write_csv(path, separator="\t")
 
 # %% ../nbs/08_baselines.ipynb #08-029
 RECENT = 5
@@ -172,13 +170,14 @@ def write_atomic(
     training, home, longest = load_training(run), need(run, "data", make_data), manifest(run, "data")["parameters"]["max_history"]
     held, titles = {split: load_sequences(run, split) for split in ("valid", "test")}, pl.read_parquet(home/"items.parquet")["title"].to_list()
     bought = pl.DataFrame({"user": range(len(training)), "target": training}, schema={"user": pl.Int32, "target": pl.List(pl.Int32)}).explode("target").drop_nulls()
+    users = pl.DataFrame({"user_id:token": range(len(training))})
+    items = pl.DataFrame({"item_id:token": range(len(titles)), "class:token_seq": title_words(titles)})
     def lists(n): return {"train": prefixes(training, n)} | {split: rows.with_columns(pl.col("history").list.tail(n)) for split, rows in held.items()}
     tables = {"pairs": {"train": bought, **held}, "sequences": lists(longest) | {"cloze": prefixes(training, longest, True)}, "recent": lists(RECENT)}
     for name, parts in tables.items():
         (folder/name).mkdir(parents=True, exist_ok=True)
         for part, rows in parts.items(): write_rows(folder/name/f"{name}.{part}.inter", rows, name != "pairs")
-        write_table(folder/name/f"{name}.user", user_id__token=range(len(training)))
-        write_table(folder/name/f"{name}.item", item_id__token=range(len(titles)), class__token_seq=title_words(titles))
+        users.write_csv(folder/name/f"{name}.user", separator="\t"); items.write_csv(folder/name/f"{name}.item", separator="\t")
     return {name: max(rows["history"].list.len().max() for part, rows in parts.items() if part != "cloze" and "history" in rows.columns) for name, parts in tables.items()}
 
 # %% ../nbs/08_baselines.ipynb #08-033
@@ -437,7 +436,7 @@ def _one_job(job, replies):
 def trainer_process():
     "A process that runs `serve`; yields a function that hands it a job and waits for what models.json says."
     if not importlib.util.find_spec("recbole"): recbole()
-    process = subprocess.Popen([sys.executable, "-c", "from ganprompt.baselines import serve; serve()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", "from ganprompt.baselines import serve; serve()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
     def train(job):
         process.stdin.write(json.dumps(job) + "\n"); process.stdin.flush()
         reply = json.loads(process.stdout.readline() or '{"failed": "RecBole could not be loaded; its message is above"}')
@@ -489,7 +488,7 @@ def chosen_settings(
 
 # %% ../nbs/08_baselines.ipynb #08-058
 def make_baselines(
-    run:str="demo", seed:int=0, test_users:int=1000, models:str="all", trials:int=1, id_epochs:int=100, id_patience:int=5, search_run:str="",
+    run:str="demo", seed:int=0, test_users:int=1000, models:str="popularity,last-item,HGN,SASRec-CE,MF,LightGCN", trials:int=1, id_epochs:int=100, id_patience:int=5, search_run:str="",
 )->Path: # Folder with ranks.parquet, models.json, MF.safetensors and the atomic files
     "Stage `baselines`. The parameters are explained at the head of the chapter."
     params, known = {k: v for k, v in locals().items() if k != "run"}, known_models()

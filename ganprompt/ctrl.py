@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'STEP_1', 'collaborative_model', 'place_states', 'last_states', 'item_scores', 'subspaces', 'max_sim',
-           'info_nce', 'Aligner', 'align', 'matched', 'similarities', 'plot_alignment', 'windows', 'purchase_loss',
-           'catalogue_scores', 'score_run', 'fine_tune', 'save_model', 'load_ctrl', 'step_1', 'new_model', 'train_ctrl',
-           'make_ctrl']
+           'info_nce', 'Aligner', 'align', 'matched', 'nearer', 'similarities', 'plot_alignment', 'windows',
+           'purchase_loss', 'catalogue_scores', 'score_run', 'fine_tune', 'save_model', 'load_ctrl', 'step_1',
+           'new_model', 'train_ctrl', 'make_ctrl']
 
 # %% ../nbs/08d_ctrl.ipynb #08d-004
 import math, time
@@ -155,6 +155,12 @@ def matched(
     "Share of texts that suit their own sample better than any other."
     return float((similarity.argmax(1) == np.arange(len(similarity))).mean())
 
+def nearer(
+    similarity:np.ndarray, # (n, n), texts by samples
+)->float: # 0 to 1
+    "Share of the other samples that suit a text less well than its own; one half if text says nothing."
+    return list_auc(np.stack([np.r_[row[i], np.delete(row, i)] for i, row in enumerate(similarity)]))
+
 def similarities(
     aligner:Aligner, # Both models
     rows:pl.DataFrame, # history, target
@@ -282,7 +288,8 @@ def step_1(
     pl.concat(rows).write_parquet(folder/"similarity.parquet")
     plot_alignment({moment: s[:40, :40] for moment, s in found.items()}).savefig(folder/"alignment.png", dpi=110)
     weights = sum(w.numel() for w in aligner.t5.encoder.parameters())
-    write_json(folder/"alignment.json", {"samples": len(shown)} | {moment: matched(s) for moment, s in found.items()} | {"language_parameters": weights})
+    about = {moment: {"first": matched(s), "nearer": nearer(s)} for moment, s in found.items()}
+    write_json(folder/"alignment.json", {"samples": len(shown), "language_parameters": weights, **about})
     return curves
 
 # %% ../nbs/08d_ctrl.ipynb #08d-037

@@ -130,7 +130,7 @@ def score_items(
     asker:Asker, # Prompts and items
     histories:list, # Items of each user, oldest first
     lists:list, # Candidates of each user; lists may differ in length
-    budget:int=4096, # Tokens of candidates a batch
+    budget:int=2048, # Tokens of candidates a batch
 )->list[np.ndarray]: # float32 scores of each user's candidates
     "Scores of candidate lists. Prompts of like length go together."
     import torch
