@@ -14,10 +14,13 @@ from ganprompt.runs import UserError, run_folder
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    "The demo with all models, two epochs each."
-    run = str(tmp_path_factory.mktemp("runs")/"demo")
+    "The demo with all models, one epoch each, in which MF needs larger steps to show something."
+    run, models = str(tmp_path_factory.mktemp("runs")/"demo"), known_models()
+    models["MF"]["settings"][0]["learning_rate"], models["S3Rec"]["pretrain"]["pretrain_epochs"] = .02, 1
     make_data(run)
-    make_baselines(run, models="all", id_epochs=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "known_models", lambda: models)
+        make_baselines(run, models="all", id_epochs=1)
     return run
 
 
@@ -40,7 +43,7 @@ def test_every_model_beats_random(demo, tmp_path):
     make_data(str(tmp_path/"demo")); make_baselines(str(tmp_path/"demo"), models="MF", id_epochs=20)
     both = pl.concat([ranks(demo).filter(pl.col("model") != "MF"), ranks(tmp_path/"demo")])
     for (model,), rows in both.filter(candidates="uni99").group_by("model", maintain_order=True):
-        assert bootstrap(aucs(rows)[:, None])[1, 0] > .5, model
+        assert bootstrap(aucs(rows)[:, None], 300)[1, 0] > .5, model
 
 
 def test_same_rows_for_all(demo):
@@ -131,7 +134,7 @@ def trained(demo, tmp_path_factory):
         train(model | common | dict(name=name, seed=seed, epochs=epochs, settings=[model["settings"][0] | other]))
         return list(figures(pl.read_parquet(folder/f"{name}.parquet"))[name].values())[:2]
     with trainer_process() as train:
-        return {"MF": [one(train, "MF", seed, 40, weight_decay=3e-4) for seed in (0, 1)],
+        return {"MF": [one(train, "MF", seed, 30, learning_rate=.005, train_batch_size=512, weight_decay=3e-4) for seed in (0, 1)],
                 "SASRec-CE": [one(train, "SASRec-CE", seed, 4, hidden_dropout_prob=.3, attn_dropout_prob=.3) for seed in (0, 1)]}
 
 
@@ -145,7 +148,7 @@ def by_cornac(model, run):
 
 
 def test_cornac_agrees(trained, demo):
-    "Two seeds of each library, the same split, lists and number of epochs. Over seeds HR@10 has a standard deviation of about .01 in both; three of these are allowed between the means."
+    "The same split and lists. Over seeds the standard deviation of HR@10 was seen at .003 to .02, that of a difference of means of two seeds below .015; AUC: below .007. Three of these are allowed."
     from cornac.data import Dataset, SequentialDataset
     from cornac.models import BPR, SASRec
     bought = [(u, i, p) for u, items in enumerate(load_training(demo)) for p, i in enumerate(items)]
@@ -157,4 +160,4 @@ def test_cornac_agrees(trained, demo):
     runs = [theirs(seed) for seed in (0, 1)]
     for name, ours in trained.items():
         difference = np.mean(ours, axis=0) - np.mean([run[name] for run in runs], axis=0)
-        assert abs(difference).max() < .03, (name, difference)
+        assert (abs(difference) < [.02, .045]).all(), (name, difference)
