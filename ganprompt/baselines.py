@@ -24,7 +24,7 @@ import yaml
 
 from .attributes import usable
 from .data import dataset_info, load_candidates, load_sequences, load_training, make_data
-from .metrics import gains, ranking
+from .metrics import figures_of, gains, ranking
 from .recommender import sample_rows
 from .encoder import check_switches
 from .runs import UserError, _die_with, manifest, need, root, run_folder, stage, write_json
@@ -48,9 +48,8 @@ def figures(
 )->dict: # Model -> {"auc", "hit@10", "ndcg@10"}: means over users
     "Figures of each model from kept ranks."
     def one(frame):
-        rank, ties, size = (frame[c].to_numpy() for c in ("rank", "ties", "size"))
-        g = gains(rank)
-        return {"auc": float((1 - (rank - 1 - ties/2)/(size - 1)).mean())} | {m: float(g[m].mean()) for m in ("hit@10", "ndcg@10")}
+        values = figures_of(*(frame[c].to_numpy() for c in ("rank", "ties", "size")))
+        return {m: float(values[m].mean()) for m in ("auc", "hit@10", "ndcg@10")}
     return {model: one(frame) for (model,), frame in ranks.filter(candidates=candidates).group_by("model", maintain_order=True)}
 
 # %% ../nbs/08_baselines.ipynb #08-011

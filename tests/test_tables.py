@@ -18,7 +18,7 @@ HAND = {"HGN": ["2 3 9 12", "2 2 8 20"], "SASRec": ["1 2 3 4", "1 1 3 15"], "gan
 def put(study, model, seed, ranks, size=21, dataset="beauty", **more):
     "Keep a made-up entry."
     family = "ours" if "ganprompt" in model or "no-stage-1" in model else "id"
-    kept = dict(model=model, dataset=dataset, synthetic=False, seed=seed, family=family, pocket=family == "ours", users=len(ranks.split()), users_digest="hand",
+    kept = dict(model=model, dataset=dataset, synthetic=False, seed=seed, family=family, pocket=family == "ours", users=len(ranks.split()), users_digest="hand", data="hand",
                 lists={"uni99": {"rank": ranks, "size": size}}, search=[], seconds={"search": 9., "train": 2. + seed, "score": 1.}, machine="by hand") | more
     path = T.entry_path(study, dataset, model, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
