@@ -567,6 +567,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ganprompt.tables.people': ('tables.html#people', 'ganprompt/tables.py'),
                                   'ganprompt.tables.place': ('tables.html#place', 'ganprompt/tables.py'),
                                   'ganprompt.tables.plot_models': ('tables.html#plot_models', 'ganprompt/tables.py'),
+                                  'ganprompt.tables.published_rows': ('tables.html#published_rows', 'ganprompt/tables.py'),
                                   'ganprompt.tables.read_json': ('tables.html#read_json', 'ganprompt/tables.py'),
                                   'ganprompt.tables.read_tables': ('tables.html#read_tables', 'ganprompt/tables.py'),
                                   'ganprompt.tables.reordering': ('tables.html#reordering', 'ganprompt/tables.py'),
@@ -589,5 +590,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ganprompt.tables.unpack': ('tables.html#unpack', 'ganprompt/tables.py'),
                                   'ganprompt.tables.without_folders': ('tables.html#without_folders', 'ganprompt/tables.py'),
                                   'ganprompt.tables.write_page': ('tables.html#write_page', 'ganprompt/tables.py'),
+                                  'ganprompt.tables.write_published': ('tables.html#write_published', 'ganprompt/tables.py'),
                                   'ganprompt.tables.write_sampling': ('tables.html#write_sampling', 'ganprompt/tables.py'),
                                   'ganprompt.tables.written': ('tables.html#written', 'ganprompt/tables.py')}}}

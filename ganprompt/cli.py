@@ -414,11 +414,11 @@ def fill(
     "Make the entries that are missing; a failure does not stop the rest."
     from ganprompt.tables import keep_models, lacking
     failed, folder = [], Path(runs or root()/"runs").absolute()
+    first = folder/f"{Path(next(iter(plan['datasets']))).stem}-{plan['seeds'][0]}" # it searches for the id models' settings
     for dataset, seed, stage in [(d, s, stage) for d, stages in plan["datasets"].items() for s in plan["seeds"] for stage in stages]:
         about = plan["stages"][stage]
         if not lacking(study, dataset, seed, about["models"]): continue
-        first = folder/f"{Path(dataset).stem}-{plan['seeds'][0]}"
-        run = first.with_name(f"{Path(dataset).stem}-{seed}")
+        run = folder/f"{Path(dataset).stem}-{seed}"
         given = dict(dataset=dataset, data_dir=data_dir, run=run, seed=seed, search_run="" if run == first else first) | plan.get("parameters", {})
         click.echo(f"{run.name}: {stage}")
         try:
@@ -433,11 +433,11 @@ def fill(
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
 @click.option("--study", metavar="NAME", default="end_to_end", help="Folder under data/results  [end_to_end]")
 def keep(runs, study):
-    "Keep the results of runs, and Figure 3 of the first run of each data set; or, with --study benchmarks, their measurements; or, with --study tables, each model's ranks."
+    "Keep the results of runs, and Figure 3 of the first run of each data set; or, with --study benchmarks, their measurements; or, with --study tables or standard, each model's ranks."
     from ganprompt import benchmarks, figures, metrics, tables
     runs = [absolute("run", run) for run in runs]
-    if study == "tables":
-        for path in [p for run in runs for p in tables.keep_models(run)] + tables.make_tables(): click.echo(shown(path))
+    if study in ("tables", "standard"):
+        for path in [p for run in runs for p in tables.keep_models(run, study)] + tables.make_tables(): click.echo(shown(path))
         return
     if study == "benchmarks":
         for path in [*map(benchmarks.keep_benchmarks, runs), *benchmarks.draw_benchmarks()]: click.echo(shown(path))

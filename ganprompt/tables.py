@@ -10,7 +10,8 @@ __all__ = ['ORDER', 'NUMBERS', 'PARTS', 'TEX', 'FORMATS', 'STYLE', 'FAMILIES', '
            'escape_md', 'escape_tex', 'written', 'to_md', 'to_fragment', 'to_html', 'to_tex', 'shown_as', 'line_up',
            'grouped', 'measured_block', 'against_block', 'interval_block', 'reported_figures', 'reported_block',
            'sampling_block', 'sampling_note', 'time_block', 'missing_notes', 'Results', 'results', 'page_of',
-           'long_rows', 'plot_models', 'table1_page', 'write_page', 'write_sampling', 'make_tables']
+           'long_rows', 'plot_models', 'published_rows', 'write_published', 'table1_page', 'write_page',
+           'write_sampling', 'make_tables']
 
 # %% ../nbs/10a_tables.ipynb #10a-003
 import html, itertools, json, re
@@ -614,6 +615,33 @@ def plot_models(
     return fig
 
 # %% ../nbs/10a_tables.ipynb #10a-071
+def published_rows(
+    entries:list, # From `read_tables`
+    printed:pl.DataFrame, # dataset, model, hit@10, ndcg@10, source
+) -> list: # Groups of rows of text: ours on full lists, and below each model what others have printed
+    "Our figures among all items beside published ones."
+    def fine(x): return f"{x:.4f}".lstrip("0")
+    def one(dataset, model, mine):
+        stats = statistics(people(mine, "full"))
+        ends = [stats.row(by_predicate=pl.col("metric") == m, named=True) for m in ("hit@10", "ndcg@10")]
+        seeds = ", ".join(str(e["seed"]) for e in mine)
+        ours = [dataset, model, *(f"{fine(r['mean'])} [{fine(r['low'])}, {fine(r['high'])}]" for r in ends), f"here: {mine[0]['users']:,} users, seed {seeds}"]
+        return [ours] + [[dataset, model, fine(r["hit@10"]), fine(r["ndcg@10"]), f"reported: {r['source']}"] for r in printed.filter(dataset=dataset, model=model).iter_rows(named=True)]
+    groups = itertools.groupby([e for e in entries if "full" in e["lists"]], key=lambda e: (e["dataset"], e["model"]))
+    return [one(*key, list(mine)) for key, mine in groups]
+
+def write_published(
+    out:Path, # Folder
+    study:str|Path="standard", # Folder under data/results, or a path
+) -> list[Path]: # Files; none if nothing is kept
+    "Ours beside published figures, in the setting that they share."
+    if not any((root() / "data/results" / study).glob("*/*-*.json")): return []
+    rows = published_rows(read_tables(study), pl.read_csv(root() / "data/published.csv"))
+    head = ["data set", "model", "HR@10", "NDCG@10", "source"]
+    page = Page("Against published figures", ["All ratings, 5-core, each user's last item, all items ranked. Ours with 95 % intervals over users; the others as reported."], [Block("SASRec on the common setting", head, rows)])
+    return write_page(page, pl.DataFrame([r for group in rows for r in group], schema=head, orient="row"), out / "published")
+
+# %% ../nbs/10a_tables.ipynb #10a-074
 def table1_page(
     data:list, # Contents of the data.json files
 ) -> Page: # Table 1
@@ -625,7 +653,7 @@ def table1_page(
 
 COUNTS = ["users", "items", "interactions", "sequences"]
 
-# %% ../nbs/10a_tables.ipynb #10a-072
+# %% ../nbs/10a_tables.ipynb #10a-075
 def write_page(
     page:Page, # What to write
     table:pl.DataFrame, # The same for other programs
@@ -637,7 +665,7 @@ def write_page(
     for suffix, text in texts.items(): stem.with_name(stem.name + suffix).write_text(text, encoding="utf-8")
     return [stem.with_name(stem.name + suffix) for suffix in texts]
 
-# %% ../nbs/10a_tables.ipynb #10a-073
+# %% ../nbs/10a_tables.ipynb #10a-076
 def write_sampling(
     orders:pl.DataFrame, # From `sampling_table`, all data sets
     stem:Path, # Where, without a suffix
@@ -653,7 +681,7 @@ def write_sampling(
     stem.with_name(stem.name + ".csv").write_text(orders.write_csv(float_precision=6), encoding="utf-8")
     return [stem.with_name(stem.name + suffix) for suffix in (".md", ".csv")]
 
-# %% ../nbs/10a_tables.ipynb #10a-074
+# %% ../nbs/10a_tables.ipynb #10a-077
 def make_tables(
     study:str|Path="tables", # Folder under data/results, or a path
     out:Path|None=None, # Where the files go; figures/ by default
@@ -670,4 +698,4 @@ def make_tables(
         made.append(stem.with_name(stem.name + ".png"))
         save_figure(plot_models(r), made[-1])
     if data: made += write_page(table1_page(data), pl.concat([pl.DataFrame(d["table1"]) for d in data], how="vertical_relaxed"), out / "table1")
-    return made + write_sampling(sampling_table(entries), out / "sampling")
+    return made + write_sampling(sampling_table(entries), out / "sampling") + (write_published(out) if study == "tables" else [])
