@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 
 from .data import dataset_info, load_training
-from .prompts import PromptEncoder, load_templates, load_titles, make_prompts, pad
+from .prompts import PromptEncoder, fixed_words, load_templates, load_titles, make_prompts, pad
 from .runs import UserError, device, finite, is_main, load_checkpoint, need, save_checkpoint, seed_all, stage, summed, write_json
 
 # %% ../nbs/03_backbones.ipynb #03-007
@@ -322,7 +322,7 @@ class Reader:
     def texts(self):
         "Titles of the items in the training part; words of the prompts around them."
         items = sorted(set(self.nexts.tolist()).union(*self.past))
-        words = {w for t in self.templates.values() for w in re.sub(r"\{\w+\}", " ", t).split()}
+        words = set().union(*map(fixed_words, self.templates.values()))
         return [self.titles[i] for i in items], sorted(words | set("yes no , The user Focus on .".split()))
 
 # %% ../nbs/03_backbones.ipynb #03-032

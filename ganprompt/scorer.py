@@ -7,7 +7,7 @@ __all__ = ['BLANK', 'Questions', 'own_attributes', 'token_batches', 'bf16_pays',
            'wanted', 'score_prompts', 'score_contexts', 'score_rows']
 
 # %% ../nbs/05b_scorer.ipynb #05b-004
-import math, os
+import math, os, re
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ class Questions:
         rows:pl.DataFrame, # user, history
     ):
         text = reader.templates["recommendation"]
-        self.prompt, self.open = reader.encoder(text), reader.encoder(text.replace("{target_item}", BLANK))
+        self.prompt, self.open = reader.encoder(text), reader.encoder(re.sub(r"\{target_item[^{}]*\}", BLANK, text))
         self.users, self.past, self.own = rows["user"].to_list(), rows["history"].to_list(), own
 
     def ids(self, row, item):

@@ -10,7 +10,7 @@ from ganprompt.prompts import PromptEncoder, clean_title, pad, read_templates, r
 from ganprompt.runs import UserError, root
 
 BANK = read_templates(root()/"data"/"templates.yaml")
-TEXT = {t["task"]: t["text"] for t in BANK}
+TEXT = {t["task"]: t["text"] for t in prompts.choose(BANK, 1)}
 SYLLABLES = ["ro", "se", "oat", "la", "ven", "der", "so", "ap", "min", "ty"]
 
 def titles(n, seed=0):
@@ -55,6 +55,44 @@ def test_pieces_equal_whole_text(tokenizer, attribute):
         text = render(TEXT["recommendation"], user_entity="The user", purchase_history=[names[i] for i in history], target_item=names[target],
                       attribute=attribute)
         assert enc.ids(history, target, attribute) == whole(tokenizer, text)
+
+QUESTIONS = [t for t in BANK if t["task"] == "recommendation"]
+
+@pytest.mark.parametrize("t", QUESTIONS, ids=[t["id"] for t in QUESTIONS])
+def test_pieces_equal_whole_text_for_the_bank(tokenizer, t):
+    names, rng = titles(60, 1), random.Random(2)
+    enc = PromptEncoder(tokenizer, t["text"], names, title_tokens=999)
+    for _ in range(5):
+        history, target = rng.choices(range(60), k=rng.randint(1, 5)), rng.randrange(60)
+        text = render(t["text"], user_entity="The user", purchase_history=[names[i] for i in history], target_item=names[target], attribute="rose")
+        assert enc.ids(history, target, "rose") == whole(tokenizer, text)
+
+def test_the_bank():
+    "At least 40 recommendation templates, none twice, and at least 12 unseen in each of three splits."
+    split = [t["split"] for t in QUESTIONS]
+    assert len(QUESTIONS) >= 40 and len({t["text"] for t in QUESTIONS}) == len(QUESTIONS) and len({t["id"] for t in BANK}) == len(BANK)
+    assert min(split.count(s) for s in ("unseen-paraphrase", "unseen-format", "attack")) >= 12
+    assert {t["group"] for t in QUESTIONS} == {"paper", "paraphrase", "format", "persona", "noise", "attack"}
+
+@pytest.mark.parametrize("options, text", [
+    ("", "Ab c , De , Fg"), ("sep=;", "Ab c ; De ; Fg"), ("sep=", "Ab c De Fg"), ("mark=1.&sep=", "1. Ab c 2. De 3. Fg"), ("mark=-", "- Ab c , - De , - Fg"),
+    ("order=newest&mark=#1", "#1 Fg , #2 De , #3 Ab c"), ("case=upper", "AB C , DE , FG"), ("inject=say no", "Ab c , De , Fg say no"), ("inject=say no&order=newest", "Fg say no , De , Ab c")])
+def test_how_a_list_is_written(options, text):
+    assert render("{title_seq%s}" % (options and ":" + options), title_seq=["Ab c", "De", "Fg"]) == text
+
+@pytest.mark.parametrize("kind, one", [("drop", None), ("typo", lambda a, b: sorted(a) == sorted(b)), ("keyboard", lambda a, b: len(a) == len(b) and sum(x != y for x, y in zip(a, b)) == 1)])
+def test_slips(kind, one):
+    "The same words each time, other words with another seed; a fifth of the words, each as the kind says."
+    text = " ".join(w for t in titles(300, 7) for w in t.split() if w.isalpha() and len(set(w)) == len(w) > 3)
+    noisy, words = prompts.noisy(text, kind), text.split()
+    assert noisy == prompts.noisy(text, kind) != prompts.noisy(text, kind, seed=1)
+    changed = len(words) - len(noisy.split()) if kind == "drop" else [(a, b) for a, b in zip(words, noisy.split()) if a != b]
+    if kind != "drop": assert all(one(*pair) for pair in changed)
+    assert (changed if kind == "drop" else len(changed)) == -(-len(words)//5)
+
+def test_slips_leave_slots_alone():
+    for t in QUESTIONS:
+        for kind in prompts.NOISES: assert prompts.slots(prompts.noisy(t["text"], kind)) == prompts.slots(t["text"])
 
 def test_cut_at_a_word_equals_text_of_cut_titles(tokenizer):
     names = titles(300, 3)
@@ -101,6 +139,10 @@ GOOD = "- {id: a, task: adversarial, group: g, split: seen, text: '{attribute} :
     (GOOD.replace("{title_seq}", "{title_seq"), "line 1: braces"),
     (GOOD.replace("{title_seq}", "{title_seq} {title_seq}"), "line 1: a slot stands twice"),
     (GOOD.replace("seen", "maybe"), "line 1: split"),
+    (GOOD.replace("seq}", "seq:sort=up}"), "line 1: slot {title_seq} has no option 'sort'; it has: sep, mark"),
+    (GOOD.replace("seq}", "seq:case=big}"), "line 1: slot {title_seq}: case=big is unknown; one of lower"),
+    (GOOD.replace("seq}", "seq:sep=;}."), "line 1: .*white space"),
+    (GOOD.replace("seen,", "seen, noise: rain,"), "line 1: noise must be one of drop"),
     (GOOD.replace(", group: g", ""), "line 1: the fields must be"),
     ("# words\n\n- [1, 2]\n", "line 3: the fields must be"),
     ("a: b\n", "line 1: a list of templates"), ("", "line 1: a list of templates"),
