@@ -183,7 +183,7 @@ def write_atomic(
 def recbole()->SimpleNamespace: # The parts that are used here
     "Import RecBole; changes names in numpy, scipy and sys. `UserError` if it is not installed."
     if not importlib.util.find_spec("recbole"): raise UserError("the id models are trained by RecBole, which is not installed; install it with: pip install -e '.[baselines]'")
-    import scipy.sparse
+    import scipy.sparse, torch
     for name, kind in dict(float_=np.float64, complex_=np.complex128, unicode_=np.str_).items(): setattr(np, name, kind)
     scipy.sparse.dok_matrix._update = lambda self, values: self._dict.update(values)
     sys.argv = sys.argv[:1]
@@ -193,6 +193,8 @@ def recbole()->SimpleNamespace: # The parts that are used here
     from recbole.data.dataloader import TrainDataLoader
     from recbole.data.interaction import Interaction
     from recbole.utils import get_model, get_trainer, init_seed
+    import recbole.model.sequential_recommender
+    torch.autograd.set_detect_anomaly(False) # SINE has turned it on
     return SimpleNamespace(Config=Config, Interaction=Interaction, TrainDataLoader=TrainDataLoader, create_dataset=create_dataset, data_preparation=data_preparation,
                            get_model=get_model, get_trainer=get_trainer, init_seed=init_seed)
 
