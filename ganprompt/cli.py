@@ -6,7 +6,7 @@
 __all__ = ['Parameter', 'read_parameters', 'Chapter', 'read_chapter', 'chapters', 'parameters', 'convert', 'unknown',
            'read_config', 'read_preset', 'absolute', 'resolve', 'duration', 'Progress', 'execute', 'current',
            'run_chapter', 'write_report', 'launch', 'RunCommand', 'cli', 'shown', 'choose', 'run', 'stage_row',
-           'as_table', 'show', 'read_plan', 'fill', 'keep', 'tables', 'compare', 'fetch', 'main']
+           'as_table', 'show', 'read_plan', 'fill', 'keep', 'tables', 'compare', 'fetch', 'robustness', 'main']
 
 # %% ../nbs/11_cli.ipynb #11-002
 import ast, difflib, io, json, os, re, sys, time, tokenize
@@ -477,7 +477,21 @@ def fetch(category, to, release, base_url):
     from ganprompt import data
     for path in data.fetch(category, to, release, base_url): click.echo(shown(path))
 
-# %% ../nbs/11_cli.ipynb #11-062
+# %% ../nbs/11_cli.ipynb #11-061
+@cli.command()
+@click.argument("model", metavar="MODEL")
+@click.option("--run", metavar="NAME", default="", help="Run whose users and candidates are asked about  [the recommender's own, or demo]")
+@click.option("--templates", metavar="FILE", default="", help="Template file  [data/templates.yaml]")
+@click.option("--users", type=click.IntRange(min=0), default=300, help="Users, drawn at random, the same for every model; 0: all  [300]")
+@click.option("--download", type=bool, default=False, help="Whether hub models may be fetched  [False]")
+@click.option("--out", metavar="FOLDER", default="", help="Where the two files go  [robustness/MODEL in the run folder]")
+def robustness(model, run, templates, users, download, out):
+    "Measure how much a model minds the wording: MODEL is a recommender in a run folder, as in runs/demo/recommender/ganprompt, or any seq2seq or causal language model, by its folder or hub name."
+    from ganprompt.robustness import make_report
+    path = make_report(model, absolute("run", run) if run else "", templates, users, download, out)
+    for file in (path, path.with_suffix(".json")): click.echo(shown(file))
+
+# %% ../nbs/11_cli.ipynb #11-063
 def main():
     "The `ganprompt` command."
     try: sys.exit(cli(sys.argv[1:] or ["--help"], standalone_mode=False))

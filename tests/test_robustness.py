@@ -1,0 +1,180 @@
+"Robustness: measures against other people's code and hand-worked cases, a bank put to real models, the report, the command."
+import json
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+
+from ganprompt import robustness as R
+from ganprompt.cli import main
+from ganprompt.prompts import read_templates
+from ganprompt.runs import UserError
+
+RNG = np.random.default_rng(0)
+
+
+def test_cps_and_its_parts():
+    "Worked from Mizrahi et al.'s definitions: MaxP .8, AvgP .6, Sat 1 - .2 = .8, CPS .64."
+    m = R.over_templates([.4, .6, .8])
+    assert [round(m[k], 12) for k in ("avg", "min", "max", "spread", "median", "cps")] == [.6, .4, .8, .4, .6, .64]
+    assert m["q05"] == pytest.approx(.42) and m["q95"] == pytest.approx(.78)
+    assert R.over_templates([.5]*9)["cps"] == .5 and R.over_templates([0.]*9)["cps"] == 0
+    assert R.drop_rate([.4, .2], .4) == pytest.approx(.25) and np.isnan(R.drop_rate([.4], 0))
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (7, 30)])
+def test_pss_is_the_mean_over_pairs(shape):
+    x = RNG.random(shape)
+    pairs = [(i, j) for i in range(len(x)) for j in range(i)]
+    np.testing.assert_allclose(R.pss(x), np.mean([abs(x[i] - x[j]) for i, j in pairs], axis=0), atol=1e-12)
+    np.testing.assert_allclose(R.pss(x[RNG.permutation(len(x))]), R.pss(x), atol=1e-12)
+
+
+def test_posix_by_its_definition():
+    "A loop over the paper's equation 1, with probabilities of both answers."
+    z = RNG.normal(size=(5, 8))*3
+    p = 1/(1 + np.exp(-z))
+    def prob(t, u, yes): return p[t, u] if yes else 1 - p[t, u]
+    for u in range(8):
+        answers = [p[t, u] > .5 for t in range(5)]
+        psi = np.mean([abs(np.log(prob(s, u, answers[t])/prob(t, u, answers[t]))) for s in range(5) for t in range(5) if s != t])
+        assert R.posix(z)[u] == pytest.approx(psi)
+    assert np.isfinite(R.posix(np.array([[900.], [-900.]]))).all()
+
+
+def test_tau_equals_scipy():
+    from scipy.stats import kendalltau
+    for z in (RNG.normal(size=(4, 50)), RNG.integers(0, 5, (4, 50)).astype(float)):
+        np.testing.assert_allclose(R.tau(z[0], z[1:]), [kendalltau(z[0], other).statistic for other in z[1:]], atol=1e-12)
+    assert np.isnan(R.tau(np.ones(5), np.arange(5.)[None])).all()
+
+
+@pytest.mark.parametrize("p, mixed, turned", [(.5, .35052083333333334, 6.712312796074904e-17), (.9, .8138115, .0015403985936540256), (.98, .9587914980373333, .25860588701918846)])
+def test_rbo_equals_another_implementation(p, mixed, turned):
+    "What the package rbo 0.1.3 gives (it wants numpy 1, so it is not installed here): seven items in the orders 1234567 and 3216475, and a hundred turned round."
+    assert R.rbo(np.arange(1, 8), np.array([3, 2, 1, 5, 7, 4, 6]), p) == pytest.approx(mixed, abs=1e-12)
+    assert R.rbo(np.arange(1, 101), np.arange(100, 0, -1), p) == pytest.approx(turned, abs=1e-12)
+
+
+def test_ranks():
+    assert R.ranks(np.array([[.1, .9, .5], [2, 2, 3]])).tolist() == [[3, 1, 2], [2, 3, 1]]
+
+
+def test_diversity_counts_kinds():
+    "Three groups of equal states at right angles count as three, however they are scaled and turned."
+    turn = np.linalg.qr(RNG.normal(size=(6, 6)))[0]
+    x = np.repeat(np.eye(3, 6), 4, axis=0)*RNG.uniform(1, 9, (12, 1)) @ turn
+    found = R.diversity(x)
+    assert found["vendi"] == pytest.approx(3) and found["cosine"] == pytest.approx(3*12/(12*11))
+
+
+SPLITS = ["seen", "seen", *["unseen-paraphrase"]*4, *["attack"]*4]
+BANK = [dict(id=str(i), group="toy", split=s) for i, s in enumerate(SPLITS)]
+
+def made(kind, users=200, n=50):
+    "Scores of a model that ignores its prompt, of one that has learned the seen templates by heart, of one that minds none."
+    truth, noise = RNG.normal(size=(users, n)) + 2.5*(np.arange(n) == 0), RNG.normal(size=(len(BANK), users, n))
+    if kind == "constant": return np.zeros_like(noise)
+    if kind == "robust": return truth + .1*noise
+    return np.where(np.array(SPLITS)[:, None, None] == "seen", truth + .1*noise, noise)
+
+def test_measures_tell_constant_and_memorising_models_from_a_robust_one():
+    constant, memory, robust = (R.measure_bank(made(kind), BANK) for kind in ("constant", "memory", "robust"))
+    for split in ("unseen-paraphrase", "attack", "unseen"):
+        c, m, r = (x[split] for x in (constant, memory, robust))
+        assert c["flips"] == c["posix"] == 0 and c["hit@10"]["cps"] == 0                # insensitive and useless
+        assert r["hit@10"]["cps"] > .7 > .5 > m["hit@10"]["cps"]
+        assert m["hit@10"]["drop"] > .5 > .05 > r["hit@10"]["drop"]
+        assert m["tau"] < .1 < .8 < r["tau"] and m["posix"] > 3*r["posix"] and m["hit@10"]["pss"] > 3*r["hit@10"]["pss"]
+    assert memory["seen"]["hit@10"]["drop"] < .05 and "unseen-format" not in memory
+    assert abs(memory["clean"]["hit@10"] - robust["clean"]["hit@10"]) < .1
+
+
+def test_intervals_cover_users_and_templates():
+    "With one figure for all, nothing varies; if only templates differ, the interval is that of a mean of few templates; the same draws serve all models."
+    n, users = 12, 300
+    flat = R.redrawn({"a": np.full((n, users), .3)}, np.mean, 200)["a"]
+    assert np.allclose(flat, .3)
+    steps = np.repeat(RNG.normal(size=(n, 1)), users, axis=1)
+    value, low, high = R.ends(R.redrawn({"a": steps}, np.mean, 4000)["a"])
+    assert value == pytest.approx(steps.mean()) and (high - low)/2 == pytest.approx(1.96*steps.std()/n**.5, rel=.15)
+    both = R.redrawn({"a": steps, "b": steps + .1}, np.mean, 50)
+    np.testing.assert_allclose(both["b"] - both["a"], .1)
+
+
+def test_the_bank_starts_with_the_runs_own_template(finished):
+    reader, _ = R.reader_for(str(finished))
+    bank = R.bank_for(reader)
+    assert bank[0]["text"] == reader.templates["recommendation"] and len({t["text"] for t in bank}) == len(bank)
+    reader.templates = reader.templates | {"recommendation": "Does {purchase_history} go with {target_item} ?"}
+    assert R.bank_for(reader)[0]["id"] == "own" and len(R.bank_for(reader)) == len(bank) + 1
+
+
+def test_wrong_attributes_are_somebody_elses(finished):
+    reader, _ = R.reader_for(str(finished))
+    own, rows = R.own_attributes(str(finished)), R.test_lists(str(finished), 5)[0]
+    wrong = next(t for t in R.bank_for(reader) if "{attribute:wrong}" in t["text"])
+    asked = R.asked_under(reader, own, wrong, rows)
+    assert all(asked.own[u] != own[u] and asked.own[u] in own.values() for u in own) or len(set(own.values())) == 1
+    ids, word = asked.ids(0, 1), reader.tokenizer(asked.own[rows["user"][0]], add_special_tokens=False).input_ids
+    assert ids[2:2 + len(word)] == word and reader.tokenizer.decode(ids).count("Focus on") == 1
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_any_language_model(kind, finished, tmp_path):
+    "What a whole forward pass of transformers gives, one prompt at a time and without padding."
+    import torch
+    from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
+    reader, path = R.reader_for(str(finished))
+    n = len(reader.tokenizer)
+    torch.manual_seed(0)
+    model = (LlamaForCausalLM(LlamaConfig(vocab_size=n, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)) if kind == "causal" else
+             BartForConditionalGeneration(BartConfig(vocab_size=n, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2,
+                                                     pad_token_id=0, decoder_start_token_id=2, max_position_embeddings=512)))
+    model.save_pretrained(tmp_path/kind); AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path/kind)
+    wrapped, name = R.load_any(str(tmp_path/kind), reader)
+    rows, lists = R.test_lists(str(finished), 3)
+    bank, own = R.bank_for(reader)[:2], R.own_attributes(str(finished))
+    z = R.score_bank(wrapped, reader, own, bank, rows, lists)
+    assert name == kind and z.shape == (2, 3, len(lists[0]))
+    questions = R.asked_under(reader, own, bank[1], rows)
+    ids = torch.tensor([questions.ids(2, int(lists[2][7]))])
+    with torch.no_grad(): logits = (model.eval()(ids) if kind == "causal" else model.eval()(ids, decoder_input_ids=torch.tensor([[2]]))).logits[0, -1]
+    no, yes = wrapped.names
+    assert z[1, 2, 7] == pytest.approx((logits[yes] - logits[no]).item(), abs=1e-4)
+
+
+def test_a_model_that_does_not_answer(finished, tmp_path):
+    (tmp_path/"config.json").write_text('{"model_type": "vit"}'); (tmp_path/"model.safetensors").write_text("")
+    with pytest.raises(UserError, match="vit neither answers nor continues"): R.load_any(str(tmp_path), R.reader_for(str(finished))[0])
+
+
+def test_command_and_report(finished, tmp_path, monkeypatch, capsys):
+    "The user's own templates; a recommender of a run; every number of the page comes from the scores."
+    mine = tmp_path/"mine.yaml"
+    mine.write_text("- {id: hello, task: recommendation, group: mine, split: attack, text: 'Hello {purchase_history} and {target_item} ?'}\n")
+    monkeypatch.setattr(sys, "argv", ["ganprompt", "robustness", str(finished/"recommender/ganprompt"), "--templates", str(mine), "--users", "8", "--out", str(tmp_path/"out")])
+    with pytest.raises(SystemExit) as end: main()
+    assert not end.value.code and "report.html" in capsys.readouterr().out
+    about, page = json.loads((tmp_path/"out/report.json").read_text()), (tmp_path/"out/report.html").read_text()
+    assert [t["id"] for t in about["by_template"]] == ["own", "hello"] and about["users"] == 8 and about["pocket"]
+    assert "pocket model" in page and page.count("<img") == 2 and about["templates"] == "mine.yaml"
+    assert about["measured"]["attack"]["hit@10"]["avg"] == pytest.approx(about["by_template"][1]["hit@10"])
+    assert set(about["measured"]) == {"clean", "attack", "unseen"}
+
+
+def test_mistakes_in_a_template_file_come_first(finished, tmp_path, monkeypatch, capsys):
+    (tmp_path/"bad.yaml").write_text("- {id: a, task: recommendation, group: g, split: attack, text: 'Buy {target_item} ?'}\n")
+    monkeypatch.setattr(R, "score_bank", lambda *a: pytest.fail("scored"))
+    monkeypatch.setattr(sys, "argv", ["ganprompt", "robustness", str(finished/"recommender/ganprompt"), "--templates", str(tmp_path/"bad.yaml"), "--out", str(tmp_path/"out")])
+    with pytest.raises(SystemExit) as end: main()
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and "bad.yaml, line 1" in said and "purchase_history" in said and "Traceback" not in said and not (tmp_path/"out").exists()
+
+
+def test_figure1_shows_one_of_each_group():
+    scores = np.zeros((3, 2, 4)); scores[:, 1] = [[4, 3, 2, 1], [1, 2, 3, 4], [4, 3, 2, 1]]; scores[:, 0] = [9, 8, 7, 6]
+    bank = [t for t in read_templates(R.root()/"data/templates.yaml") if t["id"] in ("paper-recommendation", "s-para-1", "s-para-2")]
+    table = R.figure1(scores, bank, pl.DataFrame({"user": [0, 1], "history": [[0], [1]]}), [[0, 1, 2, 3]]*2, ["A", "B", "C", "D"])
+    assert table["group"].to_list() == ["paper", "paraphrase"] and table["1."].to_list() == ["A", "D"] and table["rank of the target"].to_list() == [1, 4]
