@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SLOTS', 'FIELDS', 'SPLITS', 'HISTORY', 'UNKNOWN', 'NOISES', 'CASES', 'ANY', 'OPTIONS', 'KEYS', 'RATE', 'NEAR',
            'FOCUS', 'clean_title', 'options', 'parsed', 'slots', 'fixed_words', 'slip', 'noisy', 'read_templates',
-           'styled', 'sequence', 'render', 'PromptEncoder', 'pad', 'titles_table', 'choose', 'make_prompts',
-           'load_titles', 'load_templates']
+           'styled', 'sequence', 'render', 'title_ids', 'PromptEncoder', 'pad', 'titles_table', 'choose',
+           'make_prompts', 'load_titles', 'load_templates']
 
 # %% ../nbs/02_prompts.ipynb #02-004
 import html, math, random, re, string
@@ -178,6 +178,19 @@ def _ends(tokenizer)->tuple[list[int], list[int]]: # Ids before, ids after
     return full[:start], full[start + len(bare):]
 
 # %% ../nbs/02_prompts.ipynb #02-033
+def title_ids(
+    tokenizer, # As in `PromptEncoder`
+    titles:list[str], # Cleaned titles
+    gap:str, # What goes before a title
+    o:dict, # Options of its slot
+    most:int, # Tokens kept of a title
+)->list[list[int]]: # Token ids of each title, none of them special
+    "Titles as a slot wants them, as tokens."
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    ids = tokenizer([gap + styled(t, o) for t in titles], add_special_tokens=False).input_ids if len(titles) else []
+    return [[i for i in t if i not in special][:most] for t in ids]
+
+# %% ../nbs/02_prompts.ipynb #02-034
 class PromptEncoder:
     "Prompts as token ids, put together from pieces that are tokenised once."
     def __init__(self,
@@ -197,10 +210,10 @@ class PromptEncoder:
         if "attribute" in slots(text): self.focus = self.plan
         style = {name: o for _, name, o in parsed(text) if name}
         self.listing, self.lists = next((o for name, o in style.items() if name in HISTORY), {}), {}
-        self.titles = self._titles(titles, self.listing, title_tokens)
+        self.titles = title_ids(tokenizer, titles, self.gap, self.listing, title_tokens)
         target = style.get("target_item", {})
         same = all(target.get(k) == self.listing.get(k) for k in ("case", "noise"))
-        self.targets = self.titles if same else self._titles(titles, target, title_tokens)
+        self.targets = self.titles if same else title_ids(tokenizer, titles, self.gap, target, title_tokens)
 
     def _raw(self, text): return self.tokenizer(text, add_special_tokens=False).input_ids
     def _tok(self, text): return self._raw(self.gap + text)
@@ -209,12 +222,6 @@ class PromptEncoder:
         "The template as a list of token lists (fixed pieces) and slot names."
         parts = re.split(r"\s*\{(\w+)(?::[^{}]*)?\}\s*", text.strip())
         return [p if i % 2 else self._tok(p) for i, p in enumerate(parts) if p]
-
-    def _titles(self, titles, o, title_tokens):
-        "Each title as its slot wants it, as tokens, cut."
-        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
-        ids = self.tokenizer([self.gap + styled(t, o) for t in titles], add_special_tokens=False).input_ids if len(titles) else []
-        return [[i for i in t if i not in special][:title_tokens] for t in ids]
 
     def _list(self, n):
         "How a history of n titles is written: places, and tokens of the words around them."
@@ -242,7 +249,7 @@ class PromptEncoder:
         if word not in self.words: self.words[word] = self._tok(word)
         return self.words[word]
 
-# %% ../nbs/02_prompts.ipynb #02-035
+# %% ../nbs/02_prompts.ipynb #02-036
 def pad(
     prompts:list[list[int]], # Token ids, n lists
     pad_id:int, # Id of the padding token
@@ -255,7 +262,7 @@ def pad(
     ids[mask] = torch.from_numpy(np.fromiter(chain.from_iterable(prompts), np.int64)) # row by row, as the mask is read
     return ids, mask.long()
 
-# %% ../nbs/02_prompts.ipynb #02-051
+# %% ../nbs/02_prompts.ipynb #02-052
 def titles_table(
     run:str, # Run with a complete stage `data`
 )->pl.DataFrame: # item, title
@@ -268,7 +275,7 @@ def titles_table(
                         "the meta file with titles of the 2014 release; without titles, use a model that reads item ids")
     return pl.DataFrame({"item": items["item"], "title": [t or UNKNOWN for t in titles]})
 
-# %% ../nbs/02_prompts.ipynb #02-052
+# %% ../nbs/02_prompts.ipynb #02-053
 def choose(
     bank:list[dict], # Templates
     template:int, # Recommendation template, counted from 1
@@ -280,7 +287,7 @@ def choose(
     if not 1 <= template <= n: raise UserError(f"template {template} does not exist; the file has recommendation templates 1 to {n}")
     return [found[template - 1 if task == "recommendation" else 0] for task, found in tasks.items()]
 
-# %% ../nbs/02_prompts.ipynb #02-054
+# %% ../nbs/02_prompts.ipynb #02-055
 def make_prompts(
     run:str="demo", # Run folder: a name under runs/, or a path
     template:int=1, # Recommendation template, counted from 1 in the template file; the other tasks use their first
@@ -297,7 +304,7 @@ def make_prompts(
         return {"items": len(table), "without_title": int((table["title"] == UNKNOWN).sum())}
     return stage(run, "prompts", dict(template=template, templates=templates), make, inputs=["data"], files=[path])
 
-# %% ../nbs/02_prompts.ipynb #02-055
+# %% ../nbs/02_prompts.ipynb #02-056
 def load_titles(run:str)->list[str]: # Cleaned titles; the index is the item id
     "Titles of the run's items."
     return pl.read_parquet(need(run, "prompts", make_prompts)/"titles.parquet")["title"].to_list()
