@@ -32,7 +32,6 @@ def test_a_killed_training_ends_with_the_same_numbers(what, finished, shop, tmp_
         if checkpoint.exists(): break
         assert process.poll() is None
         time.sleep(.01)
-    time.sleep(.1)
     os.kill(process.pid, signal.SIGKILL); process.wait()
     assert not (run/stage).exists() and checkpoint.exists()
     assert start(run, stage, shop, **more).wait() == 0
