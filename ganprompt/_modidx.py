@@ -80,6 +80,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'ganprompt.baselines.recbole': ('baselines.html#recbole', 'ganprompt/baselines.py'),
                                      'ganprompt.baselines.sampled': ('baselines.html#sampled', 'ganprompt/baselines.py'),
                                      'ganprompt.baselines.search': ('baselines.html#search', 'ganprompt/baselines.py'),
+                                     'ganprompt.baselines.searched': ('baselines.html#searched', 'ganprompt/baselines.py'),
                                      'ganprompt.baselines.serve': ('baselines.html#serve', 'ganprompt/baselines.py'),
                                      'ganprompt.baselines.short_message': ('baselines.html#short_message', 'ganprompt/baselines.py'),
                                      'ganprompt.baselines.show_models': ('baselines.html#show_models', 'ganprompt/baselines.py'),

@@ -7,7 +7,7 @@ __all__ = ['COUNTED', 'RECENT', 'VALID_ROWS', 'VALID_METRIC', 'rank_rows', 'figu
            'show_models', 'popularity', 'last_item', 'prefixes', 'title_words', 'write_rows', 'write_atomic', 'recbole',
            'open_data', 'their_ids', 'questions', 'ask_pairs', 'ask', 'Trimmed', 'ndcg', 'pretrain', 'fit',
            'known_models', 'search', 'sampled', 'rank_all', 'train_model', 'serve', 'trainer_process', 'count_model',
-           'id_model', 'chosen_settings', 'make_baselines']
+           'id_model', 'searched', 'chosen_settings', 'make_baselines']
 
 # %% ../nbs/08_baselines.ipynb #08-004
 import html, importlib.util, json, logging, math, os, re, shutil, subprocess, sys, time, warnings
@@ -468,24 +468,34 @@ def id_model(
 ): # (frames, about)
     "A model of RecBole; one that is trained already is read."
     path = Path(job["folder"])/f"{job['name']}.json"
-    if not job["settings"]: raise UserError("the run named by search_run has no settings of this model; add it there, or search")
+    if not job["settings"]: raise UserError("search_run names no settings of this model; add it there, or search")
     if job["pretrain"] and not dataset_info(job["run"])["has_titles"]: raise UserError(f"{job['name']} learns from words of titles, and this data set has none")
     about = json.loads(path.read_text()) if path.exists() else train(job)
     (path.parent/"checkpoint.pt").touch() # from here on there is something to go on from
     return [pl.read_parquet(path.with_suffix(".parquet"))], about
 
 # %% ../nbs/08_baselines.ipynb #08-057
+def searched(
+    search_run:str, # A run with stage `baselines`, or a folder of kept results as data/results/tables/beauty
+)->dict: # Name -> (settings, the file that has them)
+    "What a search has chosen. Of kept results, that of the lowest seed."
+    kept = [(json.loads(path.read_text()), path) for path in sorted(run_folder(search_run).glob("*-*.json"), reverse=True)]
+    if kept: return {e["model"]: (e["settings"], path) for e, path in kept if e["stage"] == "baselines"}
+    path = need(search_run, "baselines")/"models.json"
+    return {name: (about["settings"], path) for name, about in json.loads(path.read_text()).items() if "settings" in about}
+
 def chosen_settings(
-    search_run:str, # A run with stage `baselines`; empty: search
+    search_run:str, # As for `searched`; empty: search
     trials:int, # Settings to try
-)->dict: # Name -> list of settings
+)->tuple[dict, dict]: # (name -> list of settings, name -> the file they were taken from)
     "The settings to train."
     models = known_models()
     most = min(len(m["settings"]) for m in models.values())
     if not 1 <= trials <= most: raise UserError(f"trials={trials}: data/baselines.yaml has {most} settings a model; choose 1 to {most}, or add settings")
-    if not search_run: return {name: m["settings"][:trials] for name, m in models.items()}
-    found = json.loads((need(search_run, "baselines")/"models.json").read_text())
-    return {name: [found[name]["settings"]] for name in models if "settings" in found.get(name, {})}
+    if not search_run: return {name: m["settings"][:trials] for name, m in models.items()}, {}
+    found = {name: f for name, f in searched(search_run).items() if name in models}
+    return {name: [settings] for name, (settings, _) in found.items()}, {name: path for name, (_, path) in found.items()}
+
 
 # %% ../nbs/08_baselines.ipynb #08-058
 def make_baselines(
@@ -493,7 +503,7 @@ def make_baselines(
 )->Path: # Folder with ranks.parquet, models.json, MF.safetensors and the atomic files
     "Stage `baselines`. The parameters are explained at the head of the chapter."
     params, known = {k: v for k, v in locals().items() if k != "run"}, known_models()
-    every, settings = [*COUNTED, *known], chosen_settings(search_run, trials)
+    every, (settings, taken) = [*COUNTED, *known], chosen_settings(search_run, trials)
     names = every if models == "all" else [name.strip() for name in models.split(",")]
     for name in names: check_switches(models=(name, every))
     need(run, "data", make_data)
@@ -511,5 +521,5 @@ def make_baselines(
         merits = finish(folder, ranks, about)
         shutil.rmtree(jobs)
         return merits
-    files = [root()/"data/baselines.yaml", *([run_folder(search_run)/"baselines/models.json"] if search_run else [])]
+    files = [root()/"data/baselines.yaml", *dict.fromkeys(taken[name] for name in names if name in taken)]
     return stage(run, "baselines", params, make, inputs=["data"], files=files)

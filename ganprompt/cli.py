@@ -9,7 +9,7 @@ __all__ = ['Parameter', 'read_parameters', 'Chapter', 'read_chapter', 'chapters'
            'as_table', 'show', 'read_plan', 'fill', 'keep', 'tables', 'compare', 'fetch', 'robustness', 'main']
 
 # %% ../nbs/11_cli.ipynb #11-002
-import ast, difflib, io, json, os, re, sys, time, tokenize
+import ast, difflib, io, itertools, json, os, re, sys, time, tokenize
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -392,17 +392,21 @@ def show(name):
 # %% ../nbs/11_cli.ipynb #11-056
 def read_plan(
     path:str="", # YAML file; data/tables.yaml by default
-) -> dict: # seeds, datasets, parameters, stages
+) -> dict: # seeds, datasets (name → stage → models), parameters, stages
     "What a study of tables consists of. Raises `UserError` for names that there are not."
     import yaml
-    path, stages = Path(path or root()/"data"/"tables.yaml"), [c.stage for c in chapters()]
+    path, known = Path(path or root()/"data"/"tables.yaml"), [c.stage for c in chapters()]
     _compose(path) # says what is wrong with the file
     plan = yaml.safe_load(path.read_text(encoding="utf-8"))
-    try: wanted = [s for names in plan["datasets"].values() for s in names] + [n for s in plan["stages"].values() for n in s["needs"] if s["models"]]
+    def models(name): return name if isinstance(name, dict) else {name: plan["stages"][name]["models"]}
+    try:
+        named = [s for names in plan["datasets"].values() for name in names for s in ([name] if isinstance(name, str) else name)]
+        for stage in named + [n for s in plan["stages"].values() for n in s["needs"]]:
+            if stage not in known: raise UserError(f"{path}: there is no stage {stage!r}; there are {', '.join(known)}")
+        datasets = {dataset: {stage: m for name in names for stage, m in models(name).items()} for dataset, names in plan["datasets"].items()}
     except (KeyError, TypeError, AttributeError): raise UserError(f"{path}: not a plan; it needs seeds, datasets, and stages with needs and models, as data/tables.yaml has") from None
-    for stage in wanted:
-        if stage not in stages: raise UserError(f"{path}: there is no stage {stage!r}; there are {', '.join(stages)}")
-    return plan
+    return plan | {"datasets": datasets}
+
 
 # %% ../nbs/11_cli.ipynb #11-057
 def fill(
@@ -411,22 +415,24 @@ def fill(
     data_dir:str, # Where the files of the data sets are
     runs:str="", # Where run folders go
 ) -> list: # What failed, one line each
-    "Make the entries that are missing; a failure does not stop the rest."
-    from ganprompt.tables import keep_models, lacking
-    failed, folder = [], Path(runs or root()/"runs").absolute()
-    first = folder/f"{Path(next(iter(plan['datasets']))).stem}-{plan['seeds'][0]}" # it searches for the id models' settings
-    for dataset, seed, stage in [(d, s, stage) for d, stages in plan["datasets"].items() for s in plan["seeds"] for stage in stages]:
-        about = plan["stages"][stage]
-        if not lacking(study, dataset, seed, about["models"]): continue
-        run = folder/f"{Path(dataset).stem}-{seed}"
-        given = dict(dataset=dataset, data_dir=data_dir, run=run, seed=seed, search_run="" if run == first else first) | plan.get("parameters", {})
-        click.echo(f"{run.name}: {stage}")
-        try:
-            launch([c for c in chapters() if c.stage in [*about["needs"], stage]], resolve(chapters(), {k: str(v) for k, v in given.items()}))
-            keep_models(run, study)
-            failed += [f"{run.name}: {model} has failed; the log of {stage} tells why" for model in lacking(study, dataset, seed, about["models"])]
-        except UserError as e: failed.append(f"{run.name}: {e}")
+    "Make the entries that are missing, and train no id model that is kept already; a failure does not stop the rest."
+    from ganprompt.tables import entry_path, keep_models, lacking
+    failed, first = [], (next(iter(plan["datasets"])), plan["seeds"][0]) # it searches for the id models' settings
+    for dataset, seed in itertools.product(plan["datasets"], plan["seeds"]):
+        run = Path(runs or root()/"runs").absolute()/f"{Path(dataset).stem}-{seed}"
+        todo = {stage: missing for stage, models in plan["datasets"][dataset].items() if (missing := lacking(study, dataset, seed, models))}
+        models = dict.fromkeys([*todo.get("baselines", []), *(m for stage in todo for m in plan["stages"][stage].get("reads", []))])
+        search = "" if (dataset, seed) == first else str(entry_path(study, Path(first[0]).name, "", 0).parent)
+        given = dict(dataset=dataset, data_dir=data_dir, run=run, seed=seed, search_run=search) | ({"models": ",".join(models)} if models else {}) | plan.get("parameters", {})
+        for stage in todo:
+            click.echo(f"{run.name}: {stage}")
+            try:
+                launch([c for c in chapters() if c.stage in [*plan["stages"][stage]["needs"], stage]], resolve(chapters(), {k: str(v) for k, v in given.items()}))
+                keep_models(run, study)
+                failed += [f"{run.name}: {model} has failed; the log of {stage} tells why" for model in lacking(study, dataset, seed, todo[stage])]
+            except UserError as e: failed.append(f"{run.name}: {e}")
     return failed
+
 
 # %% ../nbs/11_cli.ipynb #11-058
 @cli.command()

@@ -224,7 +224,7 @@ def test_tables_make_what_is_missing_and_a_failure_does_not_stop_the_rest(shop, 
 
     from ganprompt import tables
     (bare := tmp_path/"bare.csv").write_text(pl.read_csv(shop).drop("title").write_csv())
-    plan = dict(seeds=[0, 1], datasets={str(bare): ["p5", "baselines"]}, parameters=dict(core=2, models="popularity,last-item"), stages=dict(
+    plan = dict(seeds=[0, 1], datasets={str(bare): ["p5", "baselines"]}, parameters=dict(core=2), stages=dict(
         baselines=dict(needs=["data"], models=["popularity", "last-item"]), p5=dict(needs=["data", "prompts", "backbones"], models=["P5 (ids)"])))
     (tmp_path/"plan.yaml").write_text(yaml.safe_dump(plan))
     monkeypatch.setattr(tables, "root", lambda: tmp_path)
@@ -236,7 +236,7 @@ def test_tables_make_what_is_missing_and_a_failure_does_not_stop_the_rest(shop, 
         assert ("bare-1: baselines" in said.out) != again and "bare-0: p5" in said.out
         assert {p.name for p in (tmp_path/"data/results/tables/bare-csv").glob("*.json")} == {"data.json", "popularity-0.json", "popularity-1.json", "last-item-0.json", "last-item-1.json"}
     search = json.loads((tmp_path/"runs/bare-1/baselines/manifest.json").read_text())["parameters"]["search_run"]
-    assert search.endswith("bare-0")
+    assert search.endswith("data/results/tables/bare-csv")
 
 
 @pytest.mark.parametrize("text, message", [("seeds: [0]\n", "not a plan"), ("datasets: {a: [dinner]}\nstages: {}\n", "no stage 'dinner'"), ("a: [", "is not YAML")])
