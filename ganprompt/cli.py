@@ -391,11 +391,11 @@ def show(name):
 
 # %% ../nbs/11_cli.ipynb #11-056
 def read_plan(
-    path:str="", # YAML file; data/tables.yaml by default
+    path:str, # YAML file, as data/tables.yaml
 ) -> dict: # seeds, datasets (name → stage → models), parameters, stages
     "What a study of tables consists of. Raises `UserError` for names that there are not."
     import yaml
-    path, known = Path(path or root()/"data"/"tables.yaml"), [c.stage for c in chapters()]
+    path, known = Path(path), [c.stage for c in chapters()]
     _compose(path) # says what is wrong with the file
     plan = yaml.safe_load(path.read_text(encoding="utf-8"))
     def models(name): return name if isinstance(name, dict) else {name: plan["stages"][name]["models"]}
@@ -454,14 +454,14 @@ def keep(runs, study):
 
 @cli.command()
 @click.argument("study", default="tables")
-@click.option("--data-dir", metavar="DIR", help="First make what is missing of Tables 1 to 4, from the files in this folder")
-@click.option("--plan", metavar="FILE", default="", help="What that is  [data/tables.yaml]")
+@click.option("--data-dir", metavar="DIR", help="First make what is missing, from the files in this folder")
+@click.option("--plan", metavar="FILE", default="", help="What they are  [data/STUDY.yaml]")
 @click.option("--runs", metavar="FOLDER", default="", help="Where its run folders go  [runs]")
 def tables(study, data_dir, plan, runs):
-    "Remake the tables and pictures of a study from its kept results; with --data-dir, make the missing results first."
+    "Remake the tables and pictures of a study from its kept results; with --data-dir, make the missing results of tables or standard first."
     from ganprompt import benchmarks, metrics, tables
-    failed = fill(read_plan(plan), study, data_dir, runs) if data_dir is not None else []
-    draw = {"benchmarks": benchmarks.draw_benchmarks, "tables": tables.make_tables}.get(study, lambda: [metrics.summary(study)])
+    failed = fill(read_plan(plan or root()/"data"/f"{study}.yaml"), study, data_dir, runs) if data_dir is not None else []
+    draw = {"benchmarks": benchmarks.draw_benchmarks, "tables": tables.make_tables, "standard": lambda: tables.write_published(root()/"figures")}.get(study, lambda: [metrics.summary(study)])
     for path in draw(): click.echo(shown(path))
     if failed: raise UserError("\n".join(["these are missing; the rest is made:", *failed]))
 
