@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SCORES', 'freeze_encoder', 'T5Decoder', 'T5Ranker', 'projection', 'load_llm', 'read_prefix', 'answer_tails',
-           'CausalLM', 'add_adapters', 'new_recommender', 'save_recommender', 'load_recommender', 'uncached_logits',
-           'Trained', 'Best', 'rec_loss', 'list_auc', 'ask', 'logits_at', 'training_items', 'tune_on_states',
-           'sample_rows', 'tune', 'score_lists', 'find_llm', 'make_recommender']
+           'CausalLM', 'add_adapters', 'new_recommender', 'save_recommender', 'load_recommender', 'trained_causal',
+           'uncached_logits', 'Trained', 'Best', 'rec_loss', 'list_auc', 'divergence', 'Reworded', 'worded', 'ask',
+           'prompts_a_row', 'logits_at', 'training_items', 'tune_on_states', 'sample_rows', 'tune', 'score_lists',
+           'find_llm', 'make_recommender']
 
 # %% ../nbs/06_recommender.ipynb #06-004
 import json, math, os
@@ -20,8 +21,8 @@ from .backbones import (Reader, adamw, answer_logits, answers, backbone, descend
 from .data import load_candidates, load_sequences, load_training
 from .encoder import check_switches, make_encoder, pool, reader_for
 from .prompts import pad
-from .runs import UserError, device, gathered, in_processes, is_main, need, part, seed_all, shard, stage, totals, write_json
-from .scorer import Questions, States, fast_math, own_attributes, score_rows, scores_of, token_batches, wanted
+from .runs import UserError, device, gathered, in_processes, is_main, need, part, root, seed_all, shard, stage, totals, write_json
+from .scorer import Questions, States, bank_for, fast_math, own_attributes, score_rows, scores_of, token_batches, wanted
 
 # %% ../nbs/06_recommender.ipynb #06-007
 def freeze_encoder(
@@ -34,7 +35,7 @@ def freeze_encoder(
 # %% ../nbs/06_recommender.ipynb #06-008
 class T5Decoder:
     "The recommender of section 4.1. The candidate is a part of the prompt."
-    joint = True
+    joint, attributes = True, True
     def __init__(self,
         t5, # T5, from stage 1 or before it
         reader, # `Reader` with its tokenizer
@@ -143,7 +144,7 @@ def answer_tails(
 # %% ../nbs/06_recommender.ipynb #06-016
 class CausalLM:
     "The recommender of sections 3.3 and 3.4.2: projected encoder states before a causal language model with LoRA."
-    joint = False
+    joint, attributes = False, True
     def __init__(self,
         t5, # T5 whose encoder is used
         reader, # `Reader` with the T5's tokenizer
@@ -209,20 +210,29 @@ KINDS = {"t5-decoder": T5Decoder, "causal-lm": CausalLM, "t5-ranker": T5Ranker}
 def save_recommender(
     model, # Recommender
     folder:Path, # Where it goes
-    start:dict, # kind, t5, llm, four_bit: what it was made from
+    start:dict, # kind, t5, llm, four_bit: what it was made from; attributes: whether it was asked with attribute words
 ):
     "Save a recommender and what `load_recommender` has to know. Other models' folders are named relative to this one."
     model.save(folder)
     where = {k: os.path.relpath(start[k], folder) if start[k] else "" for k in ("t5", "llm")}
-    write_json(folder/"model.json", {"kind": start["kind"], "four_bit": start["four_bit"], **where})
+    write_json(folder/"model.json", start | where)
 
 def load_recommender(
     folder:Path, # From `save_recommender`
     reader:Reader, # With the T5's tokenizer
 ):
-    "A trained recommender."
+    "A trained recommender; its `attributes` says how it was asked."
     about = json.loads((folder/"model.json").read_text())
-    if about["kind"] != "causal-lm": return KINDS[about["kind"]](load_model(str(folder), "t5").to(device()), reader)
+    model = trained_causal(folder, about, reader) if about["kind"] == "causal-lm" else KINDS[about["kind"]](load_model(str(folder), "t5").to(device()), reader)
+    model.attributes = about["attributes"]
+    return model
+
+def trained_causal(
+    folder:Path, # From `save_recommender`
+    about:dict, # Its model.json
+    reader:Reader, # With the T5's tokenizer
+)->CausalLM:
+    "The causal form: adapters and projection on the models they were trained on."
     from peft import PeftModel
     from safetensors.torch import load_file
     llm = str((folder/about["llm"]).resolve())
@@ -294,6 +304,38 @@ def list_auc(
     first, rest = scores[:, :1], scores[:, 1:]
     return float(((rest < first) + .5*(rest == first)).mean())
 
+# %% ../nbs/06_recommender.ipynb #06-026b
+def divergence(
+    a, b, # Log-odds of the same questions in two wordings
+): # Scalar, in nats
+    "Mean symmetric KL divergence of two yes/no distributions."
+    return ((a.sigmoid() - b.sigmoid())*(a - b)).mean()/2
+
+class Reworded:
+    "Questions, each in a wording of its own; with the interface of `Questions`."
+    def __init__(self,
+        each:list, # `Questions` of the same rows, one for each template
+        choice:np.ndarray, # Template of each row
+    ): self.each, self.choice = each, choice
+
+    def ids(self, row, item): return self.each[self.choice[row]].ids(row, item)
+    def context(self, row): return self.each[self.choice[row]].context(row)
+
+def worded(
+    reader:Reader, # With the T5's tokenizer
+    own:dict, # User -> attribute word
+    rows:pl.DataFrame, # user, history
+    p:dict, # The stage's parameters
+)->list: # `wordings` times the questions: in the run's words, and then in others
+    "Training questions. The other templates of a row differ from each other."
+    clean, rng = Questions(reader, own, rows, attributes=p["attributes"]), np.random.default_rng(p["seed"])
+    if p["wordings"] == 1: return [clean]
+    each = [Questions(reader, own, rows, t["text"], p["attributes"]) for t in bank_for(reader)[1:] if t["split"] == "seen"]
+    if p["wordings"] > len(each) + 1: raise UserError(f"wordings={p['wordings']}: data/templates.yaml has {len(each) + 1} seen templates; choose 1 to {len(each) + 1}, or add some")
+    choice = rng.permuted(np.tile(np.arange(len(each)), (len(rows), 1)), axis=1)
+    return [clean, *(Reworded(each, choice[:, v]) for v in range(p["wordings"] - 1))]
+
+
 # %% ../nbs/06_recommender.ipynb #06-027
 def ask(
     model, # Recommender
@@ -304,17 +346,25 @@ def ask(
     if not model.joint: return [questions.context(r) for r in range(len(items))]
     return [questions.ids(r, int(i)) for r, row in enumerate(items) for i in row]
 
+def prompts_a_row(
+    model, # Recommender
+    items:np.ndarray, # Items asked for each row (rows, n)
+)->int: # n or 1
+    "How many prompts `ask` makes of a row."
+    return items.shape[1] if model.joint else 1
+
 def logits_at(
     model, # Recommender
-    states:States, # States of the prompts of `ask`
+    states:States, # States of the prompts of `ask`, in one wording after another
     items:np.ndarray, # Items asked for each row (rows, n)
     at:np.ndarray, # Rows wanted
     rows, # Rows of the output matrix
+    wording:int=0, # Which wording
 ): # (len(at), n, rows)
     "Logits of some rows from kept states."
-    n = items.shape[1]
-    wide = (at[:, None]*n + np.arange(n)).ravel() if model.joint else at
-    with fast_math(): return model.answer(model.read(*states.get(wide)), items[at], rows).view(len(at), n, -1)
+    n = prompts_a_row(model, items)
+    wide = ((wording*len(items) + at)[:, None]*n + np.arange(n)).ravel()
+    with fast_math(): return model.answer(model.read(*states.get(wide)), items[at], rows).view(len(at), items.shape[1], -1)
 
 def training_items(
     run:str, # Run
@@ -327,6 +377,7 @@ def training_items(
     mine = [set(items) for items in load_training(run)]
     drawn = negatives([mine[u] for u in rows["user"].to_list()], n_items, k, np.random.default_rng(seed))
     return np.column_stack([rows["target"].to_numpy(), drawn])
+
 
 # %% ../nbs/06_recommender.ipynb #06-028
 def tune_on_states(
@@ -341,20 +392,22 @@ def tune_on_states(
     import torch
     (states, items), (kept, lists), needed = train_set, valid_set, wanted(model.names, p["score"])
     opt, schedule = adamw(model.module.parameters(), p["recommender_lr"], p["recommender_epochs"]*math.ceil(len(items)/p["recommender_batch"]))
-    trained = Trained(model.module)
-    best = Best(trained, p["patience"])
+    trained, n = Trained(model.module), prompts_a_row(model, items)
+    best, wordings = Best(trained, p["patience"]), len(states.lengths)//(len(items)*n)
     def update(at, rng):
-        mine, share = part(at)
-        loss = share*rec_loss(scores_of(logits_at(model, states, items, mine, needed), p["score"], model.names), p["score"])
-        descend(loss, opt, schedule)
-        return totals({"loss": loss})
+        (mine, share), asked = part(at), [0] if wordings == 1 else [0, int(rng.integers(1, wordings))]
+        z = [scores_of(logits_at(model, states, items, mine, needed, w), p["score"], model.names) for w in asked]
+        loss = share*sum(rec_loss(x, p["score"]) for x in z)/len(z)
+        apart = share*p["consistency"]*divergence(*z) if len(z) > 1 and p["consistency"] else 0*loss
+        descend(loss + apart, opt, schedule)
+        return totals({"loss": loss, "apart": apart})
     def after_epoch(epoch, curves):
         mine = shard(len(lists))
         with torch.inference_mode(): z = [scores_of(logits_at(model, kept, lists, at, needed), p["score"], model.names).cpu() for at in np.array_split(mine, math.ceil(len(mine)/16)) if len(at)]
         curves[-1]["valid_auc"] = list_auc(np.concatenate([x for share in gathered(z) for x in share]))
         return best.stop(curves[-1]["valid_auc"])
     curves = train(update, dict(model=trained, opt=opt, schedule=schedule, best=best), len(items), p["recommender_epochs"], p["recommender_batch"], folder, p["seed"], where,
-                   states.lengths[::len(states.lengths)//len(items)], after_epoch)
+                   states.lengths[:len(items)*n:n], after_epoch)
     trained.load_state_dict(best.weights)
     return curves
 
@@ -388,10 +441,10 @@ def tune(
     at = sample_rows(len(lists), p["valid_users"], p["seed"])
     others = np.stack([load_candidates(run, "uni99" if p["candidates"] == "full" else p["candidates"], "valid")[1][i][:21] for i in at])
     width = json.loads((Path(path)/"config.json").read_text())["d_model"]
-    def kept(name, questions, items):
-        prompts = ask(KINDS[kind], questions, items)
+    def kept(name, wordings, items):
+        prompts = [prompt for questions in wordings for prompt in ask(KINDS[kind], questions, items)]
         return States(prompts, width, reader.tokenizer.pad_token_id, folder/name, how["cache_gb"], how["cache_file_gb"], how["processes"] > 1), items
-    sets = kept("train.bin", Questions(reader, own, rows), items), kept("valid.bin", Questions(reader, own, lists[at]), others)
+    sets = kept("train.bin", worded(reader, own, rows, p), items), kept("valid.bin", [Questions(reader, own, lists[at], attributes=p["attributes"])], others)
     print(f"{folder.name}: {sets[0][0]}")
     def fit():
         seed_all(p["seed"])
@@ -399,7 +452,7 @@ def tune(
         for states, _ in sets: states.fill(model.t5)
         curves = tune_on_states(model, *sets, folder, p, f"stage 2, {folder.name}")
         if is_main():
-            save_recommender(model, folder, dict(kind=kind, t5=path, llm=llm, four_bit=p["four_bit"]))
+            save_recommender(model, folder, dict(kind=kind, t5=path, llm=llm, **{k: p[k] for k in ("four_bit", "attributes")}))
             write_json(done, [row | {"model": folder.name} for row in curves])
     in_processes(how["processes"], fit)
     for states, _ in sets: states.drop()
@@ -418,9 +471,10 @@ def score_lists(
     "Score the candidate lists of some test rows."
     from tqdm import tqdm
     (reader, _), out = reader_for(run), folder/"scores.npy"
-    questions, (users, lists) = Questions(reader, own_attributes(run), load_sequences(run, "test")), load_candidates(run, candidates)
+    users, lists = load_candidates(run, candidates)
     def score_share():
         model, mine = load_recommender(folder, reader), at[shard(len(at))]
+        questions = Questions(reader, own_attributes(run), load_sequences(run, "test"), attributes=model.attributes)
         parts = tqdm(np.array_split(mine, max(1, math.ceil(len(mine)/chunk))), desc=f"scoring, {folder.name}", mininterval=5, ncols=90, disable=not is_main())
         z = gathered([z for rows in parts if len(rows) for z in score_rows(model, questions, rows, lists, score)])
         if is_main(): np.save(out, np.concatenate([x for share in z for x in share]))
@@ -445,7 +499,7 @@ def find_llm(
 
 # %% ../nbs/06_recommender.ipynb #06-034
 def make_recommender(
-    run:str="demo", seed:int=0, recommender:str="t5-decoder", negatives_per_positive:int=4, score:str="yes-no", candidates:str="uni99", recommender_lr:float=1e-3,
+    run:str="demo", seed:int=0, recommender:str="t5-decoder", negatives_per_positive:int=4, attributes:bool=True, wordings:int=1, consistency:float=0., score:str="yes-no", candidates:str="uni99", recommender_lr:float=1e-3,
     recommender_batch:int=64, recommender_epochs:int=6, patience:int=2, valid_users:int=300, test_users:int=1000, llm:str="pocket", lora_rank:int=8,
     lora_modules:str="q_proj,v_proj", four_bit:bool=False, download:bool=False, cache_gb:float=4., cache_file_gb:float=50., processes:int=1,
 )->Path: # Folder with the tuned models, scores.parquet and curves.parquet
@@ -453,6 +507,7 @@ def make_recommender(
     params, kinds = locals(), [kind.strip() for kind in recommender.split(",")]
     how = {k: params.pop(k) for k in ("run", "cache_gb", "cache_file_gb", "processes", "download")} # these change no result
     for kind in kinds: check_switches(recommender=(kind, KINDS), score=(score, SCORES), candidates=(candidates, ("uni99", "pop99", "full")))
+    if consistency and (wordings < 2 or score != "yes-no"): raise UserError("consistency compares answers in log-odds to two wordings; it needs --wordings 2 or more and --score yes-no")
     encoder = need(run, "encoder", make_encoder)
     found = resolve(llm, download) if "causal-lm" in kinds and llm != "pocket" else ""
     def make(folder):
@@ -468,4 +523,4 @@ def make_recommender(
         plot_curves(table, ["loss", "valid_auc"]).savefig(folder/"curves.png", dpi=110)
         write_json(folder/"recommender.json", {"candidates": candidates, "pocket": about["pocket"], "t5": about["name"], "test_users": len(at)} | ({"llm": llm} if lm else {}))
         return {f"valid_auc {name}": c["valid_auc"].max() for name, c in zip(names, curves)} | ({"processes": processes} if processes > 1 else {})
-    return stage(run, "recommender", params, make, inputs=["data", "prompts", "backbones", "attributes", "encoder"], files=[Path(found)/"config.json"] if found else [])
+    return stage(run, "recommender", params, make, inputs=["data", "prompts", "backbones", "attributes", "encoder"], files=[*([Path(found)/"config.json"] if found else []), *([root()/"data/templates.yaml"] if wordings > 1 else [])])

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'PALETTE', 'STYLE', 'over_templates', 'drop_rate', 'pss', 'flips', 'posix', 'tau', 'ranks', 'rbo',
-           'agreement', 'diversity', 'by_template', 'template_table', 'measure_bank', 'redrawn', 'ends', 'asked_under',
-           'bank_for', 'score_bank', 'Untuned', 'load_any', 'plot_templates', 'plot_heat', 'figure1', 'picture',
-           'plain_table', 'split_table', 'report_page', 'test_lists', 'make_report']
+           'agreement', 'diversity', 'by_template', 'template_table', 'measure_bank', 'redrawn', 'ends', 'score_bank',
+           'Untuned', 'load_any', 'plot_templates', 'plot_heat', 'figure1', 'picture', 'plain_table', 'split_table',
+           'report_page', 'test_lists', 'make_report']
 
 # %% ../nbs/09_robustness.ipynb #09-004
 import base64, html, io, json, time
-from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,13 +17,13 @@ import numpy as np, polars as pl
 from tqdm import tqdm
 
 # %% ../nbs/09_robustness.ipynb #09-005
-from .runs import UserError, device, device_words, need, root, run_folder, versions, write_json
+from .runs import UserError, device, device_words, need, run_folder, versions, write_json
 from .data import dataset_info, load_candidates, load_sequences
-from .prompts import SPLITS, parsed, read_templates, render, slots
+from .prompts import SPLITS, render, slots
 from .attributes import make_attributes
 from .backbones import Reader, answers, backbone, last_logits, load_model, load_tokenizer, resolve
 from .encoder import reader_for
-from .scorer import Questions, own_attributes, score_rows
+from .scorer import Questions, bank_for, own_attributes, score_rows
 from .recommender import T5Decoder, load_recommender, make_recommender, sample_rows
 from .metrics import figures_of, label, ranking
 
@@ -179,30 +178,6 @@ def ends(
     return [float(draws[0]), *map(float, np.nanquantile(draws[1:], [.025, .975]))]
 
 # %% ../nbs/09_robustness.ipynb #09-040
-def asked_under(
-    reader:Reader, # With the model's tokenizer
-    own:dict, # User -> attribute word
-    t:dict, # Template
-    rows:pl.DataFrame, # user, history
-) -> Questions: # The same questions in other words
-    "Questions under a template of the bank."
-    wrong = next(("wrong" in o for _, name, o in parsed(t["text"]) if name == "attribute"), False)
-    words = sorted(set(own.values()))
-    if wrong: own = {user: words[(words.index(word) + 1) % len(words)] for user, word in own.items()}
-    there = copy(reader)
-    there.templates = reader.templates | {"recommendation": t["text"]}
-    return Questions(there, own, rows)
-
-def bank_for(
-    reader:Reader, # With the run's templates
-    path:str="", # Template file; empty: data/templates.yaml
-) -> list: # Templates; the first is the one that the run trains with
-    "The recommendation templates of a bank, the run's own first. `UserError` with file and line for a fault."
-    clean = reader.templates["recommendation"]
-    others = [t for t in read_templates(path or root() / "data/templates.yaml") if t["task"] == "recommendation"]
-    first = next((t for t in others if t["text"] == clean), dict(id="own", task="recommendation", group="own", split="seen", text=clean))
-    return [first, *(t for t in others if t["text"] != clean)]
-
 def score_bank(
     model, # Recommender, or any object with its interface
     reader:Reader, # With the model's tokenizer
@@ -214,12 +189,12 @@ def score_bank(
 ) -> np.ndarray: # f32[templates, users, candidates]
     "Scores of the same candidates under every template."
     at = np.arange(len(rows))
-    return np.stack([np.stack(score_rows(model, asked_under(reader, own, t, rows), at, lists)) for t in tqdm(bank, desc=say or "templates", mininterval=5, ncols=90)])
+    return np.stack([np.stack(score_rows(model, Questions(reader, own, rows, t["text"], model.attributes), at, lists)) for t in tqdm(bank, desc=say or "templates", mininterval=5, ncols=90)])
 
 # %% ../nbs/09_robustness.ipynb #09-042
 class Untuned:
     "A language model that has not been trained for this task, with the interface of a recommender."
-    joint = True
+    joint, attributes = True, True
     def __init__(self,
         lm, # From transformers: seq2seq or causal
         tokenizer, # Its tokenizer

@@ -139,7 +139,7 @@ def keep_data(
     path.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(path.read_text())["failed"] if path.exists() else []
     now = [dict(model=model, seed=manifest(run, stage)["seed"], kept_from=mine, why=about["failed"]) for stage, model, about in failed]
-    write_json(path, without_folders(dict(dataset=info["dataset"], synthetic=info["synthetic"], table1=pl.read_csv(run_folder(run) / "data/table1.csv").to_dicts(),
+    write_json(path, without_folders(dict(dataset=info["dataset"], synthetic=info["synthetic"], titles=info["has_titles"], table1=pl.read_csv(run_folder(run) / "data/table1.csv").to_dicts(),
                                           failed=sorted([f for f in before if f["kept_from"] != mine] + now, key=lambda f: (f["model"], f["seed"])))))
     return path
 
@@ -531,15 +531,16 @@ def time_block(
 # %% ../nbs/10a_tables.ipynb #10a-065
 def missing_notes(
     rows:list, # From `line_up`
-    failed:list, # From data.json
+    data:dict, # From data.json: failed, and titles, whether the items have any
 ) -> list: # Paragraphs
     "What is not there, and why."
     everything = sorted({seed for row in rows for seed in row["seeds"]})
     seeds = {row["model"]: row["seeds"] for row in rows}
-    broken = [f for f in failed if f["seed"] not in seeds.get(f["model"], [])]
+    broken = [f for f in data.get("failed", []) if f["seed"] not in seeds.get(f["model"], [])]
     absent = [shown_as(m) for m, s in seeds.items() if not s and m not in {f["model"] for f in broken}]
     partly = [f"{shown_as(m)}: {', '.join(map(str, sorted(set(everything) - set(s))))}" for m, s in seeds.items() if s and s != everything]
-    return ([f"No entry on uni99 lists: {', '.join(absent)}."] if absent else []) + ([f"Missing seeds: {'; '.join(partly)}."] if partly else []) \
+    why = "" if data.get("titles", True) else " The items have no titles, and these models read titles or words of them."
+    return ([f"No entry on uni99 lists: {', '.join(absent)}.{why}"] if absent else []) + ([f"Missing seeds: {'; '.join(partly)}."] if partly else []) \
         + [f"Failed: {shown_as(f['model'])}, seed {f['seed']}: {f['why']}" for f in broken]
 
 # %% ../nbs/10a_tables.ipynb #10a-066
@@ -563,7 +564,7 @@ def results(
 
 def page_of(
     r:Results, # From `results`
-    failed:list=(), # From data.json
+    data:dict={}, # From data.json: what failed, whether there are titles
 ) -> Page: # Table 2, 3 or 4
     "A data set's page."
     first = r.entries[0]
@@ -571,7 +572,7 @@ def page_of(
     seeds = sorted({e["seed"] for e in r.entries})
     about = dict(dataset=dataset, synthetic=first["synthetic"], users=first["users"], candidates="uni99", pocket=any(row["pocket"] for row in r.rows), reported=len(r.printed))
     said = notes(about).split("\n\n") + [f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. Bold: the best of a column. Star: the best of the models that are not ours, simple ones included; it was picked on these users and flatters its model "
-                           "a little. ± is over seeds, intervals are over users; neither contains the other.", *missing_notes(r.rows, failed)]
+                           "a little. ± is over seeds, intervals are over users; neither contains the other.", *missing_notes(r.rows, data)]
     blocks = [measured_block(r.rows, r.stats, r.pairs), *([against_block(r.pairs)] if len(r.pairs) else []), interval_block(r.rows, r.stats),
               *([reported_block(r.printed)] if len(r.printed) else []), *([sampling_block(r.entries, r.orders)] if len(r.orders) else []), time_block(r.rows, time_table(r.entries))]
     title = (f"Table {number}. " if number else "") + f"Performance on {dataset.capitalize()}" + " (synthetic)" * first["synthetic"]
@@ -691,10 +692,10 @@ def make_tables(
     out = out or root() / "figures"
     out.mkdir(parents=True, exist_ok=True)
     data = sorted((read_json(p, lambda d: (d["failed"], d["table1"], d["synthetic"])) for p in (root() / "data/results" / study).glob("*/data.json")), key=lambda d: (NUMBERS.get(d["dataset"], 9), d["dataset"]))
-    failed = {d["dataset"]: d["failed"] for d in data}
+    known = {d["dataset"]: d for d in data}
     for dataset, mine in by_dataset(entries).items():
         r, stem = results(mine), out / f"table{NUMBERS.get(dataset, '')}_{slug(dataset)}"
-        made += write_page(page_of(r, failed.get(dataset, [])), long_rows(r), stem, f"\n![AUC and HR@10 of all models]({stem.name}.png)\n")
+        made += write_page(page_of(r, known.get(dataset, {})), long_rows(r), stem, f"\n![AUC and HR@10 of all models]({stem.name}.png)\n")
         made.append(stem.with_name(stem.name + ".png"))
         save_figure(plot_models(r), made[-1])
     if data: made += write_page(table1_page(data), pl.concat([pl.DataFrame(d["table1"]) for d in data], how="vertical_relaxed"), out / "table1")

@@ -10,9 +10,9 @@ from conftest import make, start
 from ganprompt.backbones import answers, backbone, load_model, load_tokenizer, pocket_model, resolve
 from ganprompt.data import load_candidates, load_sequences
 from ganprompt.encoder import reader_for
-from ganprompt.recommender import load_recommender, new_recommender
+from ganprompt.recommender import ask, divergence, load_recommender, logits_at, make_recommender, new_recommender, worded
 from ganprompt.runs import UserError
-from ganprompt.scorer import Questions, own_attributes, score_rows
+from ganprompt.scorer import Questions, States, bank_for, own_attributes, score_rows
 
 MODELS = [f"{start}{kind}" for start in ("no-stage-1", "ganprompt") for kind in ("", ", causal-lm", ", t5-ranker")]
 
@@ -146,3 +146,71 @@ def test_every_reading_of_the_paper_trains(lm_target, coupling, js_sign, optimiz
     curves = pl.read_parquet(folder/"curves.parquet")
     assert np.isfinite(curves.select(pl.all().exclude("step", "model")).to_numpy()).all()
     assert np.allclose(curves["total"], curves["cos"] + js_sign*.1*curves["js"], atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def reworded(finished, shop, tmp_path_factory):
+    "The ranker tuned in three wordings without attribute words: with much weight on consistency, and with none."
+    def one(weight):
+        shutil.copytree(finished, run := tmp_path_factory.mktemp("wordings")/"run", ignore=shutil.ignore_patterns("recommender"))
+        assert start(run, "recommender", shop, recommender="t5-ranker", attributes=False, wordings=3, consistency=weight, recommender_epochs=4).wait() == 0
+        return run
+    return {weight: one(weight) for weight in (0., 30.)}
+
+
+def test_other_wordings_are_seen_templates_and_differ(finished):
+    reader, _ = reader_for(str(finished))
+    rows, bank, own = load_sequences(str(finished), "train")[:60], bank_for(reader), own_attributes(str(finished))
+    clean, *others = worded(reader, own, rows, dict(attributes=False, wordings=3, seed=1))
+    by_template = {t["id"]: Questions(reader, own, rows, t["text"], attributes=False) for t in bank if t["split"] == "seen"}
+    used = []
+    for r in range(len(rows)):
+        assert clean.context(r) == by_template[bank[0]["id"]].context(r) and not set(own.values()) & set(reader.tokenizer.decode(clean.context(r)).partition("purchase")[0].split())
+        names = [next(name for name, q in by_template.items() if q.context(r) == other.context(r) and q.ids(r, 1) == other.ids(r, 1)) for other in others]
+        assert len({bank[0]["id"], *names}) == 3
+        used += names
+    assert len(set(used)) == len(by_template) - 1 # all of them, over sixty rows
+    with pytest.raises(UserError, match=f"choose 1 to {len(by_template)}"): worded(reader, own, rows, dict(attributes=False, wordings=len(by_template) + 1, seed=1))
+
+
+@pytest.mark.parametrize("kind", ["t5-decoder", "t5-ranker"])
+def test_each_wording_has_logits_of_its_own(kind, finished, tmp_path):
+    run = str(finished)
+    (reader, path), rows = reader_for(run), load_sequences(run, "train")[:7]
+    items, at = np.random.default_rng(0).integers(len(reader.titles), size=(7, 3)), np.array([4, 0, 6])
+    asked, model = worded(reader, own_attributes(run), rows, dict(attributes=True, wordings=3, seed=0)), new_recommender(kind, path, reader)
+    states = States([p for q in asked for p in ask(model, q, items)], model.t5.config.d_model, model.pad_id, tmp_path/"states.bin").fill(model.t5)
+    for w, questions in enumerate(asked):
+        with torch.inference_mode(): z = logits_at(model, states, items, at, model.names, w)
+        alone = score_rows(model, questions, at, list(items))
+        np.testing.assert_allclose((z[..., 1] - z[..., 0]).numpy(), np.stack(alone), atol=1e-4)
+
+
+def test_a_recommender_knows_how_it_was_asked(reworded):
+    run = reworded[0.]
+    reader, kept = reader_for(str(run))[0], scores(run).filter(model="no-stage-1, t5-ranker")
+    model, rows, lists = load_recommender(run/"recommender/no-stage-1, t5-ranker", reader), load_sequences(str(run), "test"), load_candidates(str(run), "uni99")[1]
+    assert model.attributes is False
+    own = own_attributes(str(run))
+    bare, with_words = (np.concatenate(score_rows(model, Questions(reader, own, rows, attributes=a), np.arange(5), lists)) for a in (False, True))
+    np.testing.assert_allclose(bare, np.concatenate(kept["scores"].to_list()[:5]), atol=1e-5)
+    assert np.abs(bare - with_words).max() > 1e-3
+
+
+def test_consistency_brings_the_answers_together(reworded):
+    "Under templates that were not seen; and the curves show the term."
+    apart = {}
+    for weight, run in reworded.items():
+        reader, rows, lists = reader_for(str(run))[0], load_sequences(str(run), "test")[:40], load_candidates(str(run), "uni99")[1]
+        model = load_recommender(run/"recommender/no-stage-1, t5-ranker", reader)
+        texts = ["", *(t["text"] for t in bank_for(reader) if t["split"] == "unseen-paraphrase")]
+        clean, *others = (torch.tensor(np.concatenate(score_rows(model, Questions(reader, {}, rows, text), np.arange(40), lists))) for text in texts)
+        apart[weight] = np.mean([divergence(clean, z).item() for z in others])/clean.var().item()
+        curves = pl.read_parquet(run/"recommender/curves.parquet")["apart"]
+        assert (curves.max() > 0) == (weight > 0)
+    assert apart[30.] < .7*apart[0.], apart
+
+
+@pytest.mark.parametrize("wrong", [dict(consistency=1.), dict(consistency=1., wordings=2, score="vocab")])
+def test_consistency_needs_something_to_compare(wrong, finished):
+    with pytest.raises(UserError, match="it needs --wordings 2"): make_recommender(str(finished), **wrong)

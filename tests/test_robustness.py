@@ -115,7 +115,7 @@ def test_wrong_attributes_are_somebody_elses(finished):
     reader, _ = R.reader_for(str(finished))
     own, rows = R.own_attributes(str(finished)), R.test_lists(str(finished), 5)[0]
     wrong = next(t for t in R.bank_for(reader) if "{attribute:wrong}" in t["text"])
-    asked = R.asked_under(reader, own, wrong, rows)
+    asked = R.Questions(reader, own, rows, wrong["text"])
     assert all(asked.own[u] != own[u] and asked.own[u] in own.values() for u in own) or len(set(own.values())) == 1
     ids, word = asked.ids(0, 1), reader.tokenizer(asked.own[rows["user"][0]], add_special_tokens=False).input_ids
     assert ids[2:2 + len(word)] == word and reader.tokenizer.decode(ids).count("Focus on") == 1
@@ -138,7 +138,7 @@ def test_any_language_model(kind, finished, tmp_path):
     bank, own = R.bank_for(reader)[:2], R.own_attributes(str(finished))
     z = R.score_bank(wrapped, reader, own, bank, rows, lists)
     assert name == kind and z.shape == (2, 3, len(lists[0]))
-    questions = R.asked_under(reader, own, bank[1], rows)
+    questions = R.Questions(reader, own, rows, bank[1]["text"])
     ids = torch.tensor([questions.ids(2, int(lists[2][7]))])
     with torch.no_grad(): logits = (model.eval()(ids) if kind == "causal" else model.eval()(ids, decoder_input_ids=torch.tensor([[2]]))).logits[0, -1]
     no, yes = wrapped.names

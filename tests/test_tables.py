@@ -88,6 +88,7 @@ def test_hand_worked_page(hand):
     assert cells("| SASRec ")[3] == r".375 ± .177\*"
     assert cells("| Improvement")[3] == "+66.7"
     assert cells("| HR@1 ") == ["HR@1", "SASRec", ".375", ".625", "+66.7", "+.250 [+.000, +.500]", "no"]
+    assert "read titles" not in text and "read titles" in T.to_md(T.page_of(T.results(T.read_tables(hand)), {"titles": False}))
     assert cells("| Caser ") == ["Caser", "0 of 2", *["–"]*8] and "Caser" in next(line for line in text.splitlines() if line.startswith("No entry"))
 
 
