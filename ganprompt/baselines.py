@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COUNTED', 'RECENT', 'VALID_ROWS', 'VALID_METRIC', 'rank_rows', 'figures', 'short_message', 'attempt', 'finish',
            'show_models', 'popularity', 'last_item', 'prefixes', 'title_words', 'write_rows', 'write_atomic', 'recbole',
-           'open_data', 'their_ids', 'questions', 'ask_pairs', 'ask', 'Trimmed', 'ndcg', 'pretrain', 'fit',
+           'open_data', 'their_ids', 'questions', 'ask_pairs', 'ask', 'Trimmed', 'bce', 'ndcg', 'pretrain', 'fit',
            'known_models', 'search', 'sampled', 'rank_all', 'train_model', 'serve', 'trainer_process', 'count_model',
            'id_model', 'searched', 'chosen_settings', 'make_baselines']
 
@@ -295,6 +295,14 @@ class Trimmed:
             rows.interaction["item_id_list"] = rows["item_id_list"][:, :rows["item_length"].max()]
             yield self.loader._neg_sampling(self.loader.transform(data, rows))
 
+# %% ../nbs/08_baselines.ipynb #08-042b
+def bce():
+    "SASRec's own loss, in the place of RecBole's BPR: a module of the scores of bought and of random items."
+    import torch, torch.nn.functional as F
+    class BCE(torch.nn.Module):
+        def forward(self, bought, other): return (F.softplus(-bought) + F.softplus(other)).mean()
+    return BCE()
+
 # %% ../nbs/08_baselines.ipynb #08-043
 VALID_ROWS, VALID_METRIC = 2000, "ndcg@10, uni99"
 
@@ -330,6 +338,7 @@ def fit(
     rb.init_seed(job["seed"], True)
     train, valid, _ = rb.data_preparation(config, dataset)
     net = rb.get_model(config["model"])(config, train._dataset).to(config["device"])
+    if job["loss"] == "bce": net.loss_fct = bce()
     trainer = rb.get_trainer(config["MODEL_TYPE"], config["model"])(config, net)
     ids, best = their_ids(dataset, "item_id"), {"valid": -1., "epochs": 0}
     def scores(rows, lists): return ask(rb, net, questions(rb, dataset, rows, config["MAX_ITEM_LIST_LENGTH"], int(job["rows"] == "cloze")), [ids[x] for x in lists])
@@ -344,14 +353,14 @@ def fit(
     return best["valid"], best["epochs"], scores, dataset, net
 
 # %% ../nbs/08_baselines.ipynb #08-046
-def known_models()->dict: # Name -> paper, recbole, data, rows, trim, settings (list), pretrain (settings or None)
+def known_models()->dict: # Name -> paper, recbole, data, rows, trim, loss, settings (list), pretrain (settings or None)
     "The id models of `data/baselines.yaml`."
     models = yaml.safe_load((root()/"data/baselines.yaml").read_text(encoding="utf-8"))
     shared = models.pop("shared")
     def whole(m):
         first = {"train_stage": "pretrain", **shared, **m["fixed"], **m["pretrain"]} if "pretrain" in m else None
         second = {"train_stage": "finetune", "pre_model_path": "pretrained.pt"} if first else {}
-        return {"data": "sequences", "rows": "train", "trim": False, **m, "settings": [shared | m["fixed"] | second | trial for trial in m["search"]], "pretrain": first}
+        return {"data": "sequences", "rows": "train", "trim": False, "loss": "", **m, "settings": [shared | m["fixed"] | second | trial for trial in m["search"]], "pretrain": first}
     return {name: whole(m) for name, m in models.items()}
 
 # %% ../nbs/08_baselines.ipynb #08-048
@@ -392,7 +401,7 @@ def rank_all(
 
 # %% ../nbs/08_baselines.ipynb #08-050
 def train_model(
-    job:dict, # name, recbole, data, rows, settings (list), trim, pretrain; run, folder, atomic, lengths; seed, epochs, patience, test_users
+    job:dict, # name, recbole, data, rows, settings (list), trim, loss, pretrain; run, folder, atomic, lengths; seed, epochs, patience, test_users
 )->dict: # What models.json says
     "Search, train and rank one model; writes <name>.parquet and <name>.json, for MF also the embeddings."
     from safetensors.numpy import save_file
