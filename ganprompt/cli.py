@@ -415,7 +415,8 @@ def fill(
     data_dir:str, # Where the files of the data sets are
     runs:str="", # Where run folders go
 ) -> list: # What failed, one line each
-    "Make the entries that are missing, and train no id model that is kept already; a failure does not stop the rest."
+    "Make the entries that are missing, and train nothing that is kept already; a failure does not stop the rest."
+    from ganprompt.study import keep_study
     from ganprompt.tables import entry_path, keep_models, lacking
     failed, first = [], (next(iter(plan["datasets"])), plan["seeds"][0]) # it searches for the id models' settings
     for dataset, seed in itertools.product(plan["datasets"], plan["seeds"]):
@@ -423,12 +424,13 @@ def fill(
         todo = {stage: missing for stage, models in plan["datasets"][dataset].items() if (missing := lacking(study, dataset, seed, models))}
         models = dict.fromkeys([*todo.get("baselines", []), *(m for stage in todo for m in plan["stages"][stage].get("reads", []))])
         search = "" if (dataset, seed) == first else str(entry_path(study, Path(first[0]).name, "", 0).parent)
-        given = dict(dataset=dataset, data_dir=data_dir, run=run, seed=seed, search_run=search) | ({"models": ",".join(models)} if models else {}) | plan.get("parameters", {})
+        wanted = {"models": ",".join(models), "study_entries": ",".join(todo.get("study", []))}
+        given = dict(dataset=dataset, data_dir=data_dir, run=run, seed=seed, search_run=search) | {k: v for k, v in wanted.items() if v} | plan.get("parameters", {})
         for stage in todo:
             click.echo(f"{run.name}: {stage}")
             try:
                 launch([c for c in chapters() if c.stage in [*plan["stages"][stage]["needs"], stage]], resolve(chapters(), {k: str(v) for k, v in given.items()}))
-                keep_models(run, study)
+                (keep_study if stage == "study" else keep_models)(run, study)
                 failed += [f"{run.name}: {model} has failed; the log of {stage} tells why" for model in lacking(study, dataset, seed, todo[stage])]
             except UserError as e: failed.append(f"{run.name}: {e}")
     return failed
@@ -439,11 +441,14 @@ def fill(
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
 @click.option("--study", metavar="NAME", default="end_to_end", help="Folder under data/results  [end_to_end]")
 def keep(runs, study):
-    "Keep the results of runs, and Figure 3 of the first run of each data set; or, with --study benchmarks, their measurements; or, with --study tables or standard, each model's ranks."
-    from ganprompt import benchmarks, figures, metrics, tables
+    "Keep the results of runs, and Figure 3 of the first run of each data set; or, with --study benchmarks, their measurements; or, with --study tables, standard or robustness, each model's ranks."
+    from ganprompt import benchmarks, figures, metrics, study as robust, tables
     runs = [absolute("run", run) for run in runs]
     if study in ("tables", "standard"):
         for path in [p for run in runs for p in tables.keep_models(run, study)] + tables.make_tables(): click.echo(shown(path))
+        return
+    if study == "robustness":
+        for path in [p for run in runs for p in robust.keep_study(run, study)] + robust.draw_study(study): click.echo(shown(path))
         return
     if study == "benchmarks":
         for path in [*map(benchmarks.keep_benchmarks, runs), *benchmarks.draw_benchmarks()]: click.echo(shown(path))
@@ -458,10 +463,10 @@ def keep(runs, study):
 @click.option("--plan", metavar="FILE", default="", help="What they are  [data/STUDY.yaml]")
 @click.option("--runs", metavar="FOLDER", default="", help="Where its run folders go  [runs]")
 def tables(study, data_dir, plan, runs):
-    "Remake the tables and pictures of a study from its kept results; with --data-dir, make the missing results of tables or standard first."
-    from ganprompt import benchmarks, metrics, tables
+    "Remake the tables and pictures of a study from its kept results; with --data-dir, make the missing results of tables, standard or robustness first."
+    from ganprompt import benchmarks, metrics, study as robust, tables
     failed = fill(read_plan(plan or root()/"data"/f"{study}.yaml"), study, data_dir, runs) if data_dir is not None else []
-    draw = {"benchmarks": benchmarks.draw_benchmarks, "tables": tables.make_tables, "standard": lambda: tables.write_published(root()/"figures")}.get(study, lambda: [metrics.summary(study)])
+    draw = {"benchmarks": benchmarks.draw_benchmarks, "tables": tables.make_tables, "robustness": robust.draw_study, "standard": lambda: tables.write_published(root()/"figures")}.get(study, lambda: [metrics.summary(study)])
     for path in draw(): click.echo(shown(path))
     if failed: raise UserError("\n".join(["these are missing; the rest is made:", *failed]))
 

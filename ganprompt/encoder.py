@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COUPLINGS', 'TARGETS', 'pool', 'pairs', 'cosine', 'js', 'total', 'discriminator', 'version_loss', 'corrupt',
            'Versions', 'language_loss', 'adversarial_update', 'version_states', 'separability', 'split_users',
-           'reader_for', 'check_switches', 'train_encoder', 'make_encoder']
+           'reader_for', 'check_switches', 'train_encoder', 'make_encoder', 'tune_encoder']
 
 # %% ../nbs/05_encoder.ipynb #05-004
 import math
@@ -278,15 +278,20 @@ def make_encoder(
     check_switches(js_sign=(js_sign, (-1, 1)), coupling=(coupling, COUPLINGS), lm_target=(lm_target, TARGETS))
     need(run, "attributes", make_attributes)
     params = {k: v for k, v in locals().items() if k not in ("run", "processes")}
-    def make(folder):
-        (reader, path), words = reader_for(run), load_attributes(run)
-        rows, held = split_users(run, held_out_users, seed)
-        versions, shown = Versions(reader, words, rows), Versions(reader, words, held)
-        def fit():
-            return train_encoder(path, versions, shown, folder, **{k: v for k, v in params.items() if k != "held_out_users"})
-        merit = _write(folder, reader.tokenizer, held, *in_processes(processes, fit))
-        return merit | ({"processes": processes} if processes > 1 else {})
-    return stage(run, "encoder", params, make, inputs=["data", "prompts", "backbones", "attributes"])
+    return stage(run, "encoder", params, lambda folder: tune_encoder(run, folder, params, processes), inputs=["data", "prompts", "backbones", "attributes"])
+
+def tune_encoder(
+    run:str, # Run with stages up to attributes
+    folder:Path, # Where the encoder goes
+    p:dict, # The stage's parameters
+    processes:int=1, # Processes to train in
+)->dict: # Figures of merit
+    "Stage 1, into any folder."
+    (reader, path), words = reader_for(run), load_attributes(run)
+    rows, held = split_users(run, p["held_out_users"], p["seed"])
+    versions, shown = Versions(reader, words, rows), Versions(reader, words, held)
+    def fit(): return train_encoder(path, versions, shown, folder, **{k: v for k, v in p.items() if k != "held_out_users"})
+    return _write(folder, reader.tokenizer, held, *in_processes(processes, fit)) | ({"processes": processes} if processes > 1 else {})
 
 # %% ../nbs/05_encoder.ipynb #05-033
 def _write(folder, tokenizer, held, curves, before, after, accuracy):

@@ -1,0 +1,118 @@
+"The study of robustness: its losses, its stage, what is kept of it, and its tables."
+import json, shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from ganprompt import robustness as R, study as S
+from ganprompt.cli import read_plan
+from ganprompt.gather import contrast, likeness, make_gather
+from ganprompt.runs import UserError, manifest, root
+
+
+def test_the_contrast_is_that_of_looped_sums():
+    a, b = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0)).double()
+    twin = torch.zeros(5, 5, dtype=torch.bool); twin[1, 3] = twin[3, 1] = True
+    s = [[float(np.dot(x, y)/np.linalg.norm(x)/np.linalg.norm(y)/.2) for y in b.numpy()] for x in a.numpy()]
+    def row(i): return -np.log(np.exp(s[i][i])/sum(np.exp(s[i][j]) for j in range(5) if not twin[i, j]))
+    def column(j): return -np.log(np.exp(s[j][j])/sum(np.exp(s[i][j]) for i in range(5) if not twin[i, j]))
+    assert contrast(a, b, .2, twin).item() == pytest.approx(np.mean([row(i) + column(i) for i in range(5)])/2)
+
+
+def test_likeness_by_hand():
+    x = np.array([[[1., 0], [0, 1]], [[3, 0], [4, 3]]]) # the second history is nearer to the first one in other words
+    assert likeness(x) == {"cosine": pytest.approx((1 + .6)/2), "found": .5}
+
+
+@pytest.fixture(scope="module")
+def studied(finished, tmp_path_factory):
+    "Two entries on the small shop, one of them with an encoder of its own."
+    shutil.copytree(finished, run := tmp_path_factory.mktemp("study")/"run", ignore=shutil.ignore_patterns("recommender", "encoder"))
+    S.make_study(str(run), study_entries="one template,random templates,gathered", study_users=20, recommender_epochs=1)
+    return run
+
+
+def test_kept_ranks_are_those_of_the_report(studied, tmp_path):
+    "The model that the study leaves, asked again by the command's own function."
+    kept = {e["model"]: e for e in (json.loads(p.read_text()) for p in S.keep_study(str(studied), tmp_path/"kept"))}
+    for name in ("one template", "gathered"):
+        said = json.loads(R.make_report(str(studied/"study"/S.slug(name)), str(studied), users=20, out=str(tmp_path/name)).with_suffix(".json").read_text())
+        assert [t["id"] for t in kept[name]["by_template"]] == [t["id"] for t in said["by_template"]]
+        np.testing.assert_allclose(S.table_of(kept[name])["hit@10"].mean(axis=1), [t["hit@10"] for t in said["by_template"]], atol=1e-9)
+        assert kept[name]["measured"]["unseen"]["flips"] == pytest.approx(said["measured"]["unseen"]["flips"])
+    assert kept["gathered"]["fingerprint"] == manifest(str(studied), "study")["fingerprint"] and not any(str(studied.parent) in json.dumps(e) for e in kept.values())
+
+
+def test_gathering_moves_the_encoder_and_tells_histories_apart(finished, tmp_path):
+    shutil.copytree(finished, run := tmp_path/"run", ignore=shutil.ignore_patterns("recommender", "encoder"))
+    merit = json.loads((make_gather(str(run), gather_batch=16, gather_epochs=3)/"manifest.json").read_text())["metrics"]
+    assert merit["after"]["found"] > merit["before"]["found"] and merit["after"]["cosine"] > .5
+
+
+def test_an_entry_that_fails_does_not_stop_the_rest_and_whole_ones_are_kept(studied, tmp_path, monkeypatch):
+    shutil.copytree(studied, run := tmp_path/"run", ignore=shutil.ignore_patterns("study"))
+    calls, one = [], {e: json.loads((studied/"study/study.json").read_text())["entries"][e] for e in ("one template", "gathered")}
+    def fake(run, name, folder, p):
+        calls.append(name)
+        if name == "random templates": raise UserError("no templates to draw from")
+        if name == "gathered" and calls.count("gathered") == 1: raise KeyboardInterrupt
+        return {k: v for k, v in one[name].items() if k != "settings"}
+    monkeypatch.setattr(S, "run_entry", fake)
+    with pytest.raises(KeyboardInterrupt): S.make_study(str(run), study_entries="one template,random templates,gathered", study_users=20)
+    S.make_study(str(run), study_entries="one template,random templates,gathered", study_users=20)
+    assert calls == ["one template", "random templates", "gathered", "random templates", "gathered"]
+    assert json.loads((run/"study/study.json").read_text())["entries"]["random templates"] == {"failed": "no templates to draw from"}
+    assert {p.name for p in S.keep_study(str(run), tmp_path/"kept")} == {"one-template-0.json", "gathered-0.json"}
+
+
+def test_pages_and_pictures_come_from_kept_entries(studied, tmp_path):
+    S.keep_study(str(studied), tmp_path/"kept")
+    made = S.draw_study(tmp_path/"kept", tmp_path/"out")
+    assert {p.suffix for p in made} == {".md", ".html", ".tex", ".csv", ".png"} and all(p.stat().st_size > 500 for p in made)
+    text = next(p for p in made if p.suffix == ".md").read_text()
+    assert "pocket models" in text and "no claim: one template: 1; random templates: 1; gathered: 1" in text and "Difference to random templates" in text
+    before = {p: p.read_bytes() for p in made}
+    assert {p: p.read_bytes() for p in S.draw_study(tmp_path/"kept", tmp_path/"out")} == before
+
+
+def test_entries_that_cannot_be_compared_are_refused(studied, tmp_path):
+    paths = S.keep_study(str(studied), tmp_path/"kept")
+    other = json.loads(paths[0].read_text())
+    paths[0].write_text(json.dumps(other | {"users_digest": "x"}))
+    with pytest.raises(UserError, match="other users, data, recommenders or templates"): S.read_study_entries(tmp_path/"kept")
+    paths[0].write_text(json.dumps(other | {"users": 3}))
+    with pytest.raises(UserError, match="is damaged"): S.read_study_entries(tmp_path/"kept")
+    with pytest.raises(UserError, match="keep some first"): S.read_study_entries(tmp_path/"none")
+
+
+def test_deaf_and_parrot_are_told_from_steady():
+    "What the page says of a constant model, of one that has learned the seen template by heart, and of a robust one."
+    rng, bank = np.random.default_rng(0), [dict(id=f"t{i}", group="toy", split="attack" if i else "seen") for i in range(13)]
+    truth = rng.normal(size=(50, 100)) + 3*(np.arange(100) == 0)
+    def entry(model, scores):
+        found = R.measure_bank(scores, bank)
+        return dict(model=model, dataset="toy", synthetic=True, seed=0, users=50, recommender="none", pocket=False, measured=found,
+                    by_template=[t | {"ranks": S.pack(S.pl.DataFrame(S.ranking(z)))} for t, z in zip(bank, scores)])
+    noise = rng.normal(size=(13, 50, 100))
+    mine = [entry("random templates", np.concatenate([truth[None], noise[1:]])), entry("deaf", np.full((13, 50, 100), -1.)), entry("steady", truth + .1*noise)]
+    draws = S.drawn(mine)
+    value = {s: {name: d[0] for name, d in by.items()} for s, by in draws.items()}
+    assert value["clean"]["deaf"] == value["CPS"]["deaf"] == 0 and value["clean"]["random templates"] == pytest.approx(value["clean"]["steady"], abs=.1)
+    assert value["CPS"]["steady"] > 3*value["CPS"]["random templates"] and R.ends(draws["q05"]["steady"] - draws["q05"]["random templates"])[1] > 0
+
+
+@pytest.mark.parametrize("plan", ["tables", "standard", "robustness"])
+def test_plans_name_what_there_is(plan):
+    found = read_plan(str(root()/f"data/{plan}.yaml"))
+    if plan == "robustness": assert all(m["study"] == list(S.read_entries()[1]) for m in found["datasets"].values())
+
+
+@pytest.mark.parametrize("change, message", [(lambda y: y["entries"]["GANPrompt"].update(wordngs=2), "unknown parameter 'wordngs'"), (lambda y: y["encoders"]["spread"].update(coupling_="none"), "unknown parameter 'coupling_'"),
+                                             (lambda y: y["entries"]["GANPrompt"].update(encoder="gan"), "encoder must be one of backbone")])
+def test_mistakes_in_the_entries(change, message, tmp_path):
+    found = yaml.safe_load((root()/"data/study.yaml").read_text())
+    change(found)
+    (tmp_path/"study.yaml").write_text(yaml.safe_dump(found))
+    with pytest.raises(UserError, match=message): S.read_entries(tmp_path/"study.yaml")
