@@ -115,7 +115,7 @@ def tune_gather(
     return {"before": before, "after": likeness_of(model, run, reader)}
 
 def make_gather(
-    run:str="demo", seed:int=0, gather_wordings:int=4, gather_same:float=1., gather_next:float=1., temperature:float=.1, gather_lr:float=1e-3, gather_batch:int=48, gather_epochs:int=3,
+    run:str="demo", seed:int=0, gather_wordings:int=4, gather_same:float=1., gather_next:float=1., temperature:float=.1, gather_lr:float=1e-3, gather_batch:int=48, gather_epochs:int=1,
 )->Path: # Folder with the encoder in `model/`, and its curves
     "Stage `gather`: an alternative to stage 1 of the paper. The parameters are explained at the head of the chapter."
     params = {k: v for k, v in locals().items() if k != "run"}
