@@ -472,9 +472,10 @@ def score_lists(
     from tqdm import tqdm
     (reader, _), out = reader_for(run), folder/"scores.npy"
     users, lists = load_candidates(run, candidates)
+    own, past = own_attributes(run), load_sequences(run, "test") # here, since polars stands still in a forked process
     def score_share():
         model, mine = load_recommender(folder, reader), at[shard(len(at))]
-        questions = Questions(reader, own_attributes(run), load_sequences(run, "test"), attributes=model.attributes)
+        questions = Questions(reader, own, past, attributes=model.attributes)
         parts = tqdm(np.array_split(mine, max(1, math.ceil(len(mine)/chunk))), desc=f"scoring, {folder.name}", mininterval=5, ncols=90, disable=not is_main())
         z = gathered([z for rows in parts if len(rows) for z in score_rows(model, questions, rows, lists, score)])
         if is_main(): np.save(out, np.concatenate([x for share in z for x in share]))
