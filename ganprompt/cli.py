@@ -9,7 +9,7 @@ __all__ = ['Parameter', 'read_parameters', 'Chapter', 'read_chapter', 'chapters'
            'as_table', 'show', 'read_plan', 'fill', 'keep', 'tables', 'compare', 'fetch', 'robustness', 'main']
 
 # %% ../nbs/11_cli.ipynb #11-002
-import ast, difflib, io, itertools, json, os, re, sys, time, tokenize
+import ast, difflib, functools, io, itertools, json, os, re, sys, time, tokenize
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -441,13 +441,13 @@ def fill(
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
 @click.option("--study", metavar="NAME", default="end_to_end", help="Folder under data/results  [end_to_end]")
 def keep(runs, study):
-    "Keep the results of runs, and Figure 3 of the first run of each data set; or, with --study benchmarks, their measurements; or, with --study tables, standard or robustness, each model's ranks."
+    "Keep the results of runs, and Figure 3 of the first run of each data set; or, with --study benchmarks, their measurements; or, with --study tables, standard, robustness or ablation, each model's ranks."
     from ganprompt import benchmarks, figures, metrics, study as robust, tables
     runs = [absolute("run", run) for run in runs]
     if study in ("tables", "standard"):
         for path in [p for run in runs for p in tables.keep_models(run, study)] + tables.make_tables(): click.echo(shown(path))
         return
-    if study == "robustness":
+    if study in robust.PAGES:
         for path in [p for run in runs for p in robust.keep_study(run, study)] + robust.draw_study(study): click.echo(shown(path))
         return
     if study == "benchmarks":
@@ -463,10 +463,10 @@ def keep(runs, study):
 @click.option("--plan", metavar="FILE", default="", help="What they are  [data/STUDY.yaml]")
 @click.option("--runs", metavar="FOLDER", default="", help="Where its run folders go  [runs]")
 def tables(study, data_dir, plan, runs):
-    "Remake the tables and pictures of a study from its kept results; with --data-dir, make the missing results of tables, standard or robustness first."
+    "Remake the tables and pictures of a study from its kept results; with --data-dir, make the missing results of tables, standard, robustness or ablation first."
     from ganprompt import benchmarks, metrics, study as robust, tables
     failed = fill(read_plan(plan or root()/"data"/f"{study}.yaml"), study, data_dir, runs) if data_dir is not None else []
-    draw = {"benchmarks": benchmarks.draw_benchmarks, "tables": tables.make_tables, "robustness": robust.draw_study, "standard": lambda: tables.write_published(root()/"figures")}.get(study, lambda: [metrics.summary(study)])
+    draw = {"benchmarks": benchmarks.draw_benchmarks, "tables": tables.make_tables, **{name: functools.partial(robust.draw_study, name) for name in robust.PAGES}, "standard": lambda: tables.write_published(root()/"figures")}.get(study, lambda: [metrics.summary(study)])
     for path in draw(): click.echo(shown(path))
     if failed: raise UserError("\n".join(["these are missing; the rest is made:", *failed]))
 

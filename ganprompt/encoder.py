@@ -286,11 +286,11 @@ def tune_encoder(
     p:dict, # The stage's parameters
     processes:int=1, # Processes to train in
 )->dict: # Figures of merit
-    "Stage 1, into any folder."
-    (reader, path), words = reader_for(run), load_attributes(run)
+    "Stage 1, into any folder; with `k` in `p`, on the first words alone."
+    (reader, path), words = reader_for(run), load_attributes(run)[:p.get("k")]
     rows, held = split_users(run, p["held_out_users"], p["seed"])
     versions, shown = Versions(reader, words, rows), Versions(reader, words, held)
-    def fit(): return train_encoder(path, versions, shown, folder, **{k: v for k, v in p.items() if k != "held_out_users"})
+    def fit(): return train_encoder(path, versions, shown, folder, **{k: v for k, v in p.items() if k not in ("held_out_users", "k")})
     return _write(folder, reader.tokenizer, held, *in_processes(processes, fit)) | ({"processes": processes} if processes > 1 else {})
 
 # %% ../nbs/05_encoder.ipynb #05-033

@@ -8,6 +8,7 @@ import yaml
 
 from ganprompt import robustness as R, study as S
 from ganprompt.cli import read_plan
+from ganprompt.encoder import separability
 from ganprompt.gather import contrast, likeness, make_gather
 from ganprompt.runs import UserError, manifest, root
 
@@ -103,10 +104,32 @@ def test_deaf_and_parrot_are_told_from_steady():
     assert value["CPS"]["steady"] > 3*value["CPS"]["random templates"] and R.ends(draws["q05"]["steady"] - draws["q05"]["random templates"])[1] > 0
 
 
-@pytest.mark.parametrize("plan", ["tables", "standard", "robustness"])
+@pytest.mark.parametrize("plan", ["tables", "standard", "robustness", "ablation"])
 def test_plans_name_what_there_is(plan):
     found = read_plan(str(root()/f"data/{plan}.yaml"))
-    if plan == "robustness": assert all(m["study"] == list(S.read_entries()[1]) for m in found["datasets"].values())
+    if plan in S.PAGES: assert all(set(m["study"]) <= set(S.read_entries()[1]) and S.PAGES[plan][1] in m["study"] for m in found["datasets"].values())
+
+
+def test_each_entry_is_in_a_plan_and_each_reading_differs_in_one_thing():
+    encoders, entries = S.read_entries()
+    plans = [read_plan(str(root()/f"data/{plan}.yaml"))["datasets"]["toys"]["study"] for plan in S.PAGES]
+    assert {name for plan in plans for name in plan} == set(entries)
+    assert all(len(encoders[name]) == 1 and entries[name] == {"encoder": name, "tuned": True} for name in plans[1][3:])
+
+
+def test_readings_of_stage_1_are_measured_and_drawn(finished, tmp_path):
+    shutil.copytree(finished, run := tmp_path/"run", ignore=shutil.ignore_patterns("recommender", "encoder"))
+    S.make_study(str(run), study_entries="attributes,GANPrompt,k 2", study_users=20, recommender_epochs=1)
+    kept = {e["model"]: e for e in (json.loads(p.read_text()) for p in S.keep_study(str(run), tmp_path/"ablation"))}
+    for name, path in ("GANPrompt", "spread"), ("k 2", "k-2"):
+        states = S.pl.read_parquet(run/"study/encoders"/path/"states.parquet").filter(S.pl.col("stage") == "after")
+        assert states["version"].n_unique() == {"GANPrompt": 4, "k 2": 3}[name] # plain, and one for each word: the shop has three
+        x = np.array(states["x"].to_list()).reshape(-1, states["version"].n_unique(), len(states["x"][0]))
+        assert S.separated(list(kept.values()))[name]["silhouette"] == pytest.approx(separability(x)["silhouette"], abs=1e-6)
+    assert kept["attributes"]["encoder"] == {}
+    made = S.draw_study(tmp_path/"ablation", tmp_path/"out")
+    text = next(p for p in made if p.suffix == ".md").read_text()
+    assert "Difference to GANPrompt" in text and "how far apart" in text and {p.name.split("_")[0] for p in made} == {"ablation"}
 
 
 @pytest.mark.parametrize("change, message", [(lambda y: y["entries"]["GANPrompt"].update(wordngs=2), "unknown parameter 'wordngs'"), (lambda y: y["encoders"]["spread"].update(coupling_="none"), "unknown parameter 'coupling_'"),
