@@ -16,7 +16,7 @@ def test_pandas_and_ours_keep_the_same_rows(tmp_path):
 
 
 def test_benchmarks_run_on_demand_only():
-    assert [c.stage for c in chapters() if c.on_demand] == ["baselines", "p5", "collm", "ctrl", "benchmarks"]
+    assert [c.stage for c in chapters() if c.on_demand] == ["gather", "baselines", "p5", "collm", "ctrl", "benchmarks", "study"]
 
 
 @pytest.mark.parametrize("bad, said", [(dict(bench_size="huge"), "bench_size='huge'.*t5-small"), (dict(bench_parts="training,speed"), "bench_parts='speed'.*scoring")])
