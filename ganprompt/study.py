@@ -250,6 +250,7 @@ def plot_study_groups(
     fig.suptitle(f"{mine[0]['dataset'].capitalize()}{' (synthetic)' * mine[0]['synthetic']}: {label(metric)} under every template; rings: seen in training, line: the clean template", fontsize=9)
     return fig
 
+# %% ../nbs/10c_study.ipynb #10c-020a
 HEAT = "one template", "random templates", "GANPrompt", "gathered" # entries whose answers are shown user by user
 
 def plot_study_heat(
@@ -278,6 +279,7 @@ def plot_separated(
     fig.suptitle(f"{mine[0]['dataset'].capitalize()}{' (synthetic)' * mine[0]['synthetic']}: readings of stage 1; bars: 95 %", fontsize=9)
     return fig
 
+# %% ../nbs/10c_study.ipynb #10c-020b
 PAGES = {"robustness": ("Robustness", "random templates", {"": plot_study_groups, "_heat": plot_study_heat}),
          "ablation": ("Readings of stage 1", "GANPrompt", {"": plot_separated})} # folder under data/results -> title, what is compared with, pictures
 
