@@ -9,7 +9,7 @@ import pytest
 from ganprompt import robustness as R
 from ganprompt.cli import main
 from ganprompt.prompts import read_templates
-from ganprompt.runs import UserError
+from ganprompt.runs import UserError, root
 
 RNG = np.random.default_rng(0)
 
@@ -175,6 +175,6 @@ def test_mistakes_in_a_template_file_come_first(finished, tmp_path, monkeypatch,
 
 def test_figure1_shows_one_of_each_group():
     scores = np.zeros((3, 2, 4)); scores[:, 1] = [[4, 3, 2, 1], [1, 2, 3, 4], [4, 3, 2, 1]]; scores[:, 0] = [9, 8, 7, 6]
-    bank = [t for t in read_templates(R.root()/"data/templates.yaml") if t["id"] in ("paper-recommendation", "s-para-1", "s-para-2")]
+    bank = [t for t in read_templates(root()/"data/templates.yaml") if t["id"] in ("paper-recommendation", "s-para-1", "s-para-2")]
     table = R.figure1(scores, bank, pl.DataFrame({"user": [0, 1], "history": [[0], [1]]}), [[0, 1, 2, 3]]*2, ["A", "B", "C", "D"])
     assert table["group"].to_list() == ["paper", "paraphrase"] and table["1."].to_list() == ["A", "D"] and table["rank of the target"].to_list() == [1, 4]
