@@ -9,9 +9,9 @@ __all__ = ['Parameter', 'read_parameters', 'Chapter', 'read_chapter', 'chapters'
            'as_table', 'show', 'read_plan', 'fill', 'keep', 'tables', 'compare', 'fetch', 'robustness', 'main']
 
 # %% ../nbs/11_cli.ipynb #11-002
-import ast, difflib, functools, io, itertools, json, os, re, sys, time, tokenize
+import ast, difflib, io, itertools, json, os, re, sys, time, tokenize
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -466,7 +466,7 @@ def tables(study, data_dir, plan, runs):
     "Remake the tables and pictures of a study from its kept results; with --data-dir, make the missing results of tables, standard, robustness or ablation first."
     from ganprompt import benchmarks, metrics, study as robust, tables
     failed = fill(read_plan(plan or root()/"data"/f"{study}.yaml"), study, data_dir, runs) if data_dir is not None else []
-    draw = {"benchmarks": benchmarks.draw_benchmarks, "tables": tables.make_tables, **{name: functools.partial(robust.draw_study, name) for name in robust.PAGES}, "standard": lambda: tables.write_published(root()/"figures")}.get(study, lambda: [metrics.summary(study)])
+    draw = {"benchmarks": benchmarks.draw_benchmarks, "tables": tables.make_tables, **{name: partial(robust.draw_study, name) for name in robust.PAGES}, "standard": lambda: tables.write_published(root()/"figures")}.get(study, lambda: [metrics.summary(study)])
     for path in draw(): click.echo(shown(path))
     if failed: raise UserError("\n".join(["these are missing; the rest is made:", *failed]))
 

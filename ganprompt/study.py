@@ -24,7 +24,7 @@ from .scorer import bank_for, own_attributes
 from .recommender import KINDS, find_llm, load_recommender, make_recommender, tune
 from .metrics import figures_of, label, ranking, short, spread
 from .baselines import short_message
-from .robustness import FIGURES, PALETTE, ends, load_any, measure_bank, over_templates, plot_heat, redrawn, score_bank, template_table, test_lists
+from .robustness import FIGURES, PALETTE, drop_rate, ends, load_any, measure_bank, over_templates, plot_heat, redrawn, score_bank, template_table, test_lists
 from .tables import Block, Page, by_dataset, entry_path, pack, read_json, slug, unpack, without_folders, write_page
 from .figures import save_figure
 
@@ -43,10 +43,11 @@ def read_entries(
     "What is compared. `UserError` for a name that there is not."
     path = Path(path or root()/"data/study.yaml")
     found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    encoders, entries = {"backbone": {}} | found["encoders"], found["entries"]
+    readings = found.get("readings", {})
+    encoders, entries = {"backbone": {}} | found["encoders"] | readings, found["entries"] | {name: {"encoder": name} for name in readings}
     def check(kind, name, values, known):
         if wrong := set(values) - set(known): raise UserError(f"{path}, {kind}, {name!r}: unknown parameter {min(wrong)!r}; known: {', '.join(sorted(known))}")
-    for name, values in encoders.items(): check("encoders", name, values, ["stage", "k", *defaults(FIRST[values.get("stage", "spread")][0])])
+    for name, values in encoders.items(): check("encoders", name, values, ["stage", *([] if values.get("stage") == "gather" else ["k"]), *defaults(FIRST[values.get("stage", "spread")][0])])
     for name, values in entries.items():
         check("entries", name, values, ["encoder", "tuned", *defaults(make_recommender)])
         if values.get("encoder") not in encoders: raise UserError(f"{path}, entries, {name!r}: encoder must be one of {', '.join(encoders)}, not {values.get('encoder')!r}")
@@ -59,16 +60,16 @@ def encoder_for(
     values:dict, # Its parameters
     folder:Path, # Where trained encoders go
     seed:int, # Seed
-)->str: # Folder of a T5
+)->tuple[str, dict]: # (folder of a T5, stage 1's figures of merit)
     "The backbone, or what a stage 1 makes of it; one that is whole already is kept."
-    if name == "backbone": return backbone(run, "t5")["path"]
+    if name == "backbone": return backbone(run, "t5")["path"], {}
     home, values = folder/slug(name), dict(values)
     if not (home/"merits.json").exists():
         home.mkdir(parents=True, exist_ok=True)
         make, tune = FIRST[values.pop("stage", "spread")]
         p = {k: v for k, v in defaults(make).items() if k not in ("run", "processes")} | values | {"seed": seed}
         write_json(home/"merits.json", tune(run, home, p))
-    return str(home/"model")
+    return str(home/"model"), json.loads((home/"merits.json").read_text())
 
 # %% ../nbs/10c_study.ipynb #10c-012
 def tuned_model(
@@ -77,16 +78,16 @@ def tuned_model(
     folder:Path, # The stage's folder
     p:dict, # The stage's parameters
     reader, # `Reader`
-): # (recommender, validation AUC or None)
+): # (recommender, validation AUC or None, stage 1's figures of merit)
     "An entry's recommender."
     encoders, entries = read_entries()
     e = entries[name]
-    path = encoder_for(run, e["encoder"], encoders[e["encoder"]], folder/"encoders", p["seed"])
-    if not e["tuned"]: return load_any(path, reader)[0], None
+    path, merits = encoder_for(run, e["encoder"], encoders[e["encoder"]], folder/"encoders", p["seed"])
+    if not e["tuned"]: return load_any(path, reader)[0], None, merits
     q = defaults(make_recommender) | {k: p[k] for k in ("seed", "recommender_epochs", "recommender_batch")} | {k: v for k, v in e.items() if k not in ("encoder", "tuned")}
     lm = find_llm(run, q, folder/"llm") if p["study_recommender"] == "causal-lm" else ""
     curves = tune(run, p["study_recommender"], path, lm, folder/slug(name), q, q)
-    return load_recommender(folder/slug(name), reader), curves["valid_auc"].max()
+    return load_recommender(folder/slug(name), reader), curves["valid_auc"].max(), merits
 
 def run_entry(
     run:str, # Run
@@ -96,13 +97,12 @@ def run_entry(
 )->dict: # What is kept of the entry
     "Tune and ask."
     start, (reader, _), (rows, lists) = time.time(), reader_for(run), test_lists(run, p["study_users"])
-    bank, (model, valid) = bank_for(reader), tuned_model(run, name, folder, p, reader)
+    bank, (model, valid, merits) = bank_for(reader), tuned_model(run, name, folder, p, reader)
     tuned = time.time()
-    merits = folder/"encoders"/slug(read_entries()[1][name]["encoder"])/"merits.json"
     scores = score_bank(model, reader, own_attributes(run), bank, rows, lists, name)
     table = template_table(scores, bank).select("id", "group", "split", "drop", "flips", "tau", "rbo")
     ranks = [pack(pl.DataFrame(ranking(z))) for z in scores]
-    return dict(users=len(rows), users_digest=digest(rows["user"].to_list()), valid=valid, encoder=json.loads(merits.read_text()) if merits.exists() else {}, measured=measure_bank(scores, bank), by_template=[t | {"ranks": r} for t, r in zip(table.to_dicts(), ranks)],
+    return dict(users=len(rows), users_digest=digest(rows["user"].to_list()), valid=valid, encoder=merits, measured=measure_bank(scores, bank), by_template=[t | {"ranks": r} for t, r in zip(table.to_dicts(), ranks)],
                 odds=np.round(scores[:, :60, 0].astype(float), 2).tolist(), seconds={"train": tuned - start, "score": time.time() - tuned})
 
 # %% ../nbs/10c_study.ipynb #10c-014
@@ -208,23 +208,24 @@ def separated(
 
 def study_page(
     mine:list, # Kept entries of one data set
-    against:str="random templates", # The entry that the others are compared with
+    against:tuple=("random templates",), # Entries that the others are compared with
     title:str="Robustness", # What the page is about
 )->tuple[Page, pl.DataFrame]: # The page, and the same for other programs
     "Clean and robust figures side by side, and the paired differences."
     draws, seeds, first = drawn(mine), {name: s for name, (s, _) in by_entry(mine).items()}, mine[0]
     def means(name, k): return short(float(np.mean([e["measured"]["unseen"][k] for e in mine if e["model"] == name])))
     def inner(name, k): return short(float(np.mean([e["measured"]["unseen"]["hit@10"][k] for e in mine if e["model"] == name])))
-    one = [[name, str(len(seeds[name])), *(spread(ends(draws[s][name])) for s in draws), inner(name, "drop"), inner(name, "pss"), *(means(name, k) for k in ("flips", "posix", "tau", "rbo"))] for name in seeds]
-    two = [[name, *(spread(ends(draws[s][name] - draws[s][against]), True) for s in draws)] for name in seeds if name != against and against in seeds]
-    blocks = [Block("HR@10 under the clean template and under unseen ones", ["entry", "seeds", *draws, "drop", "PSS", "flips", "POSIX", "tau", "RBO"], [one])]
-    if two: blocks.append(Block(f"Difference to {against}, paired over users and templates", ["entry", *draws], [two]))
+    def lost(name): return short(drop_rate(draws["q05"][name][0], draws["clean"][name][0]))
+    one = [[name, str(len(seeds[name])), *(spread(ends(draws[s][name])) for s in draws), lost(name), inner(name, "drop"), inner(name, "pss"), *(means(name, k) for k in ("flips", "posix", "tau", "rbo"))] for name in seeds]
+    def differences(one): return [[name, *(spread(ends(draws[s][name] - draws[s][one]), True) for s in draws)] for name in seeds if name != one]
+    blocks = [Block("HR@10 under the clean template and under unseen ones", ["entry", "seeds", *draws, "lost at q05", "drop", "PSS", "flips", "POSIX", "tau", "RBO"], [one])]
+    blocks += [Block(f"Difference to {one}, paired over users and templates", ["entry", *draws], [differences(one)]) for one in against if one in seeds and len(seeds) > 1]
     if apart := separated(mine): blocks.append(Block("Versions of held-out histories after stage 1: how far apart", ["entry", *SEPARABILITY.values()], [[[name, *map(short, x.values())] for name, x in apart.items()]]))
     rows = [dict(dataset=first["dataset"], entry=name, seeds=len(seeds[name]), statistic=s, **dict(zip(("value", "low", "high"), ends(draws[s][name])))) for name in seeds for s in draws]
     few = [f"{name}: {len(s)}" for name, s in seeds.items() if len(s) < 3]
     notes = [f"Data set {first['dataset']}{' (synthetic)' * first['synthetic']}, {first['users']} users, uni99, {len(first['by_template'])} templates of which {len(unseen_at(mine))} are unseen; recommender {first['recommender']}"
              f"{', pocket models: trained from scratch on this data set' * first['pocket']}.", "Intervals: 95 %, users and templates drawn again together. q05: what the worst twentieth of the unseen templates leaves. "
-             "Drop, flips, tau and RBO compare with the clean template: drop and flips are best at zero, tau and RBO at one."]
+             "Lost at q05, drop, flips, tau and RBO compare with the clean template: lost, drop and flips are best at zero, tau and RBO at one."]
     if few: notes.append("Fewer than three seeds, so no claim: " + "; ".join(few) + ".")
     return Page(f"{title} on {first['dataset'].capitalize()}", notes, blocks), pl.DataFrame(rows)
 
@@ -257,7 +258,8 @@ def plot_study_heat(
     mine:list, # Kept entries of one data set
 ): # A matplotlib figure
     "What sixty users' answers do under every template, in the first seed."
-    shown = {e["model"]: e for name in HEAT for e in reversed(mine) if e["model"] == name} or {e["model"]: e for e in reversed(mine)}
+    first = {e["model"]: e for e in reversed(mine)} # entries are sorted by seed
+    shown = {name: first[name] for name in HEAT if name in first} or first
     fig = plot_heat({f"{name}, seed {e['seed']}": np.array(e["odds"]) for name, e in shown.items()}, mine[0]["by_template"])
     fig.suptitle(f"{mine[0]['dataset'].capitalize()}{' (synthetic)' * mine[0]['synthetic']}", fontsize=9)
     return fig
@@ -280,8 +282,8 @@ def plot_separated(
     return fig
 
 # %% ../nbs/10c_study.ipynb #10c-020b
-PAGES = {"robustness": ("Robustness", "random templates", {"": plot_study_groups, "_heat": plot_study_heat}),
-         "ablation": ("Readings of stage 1", "GANPrompt", {"": plot_separated})} # folder under data/results -> title, what is compared with, pictures
+PAGES = {"robustness": ("Robustness", ("random templates", "agreement"), [("", plot_study_groups, "HR@10 under every template"), ("_heat", plot_study_heat, "P(yes) for the target, users by templates")]),
+         "ablation": ("Readings of stage 1", ("GANPrompt",), [("", plot_separated, "Separation of the versions, accuracy and robustness")])} # folder under data/results -> title, what is compared with, pictures
 
 def draw_study(
     study:str|Path="robustness", # Folder under data/results, or a path
@@ -293,8 +295,9 @@ def draw_study(
     title, against, plots = PAGES.get(Path(study).name, PAGES["robustness"])
     for dataset, mine in by_dataset(read_study_entries(study)).items():
         stem = out/f"{Path(study).name}_{slug(dataset)}"
-        pictures = {stem.with_name(f"{stem.name}{end}.png"): plot for end, plot in plots.items()}
-        for path, plot in pictures.items(): save_figure(plot(mine), path)
-        shown = "".join(f"\n![{plot.__doc__.split('.')[0]}]({path.name})\n" for path, plot in pictures.items())
-        made += [*write_page(*study_page(mine, against, title), stem, shown), *pictures]
+        shown = "".join(f"\n![{words}]({stem.name}{end}.png)\n" for end, _, words in plots)
+        made += write_page(*study_page(mine, against, title), stem, shown)
+        for end, plot, _ in plots:
+            made.append(stem.with_name(f"{stem.name}{end}.png"))
+            save_figure(plot(mine), made[-1])
     return made
