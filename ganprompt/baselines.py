@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['COUNTED', 'RECENT', 'VALID_ROWS', 'VALID_METRIC', 'rank_rows', 'figures', 'short_message', 'attempt', 'finish',
            'show_models', 'popularity', 'last_item', 'prefixes', 'title_words', 'write_rows', 'write_atomic', 'recbole',
-           'open_data', 'their_ids', 'questions', 'ask_pairs', 'ask', 'Trimmed', 'bce', 'ndcg', 'pretrain', 'fit',
-           'known_models', 'search', 'sampled', 'rank_all', 'train_model', 'serve', 'trainer_process', 'count_model',
-           'id_model', 'searched', 'chosen_settings', 'make_baselines']
+           'open_data', 'their_ids', 'questions', 'ask_pairs', 'ask', 'Trimmed', 'bce', 'train_every_place', 'ndcg',
+           'pretrain', 'fit', 'known_models', 'search', 'sampled', 'rank_all', 'train_model', 'serve',
+           'trainer_process', 'count_model', 'id_model', 'searched', 'chosen_settings', 'make_baselines']
 
 # %% ../nbs/08_baselines.ipynb #08-004
 import html, importlib.util, json, logging, math, os, re, shutil, subprocess, sys, time, warnings
@@ -133,9 +133,10 @@ def prefixes(
     training:list, # Items of each user's training part, oldest first
     length:int, # Longest history
     with_target:bool=False, # Whether the history holds the target at its end
+    step:int=1, # Every how many items, counted from the end
 )->pl.DataFrame: # user, history, target
-    "Every item that has one before it, with the items before it."
-    rows = [(u, items[max(0, p - length):p + with_target], items[p]) for u, items in enumerate(training) for p in range(1, len(items))]
+    "Every item that has one before it, or every `step`-th of them, with the items before it."
+    rows = [(u, items[max(0, p - length):p + with_target], items[p]) for u, items in enumerate(training) for p in range((len(items) - 2)%step + 1, len(items), step)]
     return pl.DataFrame(rows, schema={"user": pl.Int32, "history": pl.List(pl.Int32), "target": pl.Int32}, orient="row")
 
 # %% ../nbs/08_baselines.ipynb #08-026
@@ -172,7 +173,9 @@ def write_atomic(
     users = pl.DataFrame({"user_id:token": range(len(training))})
     items = pl.DataFrame({"item_id:token": range(len(titles)), "class:token_seq": title_words(titles)})
     def lists(n): return {"train": prefixes(training, n)} | {split: rows.with_columns(pl.col("history").list.tail(n)) for split, rows in held.items()}
-    tables = {"pairs": {"train": bought, **held}, "sequences": lists(longest) | {"cloze": prefixes(training, longest, True)}, "recent": lists(RECENT)}
+    sequences, pieces = lists(longest), prefixes(training, longest, step=longest)
+    sequences |= {"cloze": prefixes(training, longest, True), "whole": pl.concat([pieces]*max(1, round(len(sequences["train"])/max(1, len(pieces)))))}
+    tables = {"pairs": {"train": bought, **held}, "sequences": sequences, "recent": lists(RECENT)}
     for name, parts in tables.items():
         (folder/name).mkdir(parents=True, exist_ok=True)
         for part, rows in parts.items(): write_rows(folder/name/f"{name}.{part}.inter", rows, name != "pairs")
@@ -296,12 +299,30 @@ class Trimmed:
             yield self.loader._neg_sampling(self.loader.transform(data, rows))
 
 # %% ../nbs/08_baselines.ipynb #08-042b
-def bce():
-    "SASRec's own loss, in the place of RecBole's BPR: a module of the scores of bought and of random items."
-    import torch, torch.nn.functional as F
-    class BCE(torch.nn.Module):
-        def forward(self, bought, other): return (F.softplus(-bought) + F.softplus(other)).mean()
-    return BCE()
+def bce(
+    bought, other, # Scores of items that came next, and of random items
+): # Scalar
+    "SASRec's own loss."
+    import torch.nn.functional as F
+    return (F.softplus(-bought) + F.softplus(other)).mean()
+
+def train_every_place(
+    net, # RecBole's SASRec; changed in place
+):
+    "Let every place of a sequence foretell the item after it."
+    import torch
+    last, table = net.gather_indexes, net.item_embedding
+    net.gather_indexes = lambda states, at: states if net.training else last(states, at)
+    def loss(batch):
+        seen, lengths = batch[net.ITEM_SEQ], batch[net.ITEM_SEQ_LEN]
+        nexts = seen.roll(-1, 1)
+        nexts[torch.arange(len(seen)), lengths - 1] = batch[net.POS_ITEM_ID]
+        drawn = torch.randint(1, net.n_items, nexts.shape, device=nexts.device)
+        fair = (seen > 0) & (drawn[:, :, None] != torch.cat([seen, nexts], 1)[:, None]).all(2)
+        h = net(seen, lengths)[fair]
+        return bce((h*table(nexts[fair])).sum(1), (h*table(drawn[fair])).sum(1))
+    net.calculate_loss = loss
+
 
 # %% ../nbs/08_baselines.ipynb #08-043
 VALID_ROWS, VALID_METRIC = 2000, "ndcg@10, uni99"
@@ -338,7 +359,7 @@ def fit(
     rb.init_seed(job["seed"], True)
     train, valid, _ = rb.data_preparation(config, dataset)
     net = rb.get_model(config["model"])(config, train._dataset).to(config["device"])
-    if job["loss"] == "bce": net.loss_fct = bce()
+    if job["rows"] == "whole": train_every_place(net)
     trainer = rb.get_trainer(config["MODEL_TYPE"], config["model"])(config, net)
     ids, best = their_ids(dataset, "item_id"), {"valid": -1., "epochs": 0}
     def scores(rows, lists): return ask(rb, net, questions(rb, dataset, rows, config["MAX_ITEM_LIST_LENGTH"], int(job["rows"] == "cloze")), [ids[x] for x in lists])
@@ -353,14 +374,14 @@ def fit(
     return best["valid"], best["epochs"], scores, dataset, net
 
 # %% ../nbs/08_baselines.ipynb #08-046
-def known_models()->dict: # Name -> paper, recbole, data, rows, trim, loss, settings (list), pretrain (settings or None)
+def known_models()->dict: # Name -> paper, recbole, data, rows, trim, settings (list), pretrain (settings or None)
     "The id models of `data/baselines.yaml`."
     models = yaml.safe_load((root()/"data/baselines.yaml").read_text(encoding="utf-8"))
     shared = models.pop("shared")
     def whole(m):
         first = {"train_stage": "pretrain", **shared, **m["fixed"], **m["pretrain"]} if "pretrain" in m else None
         second = {"train_stage": "finetune", "pre_model_path": "pretrained.pt"} if first else {}
-        return {"data": "sequences", "rows": "train", "trim": False, "loss": "", **m, "settings": [shared | m["fixed"] | second | trial for trial in m["search"]], "pretrain": first}
+        return {"data": "sequences", "rows": "train", "trim": False, **m, "settings": [shared | m["fixed"] | second | trial for trial in m["search"]], "pretrain": first}
     return {name: whole(m) for name, m in models.items()}
 
 # %% ../nbs/08_baselines.ipynb #08-048
@@ -401,7 +422,7 @@ def rank_all(
 
 # %% ../nbs/08_baselines.ipynb #08-050
 def train_model(
-    job:dict, # name, recbole, data, rows, settings (list), trim, loss, pretrain; run, folder, atomic, lengths; seed, epochs, patience, test_users
+    job:dict, # name, recbole, data, rows, settings (list), trim, pretrain; run, folder, atomic, lengths; seed, epochs, patience, test_users
 )->dict: # What models.json says
     "Search, train and rank one model; writes <name>.parquet and <name>.json, for MF also the embeddings."
     from safetensors.numpy import save_file

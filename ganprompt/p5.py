@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROMPTS', 'PIECES', 'VARIANTS', 'RATE', 'Asker', 'add_tokens', 'prompt_words', 'random_numbers', 'spell',
            'read_items', 'log_likelihood', 'score_items', 'train_p5', 'item_texts', 'asker_for', 'tune_p5', 'run_p5',
-           'make_p5']
+           'make_p5', 'InBlank', 'likelier']
 
 # %% ../nbs/08b_p5.ipynb #08b-004
 import json, math, time
@@ -33,8 +33,9 @@ class Asker:
         texts:list[str], # What each item is called: its title, or its number
         title_tokens:int, # Tokens kept of a text
         history_items:int, # Items kept of a history, the last ones
+        text:str="", # One prompt in the place of P5's own
     ):
-        about = yaml.safe_load((root()/PROMPTS).read_text(encoding="utf-8"))
+        about = {"prompts": {"": text}, "ask": ""} if text else yaml.safe_load((root()/PROMPTS).read_text(encoding="utf-8"))
         prompts = {name: PromptEncoder(tokenizer, text, texts, title_tokens, history_items) for name, text in about["prompts"].items()}
         self.prompts, self.chosen, self.pad_id = list(prompts.values()), prompts[about["ask"]], tokenizer.pad_token_id
         self.items = [t + self.chosen.end for t in self.chosen.titles]
@@ -194,10 +195,11 @@ def asker_for(
     variant:str, # titles or ids
     seed:int, # Seed of the numbers
     tokenizer, # With all the tokens it needs
+    text:str="", # One prompt in the place of P5's own
 )->Asker:
     "The run's items under one name or another; numbers are never cut."
     about = backbone(run, "t5")
-    return Asker(tokenizer, item_texts(run, variant, seed), about["title_tokens"] if variant == "titles" else len(PIECES), about["history_items"])
+    return Asker(tokenizer, item_texts(run, variant, seed), about["title_tokens"] if variant == "titles" else len(PIECES), about["history_items"], text)
 
 # %% ../nbs/08b_p5.ipynb #08b-031
 def tune_p5(
@@ -205,6 +207,7 @@ def tune_p5(
     variant:str, # titles or ids
     folder:Path, # Where the model goes
     p:dict, # The stage's parameters
+    text:str="", # One prompt in the place of P5's own, in words that the tokenizer knows
 )->dict: # curves, and the seconds that training took
     "Train and save one variant; one that is whole already is kept."
     done = folder/"curves.json"
@@ -213,11 +216,11 @@ def tune_p5(
     began, path = time.time(), backbone(run, "t5")["path"]
     seed_all(p["seed"])
     tokenizer, model = load_tokenizer(path), load_model(path, "t5")
-    add_tokens(model, tokenizer, prompt_words(tokenizer) + (PIECES if variant == "ids" else []))
+    add_tokens(model, tokenizer, ([] if text else prompt_words(tokenizer)) + (PIECES if variant == "ids" else []))
     valid = load_sequences(run, "valid")
     at = sample_rows(len(valid), p["valid_users"], p["seed"])
     lists = [load_candidates(run, "uni99", "valid")[1][i][:21] for i in at]
-    curves = train_p5(model.to(device()), asker_for(run, variant, p["seed"], tokenizer), load_sequences(run, "train"), (valid["history"][at].to_list(), lists), folder, p, f"P5, {variant}")
+    curves = train_p5(model.to(device()), asker_for(run, variant, p["seed"], tokenizer, text), load_sequences(run, "train"), (valid["history"][at].to_list(), lists), folder, p, f"P5, {variant}")
     model.save_pretrained(folder); tokenizer.save_pretrained(folder)
     write_json(done, {"curves": curves, "seconds": time.time() - began})
     return json.loads(done.read_text())
@@ -258,3 +261,33 @@ def make_p5(
         pl.DataFrame([row | {"model": name} for name, rows in curves.items() for row in rows], infer_schema_length=None).write_parquet(folder/"curves.parquet")
         return merits
     return stage(run, "p5", params, make, inputs=["data", "prompts", "backbones"], files=[root()/PROMPTS])
+
+# %% ../nbs/08b_p5.ipynb #08b-043
+class InBlank:
+    "P5, asked what belongs in a blank; with the interface of a recommender (chapter 05b). The log-odds of yes are an item's log-likelihood."
+    joint, attributes, names = False, False, [0, 1]
+    def __init__(self,
+        model, # T5, in evaluation mode
+        asker:Asker, # Its items
+    ):
+        self.t5, self.asker, self.pad_id = model, asker, asker.pad_id
+        self.tail_lengths = np.array([len(t) for t in asker.items])
+
+    def read(self, states, mask): return states, mask
+
+    def cost(self, mask):
+        "What one more candidate for each prompt costs, in tokens: its text."
+        return len(mask)*int(self.tail_lengths.max())
+
+    def answer(self, memory, items, rows):
+        "Zero for no, the log-likelihood of the item for yes (n, m, 2)."
+        import torch
+        z = log_likelihood(self.t5, *memory, [[self.asker.items[i] for i in row] for row in items], self.pad_id)
+        return torch.stack([torch.zeros_like(z), z], -1)
+
+def likelier(
+    z:np.ndarray, # Log-likelihoods of candidates (..., n)
+)->np.ndarray: # Log of the ratio to the mean of their likelihoods, larger than 0 for those above it
+    "What is read as P5's yes."
+    return z - np.logaddexp.reduce(z, axis=-1, keepdims=True) + math.log(z.shape[-1])
+

@@ -662,6 +662,7 @@ def write_page(
     more:str="", # To go below the markdown
 ) -> list[Path]: # The four files
     "Write a page as .md, .html, .tex and .csv."
+    stem.parent.mkdir(parents=True, exist_ok=True)
     texts = {".md": to_md(page) + more, ".html": to_html(page), ".tex": to_tex(page), ".csv": table.write_csv(float_precision=6)}
     for suffix, text in texts.items(): stem.with_name(stem.name + suffix).write_text(text, encoding="utf-8")
     return [stem.with_name(stem.name + suffix) for suffix in texts]

@@ -161,3 +161,34 @@ def test_cornac_agrees(trained, demo):
     for name, ours in trained.items():
         difference = np.mean(ours, axis=0) - np.mean([run[name] for run in runs], axis=0)
         assert (abs(difference) < [.02, .045]).all(), (name, difference)
+
+
+def test_every_place_foretells_the_next_item_once(monkeypatch):
+    "The loss of SASRec-BCE, against one binary question at a time about what stands at the end of each beginning of a sequence."
+    import torch
+    from ganprompt.baselines import train_every_place
+
+    class Mean(torch.nn.Module): # as RecBole's SASRec on the outside; a place knows the mean of what stands up to it
+        ITEM_SEQ, ITEM_SEQ_LEN, POS_ITEM_ID, n_items = "seen", "length", "next", 9
+        def __init__(self):
+            super().__init__()
+            self.item_embedding = torch.nn.Embedding(self.n_items, 4, padding_idx=0)
+        def gather_indexes(self, states, at): return states[torch.arange(len(states)), at]
+        def forward(self, seen, lengths):
+            return self.gather_indexes(self.item_embedding(seen).cumsum(1)/torch.arange(1, seen.shape[1] + 1)[:, None], lengths - 1)
+
+    torch.manual_seed(0)
+    plain, net = Mean(), Mean()
+    net.load_state_dict(plain.state_dict())
+    batch = {"seen": torch.tensor([[1, 2, 3], [5, 4, 0]]), "length": torch.tensor([3, 2]), "next": torch.tensor([6, 8])}
+    drawn = torch.tensor([[7, 6, 8], [1, 2, 3]]) # the 6 was bought later, and is no negative
+    train_every_place(net)
+    monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: drawn)
+    losses = []
+    for row, places in ((0, [(1, 2, 7), (3, 6, 8)]), (1, [(1, 4, 1), (2, 8, 2)])): # (items seen, next item, random item)
+        for n, bought, other in places:
+            h = plain.eval()(batch["seen"][row:row + 1, :n], torch.tensor([n]))[0]
+            z = torch.stack([h @ plain.item_embedding.weight[i] for i in (bought, other)])
+            losses.append(torch.nn.functional.binary_cross_entropy_with_logits(z, torch.tensor([1., 0.]), reduction="sum"))
+    assert torch.isclose(net.train().calculate_loss(batch), torch.stack(losses).mean())
+    assert net.eval()(batch["seen"], batch["length"]).shape == (2, 4) # scoring still looks at the last place

@@ -1,5 +1,5 @@
 "The whole way through real papermill: undisturbed, killed in both trainings, and again without change."
-import json, subprocess, sys, time
+import json, shutil, subprocess, sys, time
 from pathlib import Path
 
 import polars as pl
@@ -60,6 +60,7 @@ def test_again_without_change_executes_nothing(whole, shop):
 
 def test_a_run_killed_in_both_trainings_ends_with_the_same_numbers(whole, shop, tmp_path):
     run = tmp_path/"killed"
+    for stage in "data", "prompts", "backbones", "attributes": shutil.copytree(whole[0]/stage, run/stage)
     for stage in "encoder", "recommender": kill_in(run, shop, stage)
     done = launch(run, shop)
     assert done.returncode == 0, done.stderr

@@ -8,9 +8,13 @@ import yaml
 
 from ganprompt import robustness as R, study as S
 from ganprompt.cli import read_plan
-from ganprompt.encoder import separability
+from ganprompt.backbones import load_model
+from ganprompt.collm import load_text_lm, text_reader
+from ganprompt.encoder import reader_for, separability
 from ganprompt.gather import contrast, likeness, make_gather
+from ganprompt.p5 import asker_for
 from ganprompt.runs import UserError, manifest, root
+from ganprompt.scorer import Questions, bank_for
 
 
 def test_the_contrast_is_that_of_looped_sums():
@@ -133,8 +137,32 @@ def test_readings_of_stage_1_are_measured_and_drawn(finished, tmp_path):
     assert "Difference to GANPrompt" in text and "how far apart" in text and {p.name.split("_")[0] for p in made} == {"ablation"}
 
 
+def test_p5_and_tallrec_rank_as_a_plain_forward_pass_does(finished, tmp_path):
+    "Under the clean template and an unseen one: no kept states, no shared prefix, one candidate at a time."
+    shutil.copytree(finished, run := tmp_path/"run", ignore=shutil.ignore_patterns("recommender", "encoder"))
+    S.make_study(str(run), study_entries="P5,TALLRec", study_users=10, recommender_epochs=1)
+    kept, (rows, lists) = {e["model"]: e for e in (json.loads(p.read_text()) for p in S.keep_study(str(run), tmp_path/"kept"))}, R.test_lists(str(run), 10)
+    p5, tallrec = load_model(str(run/"study/p5/P5"), "t5"), load_text_lm(str(run), run/"study/tallrec", "TALLRec")
+    def of_p5(prompt, item): return -p5(input_ids=torch.tensor([prompt]), labels=torch.tensor([item])).loss.item()*len(item)
+    def of_tallrec(prompt, tail):
+        no, yes = tallrec.lm(input_ids=torch.tensor([prompt + tail])).logits[0, -1, tallrec.names].tolist()
+        return yes - no
+    readers = {"P5": reader_for(str(run))[0], "TALLRec": text_reader(str(run), str(run/"study/tallrec/llm"))}
+    texts = {"P5": asker_for(str(run), "titles", 0, readers["P5"].tokenizer, "{title_seq}").items, "TALLRec": tallrec.tails}
+    bank = bank_for(readers["P5"])
+    for name, score in ("P5", of_p5), ("TALLRec", of_tallrec):
+        for at in 0, next(i for i, t in enumerate(bank) if t["id"] == "para-3"):
+            asked = Questions(readers[name], {}, rows, bank[at]["text"], False)
+            with torch.inference_mode(): z = [np.array([score(asked.context(r), texts[name][i]) for i in lists[r]]) for r in range(3)]
+            ranks = S.unpack(kept[name]["by_template"][at]["ranks"], 10)[0][:3]
+            assert [1 + int((row[1:] >= row[0]).sum()) for row in z] == ranks.tolist(), (name, at)
+    odds = np.array(kept["P5"]["odds"])
+    assert (odds > 0).any() and (odds < 0).any() # likelier than the mean candidate, or not
+
+
 @pytest.mark.parametrize("change, message", [(lambda y: y["entries"]["GANPrompt"].update(wordngs=2), "unknown parameter 'wordngs'"), (lambda y: y["encoders"]["spread"].update(coupling_="none"), "unknown parameter 'coupling_'"),
-                                             (lambda y: y["encoders"]["gathered"].update(k=2), "unknown parameter 'k'"), (lambda y: y["entries"]["GANPrompt"].update(encoder="gan"), "encoder must be one of backbone")])
+                                             (lambda y: y["encoders"]["gathered"].update(k=2), "unknown parameter 'k'"), (lambda y: y["entries"]["GANPrompt"].update(encoder="gan"), "encoder must be one of backbone"),
+                                             (lambda y: y["entries"]["P5"].update(form="P6"), "P6"), (lambda y: y["entries"]["P5"].update(wordings=4), "unknown parameter 'wordings'")])
 def test_mistakes_in_the_entries(change, message, tmp_path):
     found = yaml.safe_load((root()/"data/study.yaml").read_text())
     change(found)
