@@ -344,6 +344,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ganprompt.metrics.check_tables': ('metrics.html#check_tables', 'ganprompt/metrics.py'),
                                    'ganprompt.metrics.collect_scores': ('metrics.html#collect_scores', 'ganprompt/metrics.py'),
                                    'ganprompt.metrics.consistency': ('metrics.html#consistency', 'ganprompt/metrics.py'),
+                                   'ganprompt.metrics.data_name': ('metrics.html#data_name', 'ganprompt/metrics.py'),
                                    'ganprompt.metrics.difference': ('metrics.html#difference', 'ganprompt/metrics.py'),
                                    'ganprompt.metrics.entries': ('metrics.html#entries', 'ganprompt/metrics.py'),
                                    'ganprompt.metrics.evaluate': ('metrics.html#evaluate', 'ganprompt/metrics.py'),

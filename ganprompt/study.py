@@ -24,7 +24,7 @@ from .encoder import check_switches, make_encoder, reader_for, tune_encoder
 from .gather import make_gather, tune_gather
 from .scorer import bank_for, blanked, own_attributes
 from .recommender import KINDS, find_llm, load_recommender, make_recommender, tune
-from .metrics import figures_of, label, ranking, short, spread
+from .metrics import data_name, figures_of, label, ranking, short, spread
 from .baselines import short_message
 from .p5 import RATE, InBlank, asker_for, likelier, tune_p5
 from .collm import load_text_lm, text_reader, tune_text
@@ -254,11 +254,11 @@ def study_page(
     if apart := separated(mine): blocks.append(Block("Versions of held-out histories after stage 1: how far apart", ["entry", *SEPARABILITY.values()], [[[name, *map(short, x.values())] for name, x in apart.items()]]))
     rows = [dict(dataset=first["dataset"], entry=name, seeds=len(seeds[name]), statistic=s, **dict(zip(("value", "low", "high"), ends(draws[s][name])))) for name in seeds for s in draws]
     few = [f"{name}: {len(s)}" for name, s in seeds.items() if len(s) < 3]
-    notes = [f"Data set {first['dataset']}{' (synthetic)' * first['synthetic']}, {first['users']} users, uni99, {len(first['by_template'])} templates of which {len(unseen_at(mine))} are unseen; recommender {first['recommender']}"
+    notes = [f"{data_name(first)}, {first['users']} users, uni99, {len(first['by_template'])} templates of which {len(unseen_at(mine))} are unseen; recommender {first['recommender']}"
              f"{', pocket models: trained from scratch on this data set' * first['pocket']}.", "Intervals: 95 %, users and templates drawn again together. q05: what the worst twentieth of the unseen templates leaves. "
              "Lost at q05, drop, flips, tau and RBO compare with the clean template: lost, drop and flips are best at zero, tau and RBO at one."]
     if few: notes.append("Fewer than three seeds, so no claim: " + "; ".join(few) + ".")
-    return Page(f"{title} on {first['dataset'].capitalize()}", notes, blocks), pl.DataFrame(rows)
+    return Page(f"{title} on {data_name(first)}", notes, blocks), pl.DataFrame(rows)
 
 # %% ../nbs/10c_study.ipynb #10c-020
 def plot_study_groups(
@@ -279,7 +279,7 @@ def plot_study_groups(
                 ax.scatter(x[at], np.full(len(at), y), s=16, facecolor=face, edgecolor=PALETTE[1 + c % 6], lw=.8)
         ax.set_title(kind, fontsize=9); ax.grid(axis="x", alpha=.3); ax.tick_params(labelsize=8); ax.set_xlabel(label(metric), fontsize=8)
     axes[0, 0].set_yticks(range(len(tables)), tables); axes[0, 0].invert_yaxis()
-    fig.suptitle(f"{mine[0]['dataset'].capitalize()}{' (synthetic)' * mine[0]['synthetic']}: {label(metric)} under every template; rings: seen in training, line: the clean template", fontsize=9)
+    fig.suptitle(f"{data_name(mine[0])}: {label(metric)} under every template; rings: seen in training, line: the clean template", fontsize=9)
     return fig
 
 # %% ../nbs/10c_study.ipynb #10c-020a
@@ -292,7 +292,7 @@ def plot_study_heat(
     first = {e["model"]: e for e in reversed(mine)} # entries are sorted by seed
     shown = {name: first[name] for name in HEAT if name in first} or first
     fig = plot_heat({f"{name}, seed {e['seed']}": np.array(e["odds"]) for name, e in shown.items()}, mine[0]["by_template"])
-    fig.suptitle(f"{mine[0]['dataset'].capitalize()}{' (synthetic)' * mine[0]['synthetic']}", fontsize=9)
+    fig.suptitle(data_name(mine[0]), fontsize=9)
     return fig
 
 def plot_separated(
@@ -309,7 +309,7 @@ def plot_separated(
         if "attributes" in draws[s]: ax.axhline(draws[s]["attributes"][0], color="#949494", lw=1, ls="--", label="attributes (no stage 1)")
         ax.set_title(f"{s}, HR@10", fontsize=9); ax.set_xlabel("silhouette of the versions", fontsize=8); ax.tick_params(labelsize=8); ax.grid(alpha=.3)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
-    fig.suptitle(f"{mine[0]['dataset'].capitalize()}{' (synthetic)' * mine[0]['synthetic']}: readings of stage 1; bars: 95 %", fontsize=9)
+    fig.suptitle(f"{data_name(mine[0])}: readings of stage 1; bars: 95 %", fontsize=9)
     return fig
 
 # %% ../nbs/10c_study.ipynb #10c-020d
@@ -345,7 +345,7 @@ def plot_figure1(
             ax.text(2.45 + 3*x, y, f"rank {unpack(first[name]['by_template'][i]['ranks'], first[name]['users'])[0][user]}", ha="center", va="center", fontsize=7, color="#666666")
     for x, name in enumerate(BEFORE_AFTER): ax.text(1.05 + 3*x, -.75, f"{name}: the first three, and the rank of what was bought", ha="center", fontsize=8)
     ax.set_xlim(-7, 6); ax.set_ylim(len(shown) - .4, -1); ax.axis("off")
-    fig.suptitle(f"{mine[0]['dataset'].capitalize()}{' (synthetic)' * mine[0]['synthetic']}: one user, the same candidates, other words; of {heads[BEFORE_AFTER[0]].shape[1]} users the one whose first three change most under {BEFORE_AFTER[0]!r}", fontsize=9)
+    fig.suptitle(f"{data_name(mine[0])}: one user, the same candidates, other words; of {heads[BEFORE_AFTER[0]].shape[1]} users the one whose first three change most under {BEFORE_AFTER[0]!r}", fontsize=9)
     return fig
 
 

@@ -24,7 +24,7 @@ import numpy as np, polars as pl
 # %% ../nbs/10a_tables.ipynb #10a-005
 from .runs import UserError, complete, digest, manifest, root, run_folder, write_json
 from .data import dataset_info
-from .metrics import (METRICS, bootstrap, check_tables, collect_scores, difference, figures_of, label, markdown, notes, paper_tables,
+from .metrics import (METRICS, bootstrap, check_tables, collect_scores, data_name, difference, figures_of, label, markdown, notes, paper_tables,
                                short, spread)
 from .baselines import rank_rows
 from .figures import COLORS, save_figure
@@ -575,7 +575,7 @@ def page_of(
                            "a little. ± is over seeds, intervals are over users; neither contains the other.", *missing_notes(r.rows, data)]
     blocks = [measured_block(r.rows, r.stats, r.pairs), *([against_block(r.pairs)] if len(r.pairs) else []), interval_block(r.rows, r.stats),
               *([reported_block(r.printed)] if len(r.printed) else []), *([sampling_block(r.entries, r.orders)] if len(r.orders) else []), time_block(r.rows, time_table(r.entries))]
-    title = (f"Table {number}. " if number else "") + f"Performance on {dataset.capitalize()}" + " (synthetic)" * first["synthetic"]
+    title = (f"Table {number}. " if number else "") + f"Performance on {data_name(first)}"
     return Page(title, said + ([sampling_note(r.orders)] if len(r.orders) else []), blocks, str(number))
 
 # %% ../nbs/10a_tables.ipynb #10a-067
@@ -612,7 +612,7 @@ def plot_models(
     there = {row["family"] for row in rows}
     keys = [plt.Line2D([], [], ls="", marker="o", color=color, label=name) for family, (color, name) in FAMILIES.items() if family in there]
     fig.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=8, frameon=False)
-    fig.suptitle(f"{first['dataset'].capitalize()}{' (synthetic)' * first['synthetic']}: {first['users']} users, uni99; dots with 95 % intervals over users, a ring for each seed", fontsize=9)
+    fig.suptitle(f"{data_name(first)}: {first['users']} users, uni99; dots with 95 % intervals over users, a ring for each seed", fontsize=9)
     return fig
 
 # %% ../nbs/10a_tables.ipynb #10a-071
@@ -647,7 +647,7 @@ def table1_page(
     data:list, # Contents of the data.json files
 ) -> Page: # Table 1
     "Statistics of the data sets: ours by both cuts, the paper's as reported."
-    rows = [[[("%s (synthetic)" if d["synthetic"] else "%s") % d["dataset"].capitalize(), f"{row['source']}, {row['cut']}", *(f"{row[c]:,}" for c in COUNTS), f"{row['sparsity']:.2f}"]
+    rows = [[[data_name(d), f"{row['source']}, {row['cut']}", *(f"{row[c]:,}" for c in COUNTS), f"{row['sparsity']:.2f}"]
              for row in d["table1"]] for d in data]
     return Page("Table 1. Statistics of the preprocessed data sets", ["Literal: keep ratings of 5 and take the 5-core, as the paper says, unless the run was given other values. Holdout-first: the same, after each user's last item has been "
                 "set aside (chapter 01). The paper's rows are as reported."], [Block("Data sets", ["data set", "cut", *COUNTS, "sparsity (%)"], rows)], "1")
