@@ -343,9 +343,9 @@ def plot_figure1(
                 face = "#0173b2" if c == 0 else "#eeeeee"
                 ax.text(.3 + 3*x + .75*place, y, "bought" if c == 0 else f"item {met.index(c) + 1}", ha="center", va="center", fontsize=7, color="white" if c == 0 else "black", bbox=dict(boxstyle="round", fc=face, ec="#949494", lw=.5))
             ax.text(2.45 + 3*x, y, f"rank {unpack(first[name]['by_template'][i]['ranks'], first[name]['users'])[0][user]}", ha="center", va="center", fontsize=7, color="#666666")
-    for x, name in enumerate(BEFORE_AFTER): ax.text(1.05 + 3*x, -.75, f"{name}: the first three, and the rank of what was bought", ha="center", fontsize=8)
+    for x, name in enumerate(BEFORE_AFTER): ax.text(1.05 + 3*x, -.75, f"{name}", ha="center", fontsize=8)
     ax.set_xlim(-7, 6); ax.set_ylim(len(shown) - .4, -1); ax.axis("off")
-    fig.suptitle(f"{data_name(mine[0])}: one user, the same candidates, other words; of {heads[BEFORE_AFTER[0]].shape[1]} users the one whose first three change most under {BEFORE_AFTER[0]!r}", fontsize=9)
+    fig.suptitle(f"{data_name(mine[0])}: the first three candidates and the rank of what was bought, under other words; of {heads[BEFORE_AFTER[0]].shape[1]} users the one whose head changes most under {BEFORE_AFTER[0]!r}", fontsize=9)
     return fig
 
 
