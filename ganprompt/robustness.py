@@ -156,19 +156,22 @@ def measure_bank(
 
 # %% ../nbs/09_robustness.ipynb #09-037
 def redrawn(
-    values:dict, # Model -> a figure of each user under each template of a split, f64[templates, users]
+    values:dict, # Model -> a figure of each user under each template of a split, f64[templates, users]; or of several trainings, f64[seeds, templates, users]
     statistic, # Function of a figure under each template, f64[templates]
     resamples:int=1000, # Draws
     seed:int=0, # Of the draws
 ) -> dict: # Model -> f64[1 + resamples]: the statistic of the table as it is, then of each draw
-    "Bootstrap over users and templates, the same draws for every model."
-    n, users = next(iter(values.values())).shape
+    "Bootstrap over users, templates and trainings, the same draws for every model."
+    n, users = next(iter(values.values())).shape[-2:]
     rng = np.random.default_rng(seed)
     weight = rng.multinomial(users, np.full(users, 1 / users), size=resamples) / users
     at = rng.integers(n, size=(resamples, n))
+    lots = rng.random((resamples, max(x.size for x in values.values()) // (n * users)))
     def one(x):
-        means = np.take_along_axis(weight @ x.T, at, axis=1)
-        return np.array([statistic(x.mean(axis=1)), *map(statistic, means)])
+        x = x.reshape(-1, n, users)
+        chosen = (lots[:, :len(x)] * len(x)).astype(int)
+        means = (weight @ x.transpose(0, 2, 1))[chosen.T, np.arange(resamples)].mean(axis=0)
+        return np.array([statistic(x.mean(axis=(0, 2))), *map(statistic, np.take_along_axis(means, at, axis=1))])
     return {model: one(x) for model, x in values.items()}
 
 def ends(

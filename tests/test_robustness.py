@@ -101,6 +101,12 @@ def test_intervals_cover_users_and_templates():
     assert value == pytest.approx(steps.mean()) and (high - low)/2 == pytest.approx(1.96*steps.std()/n**.5, rel=.15)
     both = R.redrawn({"a": steps, "b": steps + .1}, np.mean, 50)
     np.testing.assert_allclose(both["b"] - both["a"], .1)
+    three = np.array([.1, .4, .7])[:, None, None] + np.zeros((3, n, users)) # trainings that differ: the mean of three drawn of three
+    drawn = R.redrawn({"a": three}, np.mean, 4000)["a"]
+    assert drawn[0] == pytest.approx(.4) and np.std(drawn[1:]) == pytest.approx(np.std([.1, .4, .7])/3**.5, rel=.05)
+    np.testing.assert_allclose(R.redrawn({"a": np.stack([steps]*3)}, np.mean, 50)["a"], both["a"]) # trainings that agree add nothing
+    shared = R.redrawn({"a": three, "b": three + .1}, np.mean, 50)
+    np.testing.assert_allclose(shared["b"] - shared["a"], .1)
 
 
 def test_the_bank_starts_with_the_runs_own_template(finished):
