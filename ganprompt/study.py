@@ -55,8 +55,8 @@ def read_entries(
     for name, values in encoders.items(): check("encoders", name, values, ["stage", *([] if values.get("stage") == "gather" else ["k"]), *defaults(FIRST[values.get("stage", "spread")][0])])
     for name, values in entries.items():
         check("entries", name, values, ["form"] if "form" in values else ["encoder", "tuned", *defaults(make_recommender)])
-        if "form" in values: check_switches(form=(values["form"], FORMS))
-        elif values.get("encoder") not in encoders: raise UserError(f"{path}, entries, {name!r}: encoder must be one of {', '.join(encoders)}, not {values.get('encoder')!r}")
+        key, known = ("form", FORMS) if "form" in values else ("encoder", encoders)
+        if values.get(key) not in known: raise UserError(f"{path}, entries, {name!r}: {key} must be one of {', '.join(known)}, not {values.get(key)!r}")
     return encoders, {name: {"tuned": True} | values for name, values in entries.items()}
 
 # %% ../nbs/10c_study.ipynb #10c-011
@@ -338,13 +338,13 @@ def plot_figure1(
     fig, ax = plt.subplots(figsize=(12, .6 + .62*len(shown)), layout="constrained")
     for y, i in enumerate(shown):
         ax.text(-7, y, bank[i]["group"], va="center", fontsize=8)
-        ax.text(-5.9, y, textwrap.fill(re.sub(r"\{(\w+)([^{}]*)\}", lambda m: WORDS[m[1]].format(m[2]), texts[bank[i]["id"]]), 90), va="center", fontsize=7)
+        ax.text(-5.9, y, textwrap.fill(re.sub(r"\{(\w+)([^{}]*)\}", lambda m: WORDS[m[1]].format(m[2]), texts.get(bank[i]["id"], "a template of its own")), 90), va="center", fontsize=7)
         for x, (name, h) in enumerate(heads.items()):
             for place, c in enumerate(h[i, user]):
                 face = "#0173b2" if c == 0 else "#eeeeee"
                 ax.text(.3 + 3*x + .75*place, y, "bought" if c == 0 else f"item {met.index(c) + 1}", ha="center", va="center", fontsize=7, color="white" if c == 0 else "black", bbox=dict(boxstyle="round", fc=face, ec="#949494", lw=.5))
             ax.text(2.45 + 3*x, y, f"rank {unpack(first[name]['by_template'][i]['ranks'], first[name]['users'])[0][user]}", ha="center", va="center", fontsize=7, color="#666666")
-    for x, name in enumerate(BEFORE_AFTER): ax.text(1.05 + 3*x, -.75, f"{name}", ha="center", fontsize=8)
+    for x, name in enumerate(BEFORE_AFTER): ax.text(1.05 + 3*x, -.75, name, ha="center", fontsize=8)
     ax.set_xlim(-7, 6); ax.set_ylim(len(shown) - .4, -1); ax.axis("off")
     fig.suptitle(f"{data_name(mine[0])}: the first three candidates and the rank of what was bought, under other words; of {heads[BEFORE_AFTER[0]].shape[1]} users the one whose head changes most under {BEFORE_AFTER[0]!r}", fontsize=9)
     return fig

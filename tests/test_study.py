@@ -77,6 +77,7 @@ def test_pages_and_pictures_come_from_kept_entries(studied, tmp_path):
     made = S.draw_study(tmp_path/"kept", tmp_path/"out")
     assert {p.suffix for p in made} == {".md", ".html", ".tex", ".csv", ".png"} and all(p.stat().st_size > 500 for p in made)
     text = next(p for p in made if p.suffix == ".md").read_text()
+    assert [p.stem.rsplit("_", 1)[1] for p in made if p.suffix == ".png"][-1] == "figure1" and "_figure1.png" in text
     assert "pocket models" in text and "no claim: one template: 1; random templates: 1; gathered: 1" in text and "Difference to random templates" in text
     before = {p: p.read_bytes() for p in made}
     assert {p: p.read_bytes() for p in S.draw_study(tmp_path/"kept", tmp_path/"out")} == before
@@ -162,7 +163,7 @@ def test_p5_and_tallrec_rank_as_a_plain_forward_pass_does(finished, tmp_path):
 
 @pytest.mark.parametrize("change, message", [(lambda y: y["entries"]["GANPrompt"].update(wordngs=2), "unknown parameter 'wordngs'"), (lambda y: y["encoders"]["spread"].update(coupling_="none"), "unknown parameter 'coupling_'"),
                                              (lambda y: y["encoders"]["gathered"].update(k=2), "unknown parameter 'k'"), (lambda y: y["entries"]["GANPrompt"].update(encoder="gan"), "encoder must be one of backbone"),
-                                             (lambda y: y["entries"]["P5"].update(form="P6"), "P6"), (lambda y: y["entries"]["P5"].update(wordings=4), "unknown parameter 'wordings'")])
+                                             (lambda y: y["entries"]["P5"].update(form="P6"), "'P5': form must be one of TALLRec, P5"), (lambda y: y["entries"]["P5"].update(wordings=4), "unknown parameter 'wordings'")])
 def test_mistakes_in_the_entries(change, message, tmp_path):
     found = yaml.safe_load((root()/"data/study.yaml").read_text())
     change(found)
