@@ -418,6 +418,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ganprompt.prompts.load_titles': ('prompts.html#load_titles', 'ganprompt/prompts.py'),
                                    'ganprompt.prompts.make_prompts': ('prompts.html#make_prompts', 'ganprompt/prompts.py'),
                                    'ganprompt.prompts.noisy': ('prompts.html#noisy', 'ganprompt/prompts.py'),
+                                   'ganprompt.prompts.nonsense': ('prompts.html#nonsense', 'ganprompt/prompts.py'),
                                    'ganprompt.prompts.options': ('prompts.html#options', 'ganprompt/prompts.py'),
                                    'ganprompt.prompts.pad': ('prompts.html#pad', 'ganprompt/prompts.py'),
                                    'ganprompt.prompts.parsed': ('prompts.html#parsed', 'ganprompt/prompts.py'),

@@ -49,16 +49,19 @@ def gather_update(
     def read(prompts):
         ids, mask = (t.to(dev) for t in pad(prompts, pad_id))
         return encode(model, ids, mask), mask
+    def wordings(n, rng):
+        if p["gather_same"] and len(asked) > 1: return np.array([[0]*n, [rng.integers(1, len(asked))]*n])
+        return rng.integers(len(asked), size=(1, n))
     def update(rows, rng):
-        two = [asked[0], asked[rng.integers(1, len(asked))]] if len(asked) > 1 else asked
-        states, mask = read([q.context(r) for q in two for r in rows])
-        x, y = pool(states, mask).view(len(two), len(rows), -1), pool(*read([titles[i] for i in nexts[rows]]))
-        chosen = torch.from_numpy(rng.integers(len(two), size=len(rows))*len(rows) + np.arange(len(rows))).to(dev)
+        chosen = wordings(len(rows), rng)
+        states, mask = read([asked[w].context(r) for line in chosen for w, r in zip(line, rows)])
+        x, y = pool(states, mask).view(*chosen.shape, -1), pool(*read([titles[i] for i in nexts[rows]]))
+        answered = torch.from_numpy(rng.integers(len(x), size=len(rows))*len(rows) + np.arange(len(rows))).to(dev)
         labels, used = (t.to(dev) for t in pad([plain.titles[i] + plain.end for i in nexts[rows]], pad_id))
-        lm = model(encoder_outputs=(states[chosen],), attention_mask=mask[chosen], labels=labels.masked_fill(used == 0, -100)).loss
+        lm = model(encoder_outputs=(states[answered],), attention_mask=mask[answered], labels=labels.masked_fill(used == 0, -100)).loss
         item = torch.from_numpy(nexts[rows]).to(dev)
         twin = (item[:, None] == item) & ~torch.eye(len(rows), dtype=torch.bool, device=dev)
-        same = contrast(x[0], x[-1], p["temperature"]) if len(two) > 1 else 0*lm
+        same = contrast(x[0], x[-1], p["temperature"]) if len(x) > 1 else 0*lm
         following = sum(contrast(v, y, p["temperature"], twin) for v in x)/len(x)
         loss = lm + p["gather_same"]*same + p["gather_next"]*following
         descend(loss, opt, schedule)
@@ -104,18 +107,18 @@ def tune_gather(
     model = load_model(path, "t5").to(device())
     before = likeness_of(model, run, reader)
     opt, schedule = adamw(model.parameters(), p["gather_lr"], p["gather_epochs"]*math.ceil(len(rows)/p["gather_batch"]), "adam")
-    asked = worded(reader, {}, rows, dict(attributes=False, wordings=p["gather_wordings"], seed=p["seed"]))
+    asked = worded(reader, {}, rows, dict(attributes=False, wordings=p["gather_wordings"], nonsense=p["gather_nonsense"], seed=p["seed"]))
     update = gather_update(model.train(), reader, asked, rows["target"].to_numpy(), opt, schedule, p)
     lengths = np.array([len(h) for h in rows["history"].to_list()])
     curves = train(update, dict(model=model, opt=opt, schedule=schedule), len(rows), p["gather_epochs"], p["gather_batch"], folder, p["seed"], "gathering", lengths)
     model.eval().save_pretrained(folder/"model"); reader.tokenizer.save_pretrained(folder/"model")
     table = pl.DataFrame(curves).with_columns(model=pl.lit("gathering"))
     table.write_parquet(folder/"curves.parquet")
-    plot_curves(table, ["lm", "same", "next"]).savefig(folder/"curves.png", dpi=110)
+    plot_curves(table, ["lm", "next", *(["same"] if p["gather_same"] else [])]).savefig(folder/"curves.png", dpi=110)
     return {"before": before, "after": likeness_of(model, run, reader)}
 
 def make_gather(
-    run:str="demo", seed:int=0, gather_wordings:int=4, gather_same:float=1., gather_next:float=1., temperature:float=.1, gather_lr:float=1e-3, gather_batch:int=48, gather_epochs:int=1,
+    run:str="demo", seed:int=0, gather_wordings:int=16, gather_nonsense:int=48, gather_same:float=0., gather_next:float=1., temperature:float=.1, gather_lr:float=1e-3, gather_batch:int=48, gather_epochs:int=1,
 )->Path: # Folder with the encoder in `model/`, and its curves
     "Stage `gather`: an alternative to stage 1 of the paper. The parameters are explained at the head of the chapter."
     params = {k: v for k, v in locals().items() if k != "run"}

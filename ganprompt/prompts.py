@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SLOTS', 'FIELDS', 'SPLITS', 'HISTORY', 'UNKNOWN', 'NOISES', 'CASES', 'ANY', 'OPTIONS', 'KEYS', 'RATE', 'NEAR',
-           'FOCUS', 'clean_title', 'options', 'parsed', 'slots', 'fixed_words', 'slip', 'noisy', 'read_templates',
-           'styled', 'sequence', 'render', 'title_ids', 'PromptEncoder', 'pad', 'titles_table', 'choose',
-           'make_prompts', 'load_titles', 'load_templates']
+           'MARKS', 'ALPHABETS', 'FOCUS', 'clean_title', 'options', 'parsed', 'slots', 'fixed_words', 'slip', 'noisy',
+           'nonsense', 'read_templates', 'styled', 'sequence', 'render', 'title_ids', 'PromptEncoder', 'pad',
+           'titles_table', 'choose', 'make_prompts', 'load_titles', 'load_templates']
 
 # %% ../nbs/02_prompts.ipynb #02-004
 import html, math, random, re, string
@@ -86,6 +86,25 @@ def noisy(
     able = [i for i, w in enumerate(words) if w[0] != "{" and (kind == "drop" or _inner(w))]
     for i in rng.sample(able, math.ceil(RATE*len(able))): words[i] = slip(words[i], kind, rng)
     return " ".join(w for w in words if w)
+
+# %% ../nbs/02_prompts.ipynb #02-015b
+MARKS = "-|;/*#>~+.<[]()"
+ALPHABETS = string.ascii_lowercase, string.ascii_uppercase, string.ascii_letters, string.ascii_letters + MARKS
+
+def nonsense(
+    words:list[str], # Known words
+    n:int, # Templates wanted
+    seed:int=0, # The same words and seed give the same templates
+)->list[dict]: # Recommendation templates, each with the keys of `FIELDS`
+    "Templates of random words, in which only the slots mean something."
+    rng = random.Random(f"nonsense {seed}")
+    def letters(alphabet, most): return "".join(rng.choices(alphabet, k=rng.randint(1, most)))
+    def some(most): return [rng.choice(words) if rng.random() < .5 else letters(rng.choice(ALPHABETS), 9) for _ in range(rng.randint(0, most))]
+    def mark(): return letters(string.ascii_lowercase + MARKS, 6) if rng.random() < .5 else ""
+    def text():
+        slots = ["{purchase_history:sep=%s&mark=%s}" % (rng.choice([",", mark()]), mark()), "{target_item}"][::rng.choice([1, 1, -1])]
+        return " ".join([*some(12), slots[0], *some(8), slots[1], *some(8)])
+    return [dict(zip(FIELDS, (f"nonsense-{i + 1}", "recommendation", "nonsense", "seen", text()))) for i in range(n)]
 
 # %% ../nbs/02_prompts.ipynb #02-017
 def _fault_of_slots(

@@ -20,7 +20,7 @@ from .backbones import (Reader, adamw, answer_logits, answers, backbone, descend
                                  question_tails, resolve, train, train_pocket)
 from .data import load_candidates, load_sequences, load_training
 from .encoder import check_switches, make_encoder, pool, reader_for
-from .prompts import pad
+from .prompts import nonsense, pad
 from .runs import UserError, device, gathered, in_processes, is_main, need, part, root, seed_all, shard, stage, totals, write_json
 from .scorer import Questions, States, bank_for, fast_math, own_attributes, score_rows, scores_of, token_batches, wanted
 
@@ -330,8 +330,10 @@ def worded(
     "Training questions. The other templates of a row differ from each other."
     clean, rng = Questions(reader, own, rows, attributes=p["attributes"]), np.random.default_rng(p["seed"])
     if p["wordings"] == 1: return [clean]
-    each = [Questions(reader, own, rows, t["text"], p["attributes"]) for t in bank_for(reader)[1:] if t["split"] == "seen"]
-    if p["wordings"] > len(each) + 1: raise UserError(f"wordings={p['wordings']}: data/templates.yaml has {len(each) + 1} seen templates; choose 1 to {len(each) + 1}, or add some")
+    words = sorted(t[1:] for t in reader.tokenizer.get_vocab() if t[0] == "▁" and t[1:].isalpha())
+    others = [t for t in bank_for(reader)[1:] if t["split"] == "seen"] + nonsense(words, p["nonsense"], p["seed"])
+    each = [Questions(reader, own, rows, t["text"], p["attributes"]) for t in others]
+    if p["wordings"] > len(each) + 1: raise UserError(f"wordings={p['wordings']}: there are {len(each) + 1} templates to train on, {p['nonsense']} of them nonsense; choose 1 to {len(each) + 1}, or add seen ones to data/templates.yaml")
     choice = rng.permuted(np.tile(np.arange(len(each)), (len(rows), 1)), axis=1)
     return [clean, *(Reworded(each, choice[:, v]) for v in range(p["wordings"] - 1))]
 
@@ -500,7 +502,7 @@ def find_llm(
 
 # %% ../nbs/06_recommender.ipynb #06-034
 def make_recommender(
-    run:str="demo", seed:int=0, recommender:str="t5-decoder", negatives_per_positive:int=4, attributes:bool=True, wordings:int=1, consistency:float=0., score:str="yes-no", candidates:str="uni99", recommender_lr:float=1e-3,
+    run:str="demo", seed:int=0, recommender:str="t5-decoder", negatives_per_positive:int=4, attributes:bool=True, wordings:int=1, nonsense:int=0, consistency:float=0., score:str="yes-no", candidates:str="uni99", recommender_lr:float=1e-3,
     recommender_batch:int=64, recommender_epochs:int=6, patience:int=2, valid_users:int=300, test_users:int=1000, llm:str="pocket", lora_rank:int=8,
     lora_modules:str="q_proj,v_proj", four_bit:bool=False, download:bool=False, cache_gb:float=4., cache_file_gb:float=50., processes:int=1,
 )->Path: # Folder with the tuned models, scores.parquet and curves.parquet

@@ -198,7 +198,7 @@ def score_prompts(
     import torch
     out = np.empty(len(prompts), np.float32)
     with torch.inference_mode(), fast_math():
-        for rows in token_batches(np.array([len(p) for p in prompts])):
+        for rows in token_batches(np.array([len(p) for p in prompts]), 16384 if device().type == "cuda" else 4096): # a CPU is faster on what its cache holds
             ids, mask = (t.to(model.t5.device) for t in pad([prompts[r] for r in rows], model.pad_id))
             logits = model.answer(model.read(encode(model.t5, ids, mask), mask), None, wanted(model.names, score))
             out[rows] = scores_of(logits, score, model.names)[:, 0].cpu().numpy()

@@ -174,13 +174,13 @@ def keep_study(
         paths.append(entry_path(study, info["dataset"], name, made["seed"]))
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         write_json(paths[-1], without_folders(dict(model=name, dataset=info["dataset"], synthetic=info["synthetic"], seed=made["seed"], recommender=said["recommender"], pocket=said["pocket"]) | about | dict(
-            parameters=made["parameters"], versions=made["versions"], machine=made["device"], fingerprint=made["fingerprint"], data=made["inputs"]["data"], kept_from=run_folder(run).name)))
+            parameters=made["parameters"], versions=made["versions"], machine=made["device"], fingerprint=made["fingerprint"], data=made["inputs"]["data"], backbone=made["inputs"]["backbones"], kept_from=run_folder(run).name)))
     return paths
 
 def read_study_entries(
     study:str|Path="robustness", # Folder under data/results, or a path
 )->list: # Entries, sorted by data set, place in data/study.yaml, seed
-    "All kept entries. `UserError` if there are none, one is damaged, or they are about other users, data or templates than their neighbours."
+    "All kept entries. `UserError` if there are none, one is damaged, or they are about other users, data, templates or backbones than their neighbours."
     order, folder = list(read_entries()[1]), root()/"data/results"/study
     def check(e):
         for t in e["by_template"]: unpack(t["ranks"], e["users"])
@@ -191,6 +191,9 @@ def read_study_entries(
     for mine in by_dataset(found).values():
         if len({(e["users_digest"], e["data"], e["recommender"], *(t["id"] for t in e["by_template"])) for e in mine}) > 1:
             raise UserError(f"{mine[0]['dataset']}: kept entries are about other users, data, recommenders or templates and cannot be compared; make them again with the same parameters")
+        for seed in {e["seed"] for e in mine}:
+            if len({e.get("backbone") for e in mine if e["seed"] == seed}) > 1:
+                raise UserError(f"{mine[0]['dataset']}, seed {seed}: kept entries started from different backbones, for another machine trains another one from the same seed; keep them apart, under studies of their own")
     return found
 
 # %% ../nbs/10c_study.ipynb #10c-017
@@ -284,7 +287,7 @@ def plot_study_groups(
     return fig
 
 # %% ../nbs/10c_study.ipynb #10c-020a
-HEAT = "one template", "random templates", "GANPrompt", "gathered" # entries whose answers are shown user by user
+HEAT = "one template", "random templates", "GANPrompt", "gathered amid nonsense" # entries whose answers are shown user by user
 
 def plot_study_heat(
     mine:list, # Kept entries of one data set
@@ -314,7 +317,7 @@ def plot_separated(
     return fig
 
 # %% ../nbs/10c_study.ipynb #10c-020d
-BEFORE_AFTER = "one template", "gathered"
+BEFORE_AFTER = "one template", "gathered amid nonsense"
 WORDS = {"purchase_history": "[history{}]", "target_item": "[item{}]", "user_entity": "The user", "attribute": "[attribute{}]"}
 
 def heads_of(
@@ -353,7 +356,7 @@ def plot_figure1(
 # %% ../nbs/10c_study.ipynb #10c-020b
 VIEWS = [("", plot_study_groups, "HR@10 under every template"), ("_heat", plot_study_heat, "P(yes) for the target, users by templates"), ("_figure1", plot_figure1, "Figure 1: one user before and after")]
 AGAINST = "random templates", "agreement"
-PAGES = {"robustness": ("Robustness", AGAINST, VIEWS), "robustness-again": ("Robustness, trained again on another machine,", AGAINST, VIEWS),
+PAGES = {"robustness": ("Robustness", AGAINST, VIEWS), "robustness-first": ("Robustness, a first run with fewer entries, trained on another machine,", AGAINST, VIEWS),
          "ablation": ("Readings of stage 1", ("GANPrompt",), [("", plot_separated, "Separation of the versions, accuracy and robustness")])} # folder under data/results -> title, what is compared with, pictures
 
 def draw_study(

@@ -161,7 +161,7 @@ def reworded(finished, shop, tmp_path_factory):
 def test_other_wordings_are_seen_templates_and_differ(finished):
     reader, _ = reader_for(str(finished))
     rows, bank, own = load_sequences(str(finished), "train")[:60], bank_for(reader), own_attributes(str(finished))
-    clean, *others = worded(reader, own, rows, dict(attributes=False, wordings=3, seed=1))
+    clean, *others = worded(reader, own, rows, dict(attributes=False, wordings=3, nonsense=0, seed=1))
     by_template = {t["id"]: Questions(reader, own, rows, t["text"], attributes=False) for t in bank if t["split"] == "seen"}
     used = []
     for r in range(len(rows)):
@@ -170,7 +170,23 @@ def test_other_wordings_are_seen_templates_and_differ(finished):
         assert len({bank[0]["id"], *names}) == 3
         used += names
     assert len(set(used)) == len(by_template) - 1 # all of them, over sixty rows
-    with pytest.raises(UserError, match=f"choose 1 to {len(by_template)}"): worded(reader, own, rows, dict(attributes=False, wordings=len(by_template) + 1, seed=1))
+    with pytest.raises(UserError, match=f"choose 1 to {len(by_template)}"): worded(reader, own, rows, dict(attributes=False, wordings=len(by_template) + 1, nonsense=0, seed=1))
+
+
+def test_nonsense_is_drawn_beside_the_seen_templates_and_holds_the_same_titles(finished):
+    reader, _ = reader_for(str(finished))
+    rows, bank = load_sequences(str(finished), "train")[:60], bank_for(reader)
+    seen = [Questions(reader, {}, rows, t["text"], attributes=False) for t in bank if t["split"] == "seen"]
+    asked = worded(reader, {}, rows, dict(attributes=False, wordings=5, nonsense=40, seed=1))
+    others = [(r, q.context(r)) for q in asked[1:] for r in range(60)]
+    said = [any(q.context(r) == ids for q in seen) for r, ids in others]
+    expected = (len(seen) - 1)/(len(seen) - 1 + 40)
+    assert abs(np.mean(said) - expected) < .1
+    for r, ids in others:
+        past, pieces = rows["history"][r][-reader.history_items:], "".join(f",{i}" for i in ids) + ","
+        assert all("".join(f",{i}" for i in seen[0].prompt.titles[item]) + "," in pieces for item in past) # every title, whole
+    texts = {text for seed in (1, 2) for text in (reader.tokenizer.decode(ids) for _, ids in [(r, q.context(r)) for q in worded(reader, {}, rows, dict(attributes=False, wordings=5, nonsense=40, seed=seed))[1:] for r in range(60)])}
+    assert len(texts) > .8*2*len(others) # each seed has its own
 
 
 @pytest.mark.parametrize("kind", ["t5-decoder", "t5-ranker"])
@@ -178,7 +194,7 @@ def test_each_wording_has_logits_of_its_own(kind, finished, tmp_path):
     run = str(finished)
     (reader, path), rows = reader_for(run), load_sequences(run, "train")[:7]
     items, at = np.random.default_rng(0).integers(len(reader.titles), size=(7, 3)), np.array([4, 0, 6])
-    asked, model = worded(reader, own_attributes(run), rows, dict(attributes=True, wordings=3, seed=0)), new_recommender(kind, path, reader)
+    asked, model = worded(reader, own_attributes(run), rows, dict(attributes=True, wordings=3, nonsense=0, seed=0)), new_recommender(kind, path, reader)
     states = States([p for q in asked for p in ask(model, q, items)], model.t5.config.d_model, model.pad_id, tmp_path/"states.bin").fill(model.t5)
     for w, questions in enumerate(asked):
         with torch.inference_mode(): z = logits_at(model, states, items, at, model.names, w)

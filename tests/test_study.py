@@ -35,41 +35,44 @@ def test_likeness_by_hand():
 def studied(finished, tmp_path_factory):
     "Two entries on the small shop, one of them with an encoder of its own."
     shutil.copytree(finished, run := tmp_path_factory.mktemp("study")/"run", ignore=shutil.ignore_patterns("recommender", "encoder"))
-    S.make_study(str(run), study_entries="one template,random templates,gathered", study_users=20, recommender_epochs=1)
+    S.make_study(str(run), study_entries="one template,random templates,gathered amid nonsense", study_users=20, recommender_epochs=1)
     return run
 
 
 def test_kept_ranks_are_those_of_the_report(studied, tmp_path):
     "The model that the study leaves, asked again by the command's own function."
     kept = {e["model"]: e for e in (json.loads(p.read_text()) for p in S.keep_study(str(studied), tmp_path/"kept"))}
-    for name in ("one template", "gathered"):
+    for name in ("one template", "gathered amid nonsense"):
         said = json.loads(R.make_report(str(studied/"study"/S.slug(name)), str(studied), users=20, out=str(tmp_path/name)).with_suffix(".json").read_text())
         assert [t["id"] for t in kept[name]["by_template"]] == [t["id"] for t in said["by_template"]]
         np.testing.assert_allclose(S.table_of(kept[name])["hit@10"].mean(axis=1), [t["hit@10"] for t in said["by_template"]], atol=1e-9)
         assert kept[name]["measured"]["unseen"]["flips"] == pytest.approx(said["measured"]["unseen"]["flips"])
-    assert kept["gathered"]["fingerprint"] == manifest(str(studied), "study")["fingerprint"] and not any(str(studied.parent) in json.dumps(e) for e in kept.values())
+    assert kept["gathered amid nonsense"]["fingerprint"] == manifest(str(studied), "study")["fingerprint"] and not any(str(studied.parent) in json.dumps(e) for e in kept.values())
 
 
-def test_gathering_moves_the_encoder_and_tells_histories_apart(finished, tmp_path):
+@pytest.mark.parametrize("how", [{}, dict(gather_same=1., gather_wordings=4, gather_nonsense=0)])
+def test_gathering_moves_the_encoder_and_tells_histories_apart(how, finished, tmp_path):
     shutil.copytree(finished, run := tmp_path/"run", ignore=shutil.ignore_patterns("recommender", "encoder"))
-    merit = json.loads((make_gather(str(run), gather_batch=16, gather_epochs=3)/"manifest.json").read_text())["metrics"]
+    folder = make_gather(str(run), gather_batch=16, gather_epochs=3, **how)
+    merit, curves = json.loads((folder/"manifest.json").read_text())["metrics"], S.pl.read_parquet(folder/"curves.parquet")
+    assert ((curves["same"] > 0) == bool(how)).all() and (curves["loss"] - curves["lm"] - curves["next"] - curves["same"]).abs().max() < 1e-4
     assert merit["after"]["found"] > merit["before"]["found"] and merit["after"]["cosine"] > .5
 
 
 def test_an_entry_that_fails_does_not_stop_the_rest_and_whole_ones_are_kept(studied, tmp_path, monkeypatch):
     shutil.copytree(studied, run := tmp_path/"run", ignore=shutil.ignore_patterns("study"))
-    calls, one = [], {e: json.loads((studied/"study/study.json").read_text())["entries"][e] for e in ("one template", "gathered")}
+    calls, one = [], {e: json.loads((studied/"study/study.json").read_text())["entries"][e] for e in ("one template", "gathered amid nonsense")}
     def fake(run, name, folder, p):
         calls.append(name)
         if name == "random templates": raise UserError("no templates to draw from")
-        if name == "gathered" and calls.count("gathered") == 1: raise KeyboardInterrupt
+        if name == "gathered amid nonsense" and calls.count("gathered amid nonsense") == 1: raise KeyboardInterrupt
         return {k: v for k, v in one[name].items() if k != "settings"}
     monkeypatch.setattr(S, "run_entry", fake)
-    with pytest.raises(KeyboardInterrupt): S.make_study(str(run), study_entries="one template,random templates,gathered", study_users=20)
-    S.make_study(str(run), study_entries="one template,random templates,gathered", study_users=20)
-    assert calls == ["one template", "random templates", "gathered", "random templates", "gathered"]
+    with pytest.raises(KeyboardInterrupt): S.make_study(str(run), study_entries="one template,random templates,gathered amid nonsense", study_users=20)
+    S.make_study(str(run), study_entries="one template,random templates,gathered amid nonsense", study_users=20)
+    assert calls == ["one template", "random templates", "gathered amid nonsense", "random templates", "gathered amid nonsense"]
     assert json.loads((run/"study/study.json").read_text())["entries"]["random templates"] == {"failed": "no templates to draw from"}
-    assert {p.name for p in S.keep_study(str(run), tmp_path/"kept")} == {"one-template-0.json", "gathered-0.json"}
+    assert {p.name for p in S.keep_study(str(run), tmp_path/"kept")} == {"one-template-0.json", "gathered-amid-nonsense-0.json"}
 
 
 def test_pages_and_pictures_come_from_kept_entries(studied, tmp_path):
@@ -78,7 +81,7 @@ def test_pages_and_pictures_come_from_kept_entries(studied, tmp_path):
     assert {p.suffix for p in made} == {".md", ".html", ".tex", ".csv", ".png"} and all(p.stat().st_size > 500 for p in made)
     text = next(p for p in made if p.suffix == ".md").read_text()
     assert [p.stem.rsplit("_", 1)[1] for p in made if p.suffix == ".png"][-1] == "figure1" and "_figure1.png" in text
-    assert "pocket models" in text and "no claim: one template: 1; random templates: 1; gathered: 1" in text and "Difference to random templates" in text
+    assert "pocket models" in text and "no claim: one template: 1; random templates: 1; gathered amid nonsense: 1" in text and "Difference to random templates" in text
     before = {p: p.read_bytes() for p in made}
     assert {p: p.read_bytes() for p in S.draw_study(tmp_path/"kept", tmp_path/"out")} == before
 
@@ -88,6 +91,8 @@ def test_entries_that_cannot_be_compared_are_refused(studied, tmp_path):
     other = json.loads(paths[0].read_text())
     paths[0].write_text(json.dumps(other | {"users_digest": "x"}))
     with pytest.raises(UserError, match="other users, data, recommenders or templates"): S.read_study_entries(tmp_path/"kept")
+    paths[0].write_text(json.dumps(other | {"backbone": "x"}))
+    with pytest.raises(UserError, match="seed 0: kept entries started from different backbones"): S.read_study_entries(tmp_path/"kept")
     paths[0].write_text(json.dumps(other | {"users": 3}))
     with pytest.raises(UserError, match="is damaged"): S.read_study_entries(tmp_path/"kept")
     with pytest.raises(UserError, match="keep some first"): S.read_study_entries(tmp_path/"none")
@@ -162,7 +167,7 @@ def test_p5_and_tallrec_rank_as_a_plain_forward_pass_does(finished, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [(lambda y: y["entries"]["GANPrompt"].update(wordngs=2), "unknown parameter 'wordngs'"), (lambda y: y["encoders"]["spread"].update(coupling_="none"), "unknown parameter 'coupling_'"),
-                                             (lambda y: y["encoders"]["gathered"].update(k=2), "unknown parameter 'k'"), (lambda y: y["entries"]["GANPrompt"].update(encoder="gan"), "encoder must be one of backbone"),
+                                             (lambda y: y["encoders"]["gathered amid nonsense"].update(k=2), "unknown parameter 'k'"), (lambda y: y["entries"]["GANPrompt"].update(encoder="gan"), "encoder must be one of backbone"),
                                              (lambda y: y["entries"]["P5"].update(form="P6"), "'P5': form must be one of TALLRec, P5"), (lambda y: y["entries"]["P5"].update(wordings=4), "unknown parameter 'wordings'")])
 def test_mistakes_in_the_entries(change, message, tmp_path):
     found = yaml.safe_load((root()/"data/study.yaml").read_text())
