@@ -623,6 +623,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ganprompt.study.encoder_for': ('study.html#encoder_for', 'ganprompt/study.py'),
                                  'ganprompt.study.heads_of': ('study.html#heads_of', 'ganprompt/study.py'),
                                  'ganprompt.study.keep_study': ('study.html#keep_study', 'ganprompt/study.py'),
+                                 'ganprompt.study.kind_of': ('study.html#kind_of', 'ganprompt/study.py'),
                                  'ganprompt.study.make_study': ('study.html#make_study', 'ganprompt/study.py'),
                                  'ganprompt.study.other_form': ('study.html#other_form', 'ganprompt/study.py'),
                                  'ganprompt.study.plot_figure1': ('study.html#plot_figure1', 'ganprompt/study.py'),

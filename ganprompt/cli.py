@@ -447,7 +447,7 @@ def keep(runs, study):
     if study in ("tables", "standard"):
         for path in [p for run in runs for p in tables.keep_models(run, study)] + tables.make_tables(): click.echo(shown(path))
         return
-    if study in robust.PAGES:
+    if robust.kind_of(study):
         for path in [p for run in runs for p in robust.keep_study(run, study)] + robust.draw_study(study): click.echo(shown(path))
         return
     if study == "benchmarks":
@@ -465,8 +465,9 @@ def keep(runs, study):
 def tables(study, data_dir, plan, runs):
     "Remake the tables and pictures of a study from its kept results; with --data-dir, make the missing results of tables, standard, robustness or ablation first."
     from ganprompt import benchmarks, metrics, study as robust, tables
-    failed = fill(read_plan(plan or root()/"data"/f"{study}.yaml"), study, data_dir, runs) if data_dir is not None else []
-    draw = {"benchmarks": benchmarks.draw_benchmarks, "tables": tables.make_tables, **{name: partial(robust.draw_study, name) for name in robust.PAGES}, "standard": lambda: tables.write_published(root()/"figures")}.get(study, lambda: [metrics.summary(study)])
+    kind = robust.kind_of(study)
+    failed = fill(read_plan(plan or root()/"data"/f"{kind or study}.yaml"), study, data_dir, runs) if data_dir is not None else []
+    draw = {"benchmarks": benchmarks.draw_benchmarks, "tables": tables.make_tables, "standard": lambda: tables.write_published(root()/"figures")}.get(study, partial(robust.draw_study, study) if kind else lambda: [metrics.summary(study)])
     for path in draw(): click.echo(shown(path))
     if failed: raise UserError("\n".join(["these are missing; the rest is made:", *failed]))
 

@@ -6,7 +6,8 @@
 __all__ = ['FORMS', 'FIRST', 'SHOWN', 'STATISTICS', 'SEPARABILITY', 'HEAT', 'BEFORE_AFTER', 'WORDS', 'VIEWS', 'AGAINST', 'PAGES',
            'defaults', 'read_entries', 'encoder_for', 'other_form', 'tuned_model', 'run_entry', 'make_study',
            'keep_study', 'read_study_entries', 'table_of', 'by_entry', 'unseen_at', 'drawn', 'separated', 'study_page',
-           'plot_study_groups', 'plot_study_heat', 'plot_separated', 'heads_of', 'plot_figure1', 'draw_study']
+           'plot_study_groups', 'plot_study_heat', 'plot_separated', 'heads_of', 'plot_figure1', 'kind_of',
+           'draw_study']
 
 # %% ../nbs/10c_study.ipynb #10c-004
 import inspect, json, re, textwrap, time
@@ -193,7 +194,7 @@ def read_study_entries(
             raise UserError(f"{mine[0]['dataset']}: kept entries are about other users, data, recommenders or templates and cannot be compared; make them again with the same parameters")
         for seed in {e["seed"] for e in mine}:
             if len({e.get("backbone") for e in mine if e["seed"] == seed}) > 1:
-                raise UserError(f"{mine[0]['dataset']}, seed {seed}: kept entries started from different backbones, for another machine trains another one from the same seed; keep them apart, under studies of their own")
+                raise UserError(f"{mine[0]['dataset']}, seed {seed}: kept entries started from different backbones, for another machine trains another one from the same seed; keep them apart, as {Path(study).name} and {Path(study).name}-mine")
     return found
 
 # %% ../nbs/10c_study.ipynb #10c-017
@@ -356,8 +357,14 @@ def plot_figure1(
 # %% ../nbs/10c_study.ipynb #10c-020b
 VIEWS = [("", plot_study_groups, "HR@10 under every template"), ("_heat", plot_study_heat, "P(yes) for the target, users by templates"), ("_figure1", plot_figure1, "Figure 1: one user before and after")]
 AGAINST = "random templates", "agreement"
-PAGES = {"robustness": ("Robustness", AGAINST, VIEWS), "robustness-first": ("Robustness, a first run with fewer entries, trained on another machine,", AGAINST, VIEWS),
-         "ablation": ("Readings of stage 1", ("GANPrompt",), [("", plot_separated, "Separation of the versions, accuracy and robustness")])} # folder under data/results -> title, what is compared with, pictures
+PAGES = {"robustness": ("Robustness", AGAINST, VIEWS),
+         "ablation": ("Readings of stage 1", ("GANPrompt",), [("", plot_separated, "Separation of the versions, accuracy and robustness")])} # kind of study -> title, what is compared with, pictures
+
+def kind_of(
+    study:str|Path, # Folder under data/results, or a path
+)->str: # One of `PAGES`, or ""
+    "What a study is about: robustness-mine is another run of robustness."
+    return kind if (kind := Path(study).name.partition("-")[0]) in PAGES else ""
 
 def draw_study(
     study:str|Path="robustness", # Folder under data/results, or a path
@@ -366,7 +373,8 @@ def draw_study(
     "A page and its pictures for each data set, from kept entries alone."
     made, out = [], out or root()/"figures"
     out.mkdir(parents=True, exist_ok=True)
-    title, against, plots = PAGES.get(Path(study).name, PAGES["robustness"])
+    title, against, plots = PAGES[kind_of(study) or "robustness"]
+    title += f" ({Path(study).name})"*(Path(study).name not in PAGES)
     for dataset, mine in by_dataset(read_study_entries(study)).items():
         stem = out/f"{Path(study).name}_{slug(dataset)}"
         pictures = {f"{stem.name}{end}.png": (words, fig) for end, plot, words in plots if (fig := plot(mine))}

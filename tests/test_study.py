@@ -122,6 +122,10 @@ def test_plans_name_what_there_is(plan):
     if plan in wanted: assert all(m["study"] == wanted[plan] and set(S.PAGES[plan][1]) <= set(entries) for m in found["datasets"].values())
 
 
+def test_another_run_of_a_study_has_its_pages():
+    assert [S.kind_of(name) for name in ("robustness", "robustness-mine", "/tmp/ablation-2", "tables", "robustnesses")] == ["robustness", "robustness", "ablation", "", ""]
+
+
 def test_each_reading_changes_one_thing():
     encoders, entries = S.read_entries()
     readings = yaml.safe_load((root()/"data/study.yaml").read_text())["readings"]
