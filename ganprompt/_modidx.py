@@ -411,6 +411,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ganprompt.prompts._fault': ('prompts.html#_fault', 'ganprompt/prompts.py'),
                                    'ganprompt.prompts._fault_of_slots': ('prompts.html#_fault_of_slots', 'ganprompt/prompts.py'),
                                    'ganprompt.prompts._inner': ('prompts.html#_inner', 'ganprompt/prompts.py'),
+                                   'ganprompt.prompts.broken': ('prompts.html#broken', 'ganprompt/prompts.py'),
                                    'ganprompt.prompts.choose': ('prompts.html#choose', 'ganprompt/prompts.py'),
                                    'ganprompt.prompts.clean_title': ('prompts.html#clean_title', 'ganprompt/prompts.py'),
                                    'ganprompt.prompts.fixed_words': ('prompts.html#fixed_words', 'ganprompt/prompts.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SLOTS', 'FIELDS', 'SPLITS', 'HISTORY', 'UNKNOWN', 'NOISES', 'CASES', 'ANY', 'OPTIONS', 'KEYS', 'RATE', 'NEAR',
            'MARKS', 'ALPHABETS', 'FOCUS', 'clean_title', 'options', 'parsed', 'slots', 'fixed_words', 'slip', 'noisy',
-           'nonsense', 'read_templates', 'styled', 'sequence', 'render', 'title_ids', 'PromptEncoder', 'pad',
+           'broken', 'nonsense', 'read_templates', 'styled', 'sequence', 'render', 'title_ids', 'PromptEncoder', 'pad',
            'titles_table', 'choose', 'make_prompts', 'load_titles', 'load_templates']
 
 # %% ../nbs/02_prompts.ipynb #02-004
@@ -39,8 +39,8 @@ FIELDS, SPLITS = ("id", "task", "group", "split", "text"), ("seen", "unseen-para
 HISTORY, UNKNOWN = ("purchase_history", "title_seq"), "unknown item"
 NOISES, CASES = ("drop", "typo", "keyboard"), ("lower", "upper", "title")
 ANY = None # any text
-_LIST = {"sep": ANY, "mark": ANY, "order": ("newest",), "case": CASES, "noise": NOISES, "inject": ANY}
-OPTIONS = {"purchase_history": _LIST, "title_seq": _LIST, "target_item": {"case": CASES, "noise": NOISES}, "attribute": {"wrong": ("",)}} # slot -> option -> values
+_LIST = {"sep": ANY, "mark": ANY, "order": ("newest",), "case": CASES, "noise": NOISES, "cut": ANY, "inject": ANY}
+OPTIONS = {"purchase_history": _LIST, "title_seq": _LIST, "target_item": {"case": CASES, "noise": NOISES, "cut": ANY}, "attribute": {"wrong": ("",)}} # slot -> option -> values
 
 # %% ../nbs/02_prompts.ipynb #02-011
 def options(spec:str)->dict[str, str]: # Option -> value
@@ -88,6 +88,14 @@ def noisy(
     return " ".join(w for w in words if w)
 
 # %% ../nbs/02_prompts.ipynb #02-015b
+def broken(
+    title:str, # Title
+    seed:str, # The same title and seed break at the same place
+)->str: # Two of its words or more; a good third of the titles stay whole
+    "A title broken off, as on a small screen."
+    words = title.split()
+    return " ".join(words[:random.Random(f"{seed} {title}").randint(2, max(2, 3*len(words)//2))])
+
 MARKS = "-|;/*#>~+.<[]()"
 ALPHABETS = string.ascii_lowercase, string.ascii_uppercase, string.ascii_letters, string.ascii_letters + MARKS
 
@@ -101,10 +109,10 @@ def nonsense(
     def letters(alphabet, most): return "".join(rng.choices(alphabet, k=rng.randint(1, most)))
     def some(most): return [rng.choice(words) if rng.random() < .5 else letters(rng.choice(ALPHABETS), 9) for _ in range(rng.randint(0, most))]
     def mark(): return letters(string.ascii_lowercase + MARKS, 6) if rng.random() < .5 else ""
-    def text():
-        slots = ["{purchase_history:sep=%s&mark=%s}" % (rng.choice([",", mark()]), mark()), "{target_item}"][::rng.choice([1, 1, -1])]
+    def text(cut):
+        slots = ["{purchase_history:sep=%s&mark=%s&cut=%s}" % (rng.choice([",", mark()]), mark(), cut), "{target_item:cut=%s}" % cut][::rng.choice([1, 1, -1])]
         return " ".join([*some(12), slots[0], *some(8), slots[1], *some(8)])
-    return [dict(zip(FIELDS, (f"nonsense-{i + 1}", "recommendation", "nonsense", "seen", text()))) for i in range(n)]
+    return [dict(zip(FIELDS, (f"nonsense-{i + 1}", "recommendation", "nonsense", "seen", text(f"{seed}.{i + 1}")))) for i in range(n)]
 
 # %% ../nbs/02_prompts.ipynb #02-017
 def _fault_of_slots(
@@ -162,6 +170,7 @@ def styled(
 )->str:
     "A title with the slips and in the case that its slot wants."
     title = noisy(title, o["noise"]) if "noise" in o else title
+    title = broken(title, o["cut"]) if "cut" in o else title
     return getattr(title, o["case"])() if "case" in o else title
 
 def sequence(
@@ -231,7 +240,7 @@ class PromptEncoder:
         self.listing, self.lists = next((o for name, o in style.items() if name in HISTORY), {}), {}
         self.titles = title_ids(tokenizer, titles, self.gap, self.listing, title_tokens)
         target = style.get("target_item", {})
-        same = all(target.get(k) == self.listing.get(k) for k in ("case", "noise"))
+        same = all(target.get(k) == self.listing.get(k) for k in ("case", "noise", "cut"))
         self.targets = self.titles if same else title_ids(tokenizer, titles, self.gap, target, title_tokens)
 
     def _raw(self, text): return self.tokenizer(text, add_special_tokens=False).input_ids

@@ -358,7 +358,7 @@ def plot_figure1(
 VIEWS = [("", plot_study_groups, "HR@10 under every template"), ("_heat", plot_study_heat, "P(yes) for the target, users by templates"), ("_figure1", plot_figure1, "Figure 1: one user before and after")]
 AGAINST = "random templates", "agreement"
 PAGES = {"robustness": ("Robustness", AGAINST, VIEWS),
-         "ablation": ("Readings of stage 1", ("GANPrompt",), [("", plot_separated, "Separation of the versions, accuracy and robustness")])} # kind of study -> title, what is compared with, pictures
+         "ablation": ("Readings of stage 1", ("attributes", "GANPrompt"), [("", plot_separated, "Separation of the versions, accuracy and robustness")])} # kind of study -> title, what is compared with, pictures
 
 def kind_of(
     study:str|Path, # Folder under data/results, or a path

@@ -184,7 +184,7 @@ def test_nonsense_is_drawn_beside_the_seen_templates_and_holds_the_same_titles(f
     assert abs(np.mean(said) - expected) < .1
     for r, ids in others:
         past, pieces = rows["history"][r][-reader.history_items:], "".join(f",{i}" for i in ids) + ","
-        assert all("".join(f",{i}" for i in seen[0].prompt.titles[item]) + "," in pieces for item in past) # every title, whole
+        assert all("".join(f",{i}" for i in seen[0].prompt.titles[item][:2]) + "," in pieces for item in past) # every title, if not to its end
     texts = {text for seed in (1, 2) for text in (reader.tokenizer.decode(ids) for _, ids in [(r, q.context(r)) for q in worded(reader, {}, rows, dict(attributes=False, wordings=5, nonsense=40, seed=seed))[1:] for r in range(60)])}
     assert len(texts) > .8*2*len(others) # each seed has its own
 
