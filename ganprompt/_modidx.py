@@ -622,6 +622,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ganprompt.study.draw_study': ('study.html#draw_study', 'ganprompt/study.py'),
                                  'ganprompt.study.drawn': ('study.html#drawn', 'ganprompt/study.py'),
                                  'ganprompt.study.encoder_for': ('study.html#encoder_for', 'ganprompt/study.py'),
+                                 'ganprompt.study.first_places': ('study.html#first_places', 'ganprompt/study.py'),
                                  'ganprompt.study.heads_of': ('study.html#heads_of', 'ganprompt/study.py'),
                                  'ganprompt.study.keep_study': ('study.html#keep_study', 'ganprompt/study.py'),
                                  'ganprompt.study.kind_of': ('study.html#kind_of', 'ganprompt/study.py'),

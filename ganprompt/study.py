@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'FIRST', 'SHOWN', 'STATISTICS', 'SEPARABILITY', 'HEAT', 'BEFORE_AFTER', 'WORDS', 'VIEWS', 'AGAINST', 'PAGES',
-           'defaults', 'read_entries', 'encoder_for', 'other_form', 'tuned_model', 'run_entry', 'make_study',
-           'keep_study', 'read_study_entries', 'table_of', 'by_entry', 'unseen_at', 'drawn', 'separated', 'study_page',
-           'plot_study_groups', 'plot_study_heat', 'plot_separated', 'heads_of', 'plot_figure1', 'kind_of',
-           'draw_study']
+           'defaults', 'read_entries', 'encoder_for', 'other_form', 'tuned_model', 'first_places', 'run_entry',
+           'make_study', 'keep_study', 'read_study_entries', 'table_of', 'by_entry', 'unseen_at', 'drawn', 'separated',
+           'study_page', 'plot_study_groups', 'plot_study_heat', 'plot_separated', 'heads_of', 'plot_figure1',
+           'kind_of', 'draw_study']
 
 # %% ../nbs/10c_study.ipynb #10c-004
 import inspect, json, re, textwrap, time
@@ -120,6 +120,12 @@ def tuned_model(
 # %% ../nbs/10c_study.ipynb #10c-012b
 SHOWN = 60 # users of whom more is kept: the log-odds of the target, and the places in the list of the first three candidates (0 is the target)
 
+def first_places(
+    scores:np.ndarray, # f[users, candidates], targets first
+)->np.ndarray: # i64[users, 3]
+    "Places in the list of the three candidates that come first; a tie counts against the target, as in its rank."
+    return scores.shape[1] - 1 - np.argsort(-scores[:, ::-1], axis=1, kind="stable")[:, :3]
+
 def run_entry(
     run:str, # Run
     name:str, # Entry
@@ -133,7 +139,7 @@ def run_entry(
     if isinstance(model, InBlank): scores = likelier(scores)
     table = template_table(scores, bank).select("id", "group", "split", "drop", "flips", "tau", "rbo")
     ranks = [pack(pl.DataFrame(ranking(z))) for z in scores]
-    heads = [" ".join(map(str, np.argsort(-z[:SHOWN], axis=1, kind="stable")[:, :3].ravel())) for z in scores]
+    heads = [" ".join(map(str, first_places(z[:SHOWN]).ravel())) for z in scores]
     return dict(users=len(rows), users_digest=digest(rows["user"].to_list()), valid=valid, encoder=merits, measured=measure_bank(scores, bank), by_template=[t | {"ranks": r, "heads": h} for t, r, h in zip(table.to_dicts(), ranks, heads)],
                 odds=np.round(scores[:, :SHOWN, 0].astype(float), 2).tolist(), seconds={"train": tuned - start, "score": time.time() - tuned})
 
