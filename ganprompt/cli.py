@@ -6,7 +6,8 @@
 __all__ = ['Parameter', 'read_parameters', 'Chapter', 'read_chapter', 'chapters', 'parameters', 'convert', 'unknown',
            'read_config', 'read_preset', 'absolute', 'resolve', 'duration', 'Progress', 'execute', 'current',
            'run_chapter', 'write_report', 'launch', 'RunCommand', 'cli', 'shown', 'choose', 'run', 'stage_row',
-           'as_table', 'show', 'read_plan', 'fill', 'keep', 'tables', 'compare', 'fetch', 'robustness', 'main']
+           'as_table', 'show', 'read_plan', 'fill', 'keep', 'plan_of', 'tables', 'compare', 'fetch', 'robustness',
+           'main']
 
 # %% ../nbs/11_cli.ipynb #11-002
 import ast, difflib, io, itertools, json, os, re, sys, time, tokenize
@@ -457,6 +458,14 @@ def keep(runs, study):
     for path in {figures.keep_figure(run) for run in reversed(runs)}: click.echo(shown(path))
     click.echo(shown(metrics.summary(study)))
 
+def plan_of(
+    study:str, # Folder under data/results
+) -> Path: # data/STUDY.yaml
+    "The plan of a study: its own, or else that of its kind."
+    from ganprompt.study import kind_of
+    own = root()/"data"/f"{study}.yaml"
+    return own if own.is_file() else own.with_name(f"{kind_of(study) or study}.yaml")
+
 @cli.command()
 @click.argument("study", default="tables")
 @click.option("--data-dir", metavar="DIR", help="First make what is missing, from the files in this folder")
@@ -466,7 +475,7 @@ def tables(study, data_dir, plan, runs):
     "Remake the tables and pictures of a study from its kept results; with --data-dir, make the missing results of tables, standard, robustness or ablation first."
     from ganprompt import benchmarks, metrics, study as robust, tables
     kind = robust.kind_of(study)
-    failed = fill(read_plan(plan or root()/"data"/f"{kind or study}.yaml"), study, data_dir, runs) if data_dir is not None else []
+    failed = fill(read_plan(plan or plan_of(study)), study, data_dir, runs) if data_dir is not None else []
     draw = {"benchmarks": benchmarks.draw_benchmarks, "tables": tables.make_tables, "standard": lambda: tables.write_published(root()/"figures")}.get(study, partial(robust.draw_study, study) if kind else lambda: [metrics.summary(study)])
     for path in draw(): click.echo(shown(path))
     if failed: raise UserError("\n".join(["these are missing; the rest is made:", *failed]))

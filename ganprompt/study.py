@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'FIRST', 'SHOWN', 'STATISTICS', 'SEPARABILITY', 'HEAT', 'BEFORE_AFTER', 'WORDS', 'VIEWS', 'AGAINST', 'PAGES',
-           'defaults', 'read_entries', 'encoder_for', 'other_form', 'tuned_model', 'first_places', 'run_entry',
-           'make_study', 'keep_study', 'read_study_entries', 'table_of', 'by_entry', 'unseen_at', 'drawn', 'separated',
-           'study_page', 'plot_study_groups', 'plot_study_heat', 'plot_separated', 'heads_of', 'plot_figure1',
-           'kind_of', 'draw_study']
+           'defaults', 'read_entries', 'encoder_for', 'other_form', 'tuned_model', 'first_places', 'bank_file',
+           'run_entry', 'make_study', 'keep_study', 'read_study_entries', 'table_of', 'by_entry', 'unseen_at', 'drawn',
+           'separated', 'study_page', 'plot_study_groups', 'plot_study_heat', 'plot_separated', 'heads_of',
+           'plot_figure1', 'kind_of', 'draw_study']
 
 # %% ../nbs/10c_study.ipynb #10c-004
 import inspect, json, re, textwrap, time
@@ -126,6 +126,14 @@ def first_places(
     "Places in the list of the three candidates that come first; a tie counts against the target, as in its rank."
     return scores.shape[1] - 1 - np.argsort(-scores[:, ::-1], axis=1, kind="stable")[:, :3]
 
+def bank_file(
+    p:dict, # Parameters of the stage
+)->Path: # Template file
+    "Where the bank is that the recommenders are asked under. `UserError` if it is not there."
+    path = root()/"data"/f"{p.get('study_bank', 'templates')}.yaml"
+    if not path.is_file(): raise UserError(f"study_bank={p['study_bank']}: there is no {path}; put a template file there, or leave study_bank as it is for data/templates.yaml")
+    return path
+
 def run_entry(
     run:str, # Run
     name:str, # Entry
@@ -134,7 +142,7 @@ def run_entry(
 )->dict: # What is kept of the entry
     "Tune and ask."
     start, (rows, lists), (model, reader, valid, merits) = time.time(), test_lists(run, p["study_users"]), tuned_model(run, name, folder, p)
-    bank, tuned = bank_for(reader), time.time()
+    bank, tuned = bank_for(reader, bank_file(p)), time.time()
     scores = score_bank(model, reader, own_attributes(run), bank, rows, lists, name)
     if isinstance(model, InBlank): scores = likelier(scores)
     table = template_table(scores, bank).select("id", "group", "split", "drop", "flips", "tau", "rbo")
@@ -145,13 +153,14 @@ def run_entry(
 
 # %% ../nbs/10c_study.ipynb #10c-014
 def make_study(
-    run:str="demo", seed:int=0, study_entries:str="one template,random templates,agreement", study_recommender:str="t5-ranker", study_users:int=300, recommender_epochs:int=6, recommender_batch:int=64,
+    run:str="demo", seed:int=0, study_entries:str="one template,random templates,agreement", study_recommender:str="t5-ranker", study_users:int=300, study_bank:str="templates", recommender_epochs:int=6, recommender_batch:int=64,
 )->Path: # Folder with study.json and the tuned models
     "Stage `study`. An entry that fails is noted, and the others go on; a stage that was killed goes on after the last whole entry."
     params, known = {k: v for k, v in locals().items() if k != "run"}, read_entries()[1]
     names = list(known) if study_entries == "all" else [name.strip() for name in study_entries.split(",")]
     for name in names: check_switches(study_entries=(name, known))
     check_switches(study_recommender=(study_recommender, KINDS))
+    read_templates(bank_file(params))
     need(run, "attributes", make_attributes)
     def one(folder, name):
         path = folder/f"{slug(name)}.json"
@@ -166,7 +175,7 @@ def make_study(
         write_json(folder/"study.json", {"entries": found, "recommender": study_recommender, "pocket": backbone(run, "t5")["pocket"]})
         for name in names: (folder/f"{slug(name)}.json").unlink(missing_ok=True)
         return {f"{name} {k}": v for name, about in found.items() if "failed" not in about for k, v in (("clean hit@10", about["measured"]["clean"]["hit@10"]), ("unseen cps", about["measured"]["unseen"]["hit@10"]["cps"]))}
-    return stage(run, "study", params, make, inputs=["data", "prompts", "backbones", "attributes"], files=[root()/"data/study.yaml", root()/"data/templates.yaml"])
+    return stage(run, "study", params, make, inputs=["data", "prompts", "backbones", "attributes"], files=[root()/"data/study.yaml", *dict.fromkeys([root()/"data/templates.yaml", bank_file(params)])])
 
 # %% ../nbs/10c_study.ipynb #10c-016
 def keep_study(
@@ -340,7 +349,7 @@ def plot_figure1(
     from matplotlib import pyplot as plt
     first = {e["model"]: e for e in reversed(mine) if "heads" in e["by_template"][0]} # entries are sorted by seed
     if missing := set(BEFORE_AFTER) - set(first): return print(f"no figure 1: nothing kept of {', '.join(sorted(missing))}")
-    heads, texts = {name: heads_of(first[name]) for name in BEFORE_AFTER}, {t["id"]: t["text"] for t in read_templates(root()/"data/templates.yaml")}
+    heads, texts = {name: heads_of(first[name]) for name in BEFORE_AFTER}, {t["id"]: t["text"] for t in read_templates(bank_file(first[BEFORE_AFTER[0]]["parameters"]))}
     bank = first[BEFORE_AFTER[0]]["by_template"]
     shown = [0, *(next(i for i, t in enumerate(bank) if t["group"] == g and t["split"] != "seen") for g in dict.fromkeys(t["group"] for t in bank if t["split"] != "seen"))]
     user = int(np.argmax([len(np.unique(heads[BEFORE_AFTER[0]][shown, u])) for u in range(heads[BEFORE_AFTER[0]].shape[1])]))

@@ -56,9 +56,9 @@ def test_pieces_equal_whole_text(tokenizer, attribute):
                       attribute=attribute)
         assert enc.ids(history, target, attribute) == whole(tokenizer, text)
 
-QUESTIONS = [t for t in BANK if t["task"] == "recommendation"]
+QUESTIONS, FRESH = [t for t in BANK if t["task"] == "recommendation"], read_templates(root()/"data/templates-fresh.yaml")
 
-@pytest.mark.parametrize("t", QUESTIONS, ids=[t["id"] for t in QUESTIONS])
+@pytest.mark.parametrize("t", QUESTIONS + FRESH, ids=[t["id"] for t in QUESTIONS + FRESH])
 def test_pieces_equal_whole_text_for_the_bank(tokenizer, t):
     names, rng = titles(60, 1), random.Random(2)
     enc = PromptEncoder(tokenizer, t["text"], names, title_tokens=999)
@@ -73,6 +73,11 @@ def test_the_bank():
     assert len(QUESTIONS) >= 40 and len({t["text"] for t in QUESTIONS}) == len(QUESTIONS) and len({t["id"] for t in BANK}) == len(BANK)
     assert min(split.count(s) for s in ("unseen-paraphrase", "unseen-format", "attack")) >= 12
     assert {t["group"] for t in QUESTIONS} == {"paper", "paraphrase", "format", "persona", "noise", "attack"}
+
+def test_the_fresh_bank_is_another_one():
+    "None of it may be trained on, and no question is one of the first bank's."
+    assert {t["split"] for t in FRESH} == {"unseen-paraphrase", "unseen-format", "attack"} and {t["task"] for t in FRESH} == {"recommendation"}
+    assert len({t["text"] for t in FRESH + QUESTIONS}) == len(FRESH) + len(QUESTIONS) and len({t["id"] for t in FRESH + BANK}) == len(FRESH) + len(BANK)
 
 @pytest.mark.parametrize("options, text", [
     ("", "Ab c , De , Fg"), ("sep=;", "Ab c ; De ; Fg"), ("sep=", "Ab c De Fg"), ("mark=1.&sep=", "1. Ab c 2. De 3. Fg"), ("mark=-", "- Ab c , - De , - Fg"),
@@ -91,7 +96,7 @@ def test_slips(kind, one):
     assert (changed if kind == "drop" else len(changed)) == -(-len(words)//5)
 
 def test_slips_leave_slots_alone():
-    for t in QUESTIONS:
+    for t in QUESTIONS + FRESH:
         for kind in prompts.NOISES: assert prompts.slots(prompts.noisy(t["text"], kind)) == prompts.slots(t["text"])
 
 def test_cut_at_a_word_equals_text_of_cut_titles(tokenizer):

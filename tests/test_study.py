@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from ganprompt import robustness as R, study as S
-from ganprompt.cli import read_plan
+from ganprompt.cli import plan_of, read_plan
 from ganprompt.backbones import load_model
 from ganprompt.collm import load_text_lm, text_reader
 from ganprompt.encoder import reader_for, separability
@@ -48,6 +48,17 @@ def test_kept_ranks_are_those_of_the_report(studied, tmp_path):
         np.testing.assert_allclose(S.table_of(kept[name])["hit@10"].mean(axis=1), [t["hit@10"] for t in said["by_template"]], atol=1e-9)
         assert kept[name]["measured"]["unseen"]["flips"] == pytest.approx(said["measured"]["unseen"]["flips"])
     assert kept["gathered amid nonsense"]["fingerprint"] == manifest(str(studied), "study")["fingerprint"] and not any(str(studied.parent) in json.dumps(e) for e in kept.values())
+
+
+def test_another_bank_asks_the_same_recommender(studied, tmp_path):
+    "Trained again and asked under the fresh bank, and trained for the first bank and asked by the command's own function."
+    shutil.copytree(studied, run := tmp_path/"run", ignore=shutil.ignore_patterns("study"))
+    with pytest.raises(UserError, match="study_bank=none: there is no .*data/none.yaml"): S.make_study(str(run), study_bank="none")
+    S.make_study(str(run), study_entries="one template", study_users=20, recommender_epochs=1, study_bank="templates-fresh")
+    kept = json.loads(S.keep_study(str(run), tmp_path/"kept")[0].read_text())
+    said = json.loads(R.make_report(str(studied/"study/one-template"), str(studied), str(root()/"data/templates-fresh.yaml"), users=20, out=str(tmp_path/"out")).with_suffix(".json").read_text())
+    assert [t["id"] for t in kept["by_template"]] == [t["id"] for t in said["by_template"]] and kept["by_template"][1]["id"] == "fresh-para-1"
+    np.testing.assert_allclose(S.table_of(kept)["hit@10"].mean(axis=1), [t["hit@10"] for t in said["by_template"]], atol=1e-9)
 
 
 @pytest.mark.parametrize("how", [{}, dict(gather_same=1., gather_wordings=4, gather_nonsense=0)])
@@ -114,16 +125,18 @@ def test_deaf_and_parrot_are_told_from_steady():
     assert value["CPS"]["steady"] > 3*value["CPS"]["random templates"] and R.ends(draws["q05"]["steady"] - draws["q05"]["random templates"])[1] > 0
 
 
-@pytest.mark.parametrize("plan", ["tables", "standard", "robustness", "ablation"])
+@pytest.mark.parametrize("plan", ["tables", "standard", "robustness", "robustness-fresh", "ablation"])
 def test_plans_name_what_there_is(plan):
     found = read_plan(str(root()/f"data/{plan}.yaml"))
     entries, readings = list(S.read_entries()[1]), list(yaml.safe_load((root()/"data/study.yaml").read_text())["readings"])
     wanted = {"robustness": [e for e in entries if e not in readings], "ablation": ["attributes", "GANPrompt", "GANPrompt as printed", *readings]}
+    assert all(set(m.get("study", [])) <= set(entries) for m in found["datasets"].values())
     if plan in wanted: assert all(m["study"] == wanted[plan] and set(S.PAGES[plan][1]) <= set(entries) for m in found["datasets"].values())
 
 
 def test_another_run_of_a_study_has_its_pages():
     assert [S.kind_of(name) for name in ("robustness", "robustness-mine", "/tmp/ablation-2", "tables", "robustnesses")] == ["robustness", "robustness", "ablation", "", ""]
+    assert [plan_of(name).name for name in ("robustness-mine", "robustness-fresh", "tables")] == ["robustness.yaml", "robustness-fresh.yaml", "tables.yaml"]
 
 
 def test_each_reading_changes_one_thing():
