@@ -299,7 +299,7 @@ def plot_study_groups(
                 ax.scatter(x[at], np.full(len(at), y), s=16, facecolor=face, edgecolor=PALETTE[1 + c % 6], lw=.8)
         ax.set_title(kind, fontsize=9); ax.grid(axis="x", alpha=.3); ax.tick_params(labelsize=8); ax.set_xlabel(label(metric), fontsize=8)
     axes[0, 0].set_yticks(range(len(tables)), tables); axes[0, 0].invert_yaxis()
-    fig.suptitle(f"{data_name(mine[0])}: {label(metric)} under every template; rings: seen in training, line: the clean template", fontsize=9)
+    fig.suptitle(f"{data_name(mine[0])}: {label(metric)} under every template; rings: seen ones, line: the clean template", fontsize=9)
     return fig
 
 # %% ../nbs/10c_study.ipynb #10c-020a
