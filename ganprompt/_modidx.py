@@ -620,6 +620,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ganprompt.scorer.wanted': ('scorer.html#wanted', 'ganprompt/scorer.py')},
             'ganprompt.study': { 'ganprompt.study.bank_file': ('study.html#bank_file', 'ganprompt/study.py'),
                                  'ganprompt.study.by_entry': ('study.html#by_entry', 'ganprompt/study.py'),
+                                 'ganprompt.study.costliest': ('study.html#costliest', 'ganprompt/study.py'),
                                  'ganprompt.study.defaults': ('study.html#defaults', 'ganprompt/study.py'),
                                  'ganprompt.study.draw_study': ('study.html#draw_study', 'ganprompt/study.py'),
                                  'ganprompt.study.drawn': ('study.html#drawn', 'ganprompt/study.py'),

@@ -6,7 +6,7 @@
 __all__ = ['FORMS', 'FIRST', 'SHOWN', 'STATISTICS', 'SEPARABILITY', 'HEAT', 'BEFORE_AFTER', 'WORDS', 'VIEWS', 'AGAINST', 'PAGES',
            'defaults', 'read_entries', 'encoder_for', 'other_form', 'tuned_model', 'first_places', 'bank_file',
            'run_entry', 'make_study', 'keep_study', 'read_study_entries', 'table_of', 'by_entry', 'unseen_at', 'drawn',
-           'separated', 'study_page', 'plot_study_groups', 'plot_study_heat', 'plot_separated', 'heads_of',
+           'separated', 'costliest', 'study_page', 'plot_study_groups', 'plot_study_heat', 'plot_separated', 'heads_of',
            'plot_figure1', 'kind_of', 'draw_study']
 
 # %% ../nbs/10c_study.ipynb #10c-004
@@ -257,6 +257,15 @@ def separated(
     names = dict.fromkeys(e["model"] for e in mine if "silhouette" in e["encoder"].get("after", {}))
     return {name: {k: float(np.mean([e["encoder"]["after"][k] for e in mine if e["model"] == name])) for k in SEPARABILITY} for name in names}
 
+def costliest(
+    mine:list, # Kept entries of one data set
+    n:int=5, # Templates wanted
+)->dict: # Entry -> unseen templates and the part of the clean HR@10 that is lost under them, costliest first
+    "Which words do the damage, means over seeds and users."
+    ids, at = [t["id"] for t in mine[0]["by_template"]], unseen_at(mine)
+    def one(hits): return sorted(((ids[i], float(drop_rate(hits[i], hits[0]))) for i in at), key=lambda x: -x[1])[:n]
+    return {name: one(t["hit@10"].mean(axis=(0, 2))) for name, (_, t) in by_entry(mine).items()}
+
 def study_page(
     mine:list, # Kept entries of one data set
     against:tuple=("random templates",), # Entries that the others are compared with
@@ -271,6 +280,7 @@ def study_page(
     def differences(one): return [[name, *(spread(ends(draws[s][name] - draws[s][one]), True) for s in draws)] for name in seeds if name != one]
     blocks = [Block("HR@10 under the clean template and under unseen ones", ["entry", "seeds", *draws, "lost at q05", "drop", "PSS", "flips", "POSIX", "tau", "RBO"], [one])]
     blocks += [Block(f"Difference to {one}, paired over seeds, users and templates", ["entry", *draws], [differences(one)]) for one in against if one in seeds and len(seeds) > 1]
+    blocks.append(Block("The unseen templates that cost most, and the part of the clean HR@10 that they cost", ["entry", *(str(i + 1) for i in range(5))], [[[name, *(f"{id} {short(x)}" for id, x in found)] for name, found in costliest(mine).items()]]))
     if apart := separated(mine): blocks.append(Block("Versions of held-out histories after stage 1: how far apart", ["entry", *SEPARABILITY.values()], [[[name, *map(short, x.values())] for name, x in apart.items()]]))
     rows = [dict(dataset=first["dataset"], entry=name, seeds=len(seeds[name]), statistic=s, **dict(zip(("value", "low", "high"), ends(draws[s][name])))) for name in seeds for s in draws]
     few = [f"{name}: {len(s)}" for name, s in seeds.items() if len(s) < 3]
