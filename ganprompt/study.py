@@ -284,7 +284,7 @@ def study_page(
     if apart := separated(mine): blocks.append(Block("Versions of held-out histories after stage 1: how far apart", ["entry", *SEPARABILITY.values()], [[[name, *map(short, x.values())] for name, x in apart.items()]]))
     rows = [dict(dataset=first["dataset"], entry=name, seeds=len(seeds[name]), statistic=s, **dict(zip(("value", "low", "high"), ends(draws[s][name])))) for name in seeds for s in draws]
     few = [f"{name}: {len(s)}" for name, s in seeds.items() if len(s) < 3]
-    notes = [f"{data_name(first)}, {first['users']} users, uni99, {len(first['by_template'])} templates of which {len(unseen_at(mine))} are unseen; recommender {first['recommender']}"
+    notes = [f"{data_name(first)}, {first['users']} users, uni99, {len(first['by_template'])} templates (data/{first.get('parameters', {}).get('study_bank', 'templates')}.yaml) of which {len(unseen_at(mine))} are unseen; recommender {first['recommender']}"
              f"{', pocket models: trained from scratch on this data set' * first['pocket']}.", "Intervals: 95 %, seeds, users and templates drawn again together. q05: what the worst twentieth of the unseen templates leaves. "
              "Lost at q05, drop, flips, tau and RBO compare with the clean template: lost, drop and flips are best at zero, tau and RBO at one."]
     if few: notes.append("Fewer than three seeds, so no claim: " + "; ".join(few) + ".")
@@ -367,7 +367,7 @@ def plot_figure1(
     fig, ax = plt.subplots(figsize=(12, .6 + .62*len(shown)), layout="constrained")
     for y, i in enumerate(shown):
         ax.text(-7, y, bank[i]["group"], va="center", fontsize=8)
-        ax.text(-5.9, y, textwrap.fill(re.sub(r"\{(\w+)([^{}]*)\}", lambda m: WORDS[m[1]].format(m[2]), texts.get(bank[i]["id"], "a template of its own")), 90), va="center", fontsize=7)
+        ax.text(-5.9, y, textwrap.fill(re.sub(r"\{(\w+)([^{}]*)\}", lambda m: WORDS[m[1]].format(m[2]), texts.get(bank[i]["id"], "the clean template, the one that the run trains with")), 90), va="center", fontsize=7)
         for x, (name, h) in enumerate(heads.items()):
             for place, c in enumerate(h[i, user]):
                 face = "#0173b2" if c == 0 else "#eeeeee"
