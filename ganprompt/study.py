@@ -130,8 +130,9 @@ def bank_file(
     p:dict, # Parameters of the stage
 )->Path: # Template file
     "Where the bank is that the recommenders are asked under. `UserError` if it is not there."
-    path = root()/"data"/f"{p.get('study_bank', 'templates')}.yaml"
-    if not path.is_file(): raise UserError(f"study_bank={p['study_bank']}: there is no {path}; put a template file there, or leave study_bank as it is for data/templates.yaml")
+    name = p.get("study_bank", "templates") # entries that were kept before there was a choice say nothing
+    path = root()/"data"/f"{name}.yaml"
+    if not path.is_file(): raise UserError(f"study_bank={name}: there is no {path}; put a template file there, or leave study_bank as it is for data/templates.yaml")
     return path
 
 def run_entry(
@@ -160,7 +161,8 @@ def make_study(
     names = list(known) if study_entries == "all" else [name.strip() for name in study_entries.split(",")]
     for name in names: check_switches(study_entries=(name, known))
     check_switches(study_recommender=(study_recommender, KINDS))
-    read_templates(bank_file(params))
+    bank = bank_file(params)
+    if all(t["split"] == "seen" for t in read_templates(bank) if t["task"] == "recommendation"): raise UserError(f"study_bank={study_bank}: {bank} has no unseen recommendation template to ask with")
     need(run, "attributes", make_attributes)
     def one(folder, name):
         path = folder/f"{slug(name)}.json"
@@ -175,7 +177,7 @@ def make_study(
         write_json(folder/"study.json", {"entries": found, "recommender": study_recommender, "pocket": backbone(run, "t5")["pocket"]})
         for name in names: (folder/f"{slug(name)}.json").unlink(missing_ok=True)
         return {f"{name} {k}": v for name, about in found.items() if "failed" not in about for k, v in (("clean hit@10", about["measured"]["clean"]["hit@10"]), ("unseen cps", about["measured"]["unseen"]["hit@10"]["cps"]))}
-    return stage(run, "study", params, make, inputs=["data", "prompts", "backbones", "attributes"], files=[root()/"data/study.yaml", *dict.fromkeys([root()/"data/templates.yaml", bank_file(params)])])
+    return stage(run, "study", params, make, inputs=["data", "prompts", "backbones", "attributes"], files=[root()/"data/study.yaml", *dict.fromkeys([root()/"data/templates.yaml", bank])])
 
 # %% ../nbs/10c_study.ipynb #10c-016
 def keep_study(
@@ -280,11 +282,12 @@ def study_page(
     def differences(one): return [[name, *(spread(ends(draws[s][name] - draws[s][one]), True) for s in draws)] for name in seeds if name != one]
     blocks = [Block("HR@10 under the clean template and under unseen ones", ["entry", "seeds", *draws, "lost at q05", "drop", "PSS", "flips", "POSIX", "tau", "RBO"], [one])]
     blocks += [Block(f"Difference to {one}, paired over seeds, users and templates", ["entry", *draws], [differences(one)]) for one in against if one in seeds and len(seeds) > 1]
-    blocks.append(Block("The unseen templates that cost most, and the part of the clean HR@10 that they cost", ["entry", *(str(i + 1) for i in range(5))], [[[name, *(f"{id} {short(x)}" for id, x in found)] for name, found in costliest(mine).items()]]))
+    worst = [[name, *(f"{template} {short(x)}" for template, x in found)] for name, found in costliest(mine).items()]
+    blocks.append(Block("The unseen templates that cost most, and the part of the clean HR@10 that they cost", ["entry", *map(str, range(1, len(worst[0])))], [worst]))
     if apart := separated(mine): blocks.append(Block("Versions of held-out histories after stage 1: how far apart", ["entry", *SEPARABILITY.values()], [[[name, *map(short, x.values())] for name, x in apart.items()]]))
     rows = [dict(dataset=first["dataset"], entry=name, seeds=len(seeds[name]), statistic=s, **dict(zip(("value", "low", "high"), ends(draws[s][name])))) for name in seeds for s in draws]
     few = [f"{name}: {len(s)}" for name, s in seeds.items() if len(s) < 3]
-    notes = [f"{data_name(first)}, {first['users']} users, uni99, {len(first['by_template'])} templates (data/{first.get('parameters', {}).get('study_bank', 'templates')}.yaml) of which {len(unseen_at(mine))} are unseen; recommender {first['recommender']}"
+    notes = [f"{data_name(first)}, {first['users']} users, uni99, {len(first['by_template'])} templates (data/{bank_file(first.get('parameters', {})).name}) of which {len(unseen_at(mine))} are unseen; recommender {first['recommender']}"
              f"{', pocket models: trained from scratch on this data set' * first['pocket']}.", "Intervals: 95 %, seeds, users and templates drawn again together. q05: what the worst twentieth of the unseen templates leaves. "
              "Lost at q05, drop, flips, tau and RBO compare with the clean template: lost, drop and flips are best at zero, tau and RBO at one."]
     if few: notes.append("Fewer than three seeds, so no claim: " + "; ".join(few) + ".")

@@ -50,10 +50,14 @@ def test_kept_ranks_are_those_of_the_report(studied, tmp_path):
     assert kept["gathered amid nonsense"]["fingerprint"] == manifest(str(studied), "study")["fingerprint"] and not any(str(studied.parent) in json.dumps(e) for e in kept.values())
 
 
-def test_another_bank_asks_the_same_recommender(studied, tmp_path):
+def test_another_bank_asks_the_same_recommender(studied, tmp_path, monkeypatch):
     "Trained again and asked under the fresh bank, and trained for the first bank and asked by the command's own function."
     shutil.copytree(studied, run := tmp_path/"run", ignore=shutil.ignore_patterns("study"))
     with pytest.raises(UserError, match="study_bank=none: there is no .*data/none.yaml"): S.make_study(str(run), study_bank="none")
+    monkeypatch.setattr(S, "bank_file", lambda p: seen)
+    (seen := tmp_path/"seen.yaml").write_text('- {id: a, task: recommendation, group: own, split: seen, text: "{purchase_history} then {target_item} ?"}')
+    with pytest.raises(UserError, match="seen.yaml has no unseen recommendation template"): S.make_study(str(run))
+    monkeypatch.undo()
     S.make_study(str(run), study_entries="one template", study_users=20, recommender_epochs=1, study_bank="templates-fresh")
     kept = json.loads(S.keep_study(str(run), tmp_path/"kept")[0].read_text())
     said = json.loads(R.make_report(str(studied/"study/one-template"), str(studied), str(root()/"data/templates-fresh.yaml"), users=20, out=str(tmp_path/"out")).with_suffix(".json").read_text())
@@ -131,6 +135,7 @@ def test_plans_name_what_there_is(plan):
     entries, readings = list(S.read_entries()[1]), list(yaml.safe_load((root()/"data/study.yaml").read_text())["readings"])
     wanted = {"robustness": [e for e in entries if e not in readings], "ablation": ["attributes", "GANPrompt", "GANPrompt as printed", *readings]}
     assert all(set(m.get("study", [])) <= set(entries) for m in found["datasets"].values())
+    assert S.bank_file(found.get("parameters", {})).name == ("templates-fresh.yaml" if plan == "robustness-fresh" else "templates.yaml")
     if plan in wanted: assert all(m["study"] == wanted[plan] and set(S.PAGES[plan][1]) <= set(entries) for m in found["datasets"].values())
 
 
