@@ -182,10 +182,10 @@ def test_nonsense_is_drawn_beside_the_seen_templates_and_holds_the_same_titles(f
     said = [any(q.context(r) == ids for q in seen) for r, ids in others]
     expected = (len(seen) - 1)/(len(seen) - 1 + 40)
     assert abs(np.mean(said) - expected) < .1
-    for r, ids in others:
-        past, pieces = rows["history"][r][-reader.history_items:], "".join(f",{i}" for i in ids) + ","
-        assert all("".join(f",{i}" for i in seen[0].prompt.titles[item][:2]) + "," in pieces for item in past) # every title, if not to its end
-    assert not all("".join(f",{i}" for i in seen[0].prompt.titles[item]) in "".join(f",{i}" for i in ids) for r, ids in others for item in rows["history"][r][-reader.history_items:]) # some are broken off
+    def joined(ids): return "".join(f",{i}" for i in ids) + ","
+    titles = [(seen[0].prompt.titles[item], joined(ids)) for r, ids in others for item in rows["history"][r][-reader.history_items:]]
+    assert all(joined(title[:2]) in prompt for title, prompt in titles) # every title, if not to its end
+    assert not all(joined(title) in prompt for title, prompt in titles) # some are broken off
     again = worded(reader, {}, rows, dict(attributes=False, wordings=5, nonsense=40, seed=2))
     assert len({str(ids) for _, ids in others} | {str(q.context(r)) for q in again[1:] for r in range(60)}) > .8*2*len(others) # each seed has its own
 

@@ -58,7 +58,9 @@ def test_pieces_equal_whole_text(tokenizer, attribute):
 
 QUESTIONS, FRESH = [t for t in BANK if t["task"] == "recommendation"], read_templates(root()/"data/templates-fresh.yaml")
 
-@pytest.mark.parametrize("t", QUESTIONS + FRESH, ids=[t["id"] for t in QUESTIONS + FRESH])
+LINES = [{"id": f"lines-{i + 1}", "text": text} for i, text in enumerate(["Bought: {purchase_history} \n {target_item} ?", "Bought: {purchase_history:sep=\n} next {target_item} ?", "\nBought: {purchase_history} next\n\n {target_item} ?\n"])]
+
+@pytest.mark.parametrize("t", QUESTIONS + FRESH + LINES, ids=[t["id"] for t in QUESTIONS + FRESH + LINES])
 def test_pieces_equal_whole_text_for_the_bank(tokenizer, t):
     names, rng = titles(60, 1), random.Random(2)
     enc = PromptEncoder(tokenizer, t["text"], names, title_tokens=999)
