@@ -1,0 +1,297 @@
+"The paper's equations as the library computes them, against numpy and plain forward passes on a tiny shop; and models that must learn in the right direction."
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from scipy.spatial.distance import jensenshannon
+
+from ganprompt.backbones import Reader, adamw, pocket_model, t5_tokenizer
+from ganprompt.encoder import COUPLINGS, Versions, adversarial_update, cosine, discriminator, js, pool, total, version_loss
+from ganprompt.gather import contrast, gather_update
+from ganprompt.recommender import T5Decoder, T5Ranker, ask, divergence, list_auc, rec_loss, tune_on_states
+from ganprompt.runs import seed_all
+from ganprompt.scorer import Questions, States, score_rows, scores_of
+
+KINDS, THINGS = ("oak", "tin"), ("bowl", "lamp", "chair", "spoon", "shelf", "clock")
+TITLES = [f"{kind} {thing}" for kind in KINDS for thing in THINGS]
+TEMPLATES = {"recommendation": "The user bought {purchase_history} . Does the user buy {target_item} next ?",
+             "adversarial": "Focus on {attribute} : {title_seq}"}
+WORDS = ["round", "old"]
+
+
+def tiny_reader():
+    "A `Reader` of twelve items, without a run."
+    reader = Reader.__new__(Reader)
+    words = sorted({w for t in TEMPLATES.values() for w in t.split() if "{" not in w} | set("yes no , Focus on .".split()) | set(WORDS))
+    reader.__dict__ |= dict(titles=TITLES, templates=TEMPLATES, noun="things", title_tokens=4, history_items=3, tokenizer=t5_tokenizer(TITLES*3, words))
+    return reader
+
+
+def shoppers(n, seed=0):
+    "Rows of shoppers who stay with one kind of thing: the next item is of the kind of the history."
+    rng = np.random.default_rng(seed)
+    kind, length = rng.integers(2, size=n), rng.integers(1, 4, size=n)
+    history = [(6*k + rng.choice(6, m, replace=False)).tolist() for k, m in zip(kind, length)]
+    target = [int(rng.choice([i for i in range(6*k, 6*k + 6) if i not in h])) for k, h in zip(kind, history)]
+    return pl.DataFrame({"user": np.arange(n), "history": history, "target": target}), kind
+
+
+@pytest.fixture
+def world():
+    seed_all(0)
+    reader = tiny_reader()
+    model = pocket_model("t5", reader.tokenizer, 32, 1)
+    with torch.no_grad():
+        for p in model.parameters(): p.mul_(1.5) # states apart, answers far from a coin's
+    return reader, model.eval()
+
+
+def states_alone(model, ids):
+    "Encoder states of one prompt, read by itself."
+    with torch.no_grad(): return model.encoder(input_ids=torch.tensor([ids])).last_hidden_state[0].double().numpy()
+
+
+def softmax(z): return np.exp(z - z.max(-1, keepdims=True))/np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)
+
+
+# Section 3.2.3: D_cos, D_JS, D_total; section 3.2.4: the discriminator
+
+def test_pool_is_the_mean_over_tokens():
+    states, mask = torch.tensor([[[1., 2.], [3., 6.], [9., 9.]]]), torch.tensor([[1, 1, 0]])
+    assert pool(states, mask).tolist() == [[2., 4.]]
+
+
+def test_cosine_and_divergence_over_all_pairs():
+    x = np.random.default_rng(1).normal(size=(3, 4, 5))
+    pairs = [(a, b) for h in x for i, a in enumerate(h) for b in h[i + 1:]]
+    cos = np.mean([a @ b/np.linalg.norm(a)/np.linalg.norm(b) for a, b in pairs])
+    div = np.mean([jensenshannon(softmax(a), softmax(b))**2 for a, b in pairs])
+    assert cosine(torch.tensor(x)).item() == pytest.approx(cos) and js(torch.tensor(x)).item() == pytest.approx(div)
+
+
+def test_the_total_rewards_what_lies_apart():
+    "By hand: .5 * .8 - .25 * .4 = .3 by default; as printed, .5."
+    assert total(.8, .4, .5, .25) == pytest.approx(.3) and total(.8, .4, .5, .25, 1) == pytest.approx(.5)
+    near, far = torch.tensor([[[1., 0.], [1., .1]]]), torch.tensor([[[5., 0.], [0., 5.]]])
+    assert total(cosine(far), js(far)) < total(cosine(near), js(near))
+
+
+def perceptron(D, x):
+    "The discriminator's logits in numpy."
+    layers = [(m.weight.detach().double().numpy(), m.bias.detach().double().numpy()) for m in D if hasattr(m, "weight")]
+    for i, (w, b) in enumerate(layers): x = x @ w.T + b if i == len(layers) - 1 else np.maximum(x @ w.T + b, 0)
+    return x
+
+
+def test_the_discriminator_names_versions_by_cross_entropy():
+    D, x = discriminator(5, 3), np.random.default_rng(2).normal(size=(4, 3, 5))
+    p = softmax(perceptron(D, x))
+    loss, accuracy = version_loss(D, torch.tensor(x, dtype=torch.float32))
+    assert loss.item() == pytest.approx(-np.log(p[:, np.arange(3), np.arange(3)]).mean(), abs=1e-5)
+    assert accuracy.item() == pytest.approx((p.argmax(-1) == np.arange(3)).mean())
+
+
+# Section 3.4.1: L_G, term by term
+
+def stage1(world, coupling="cooperative", js_sign=-1, lr=0., gamma=.3, alpha=.7, beta=.2):
+    reader, model = world
+    rows, _ = shoppers(5)
+    versions, D = Versions(reader, WORDS, rows), discriminator(32, 3)
+    (opt_g, schedule), (opt_d, _) = adamw(model.parameters(), lr, 30, "adam"), adamw(D.parameters(), lr, 1, "adam")
+    return versions, D, adversarial_update(model, D, versions, opt_g, schedule, opt_d, alpha, beta, gamma, js_sign, coupling, "next-title")
+
+
+def title_loss(model, versions, rows, rng):
+    "L_LM: mean cross-entropy of the tokens of the next title, each history in one version drawn at random and read alone."
+    lost, tokens = 0, 0
+    for r in rows:
+        ids, labels = versions.ids(r, int(rng.integers(len(WORDS) + 1))), versions.plain.titles[versions.nexts[r]] + versions.plain.end
+        before = torch.tensor([[model.config.decoder_start_token_id, *labels[:-1]]])
+        with torch.no_grad(): p = softmax(model(input_ids=torch.tensor([ids]), decoder_input_ids=before).logits[0].double().numpy())
+        lost, tokens = lost - np.log(p[np.arange(len(labels)), labels]).sum(), tokens + len(labels)
+    return lost/tokens
+
+
+@pytest.mark.parametrize("coupling, js_sign", [("cooperative", -1), ("adversarial", -1), ("none", 1)])
+def test_stage_1_computes_the_loss_of_section_3_4_1(coupling, js_sign, world):
+    versions, D, update = stage1(world, coupling, js_sign)
+    model, rows = world[1], np.arange(5)
+    x = np.stack([[states_alone(model, versions.ids(r, v)).mean(0) for v in range(3)] for r in rows])
+    pairs = [(a, b) for h in x for i, a in enumerate(h) for b in h[i + 1:]]
+    cos = np.mean([a @ b/np.linalg.norm(a)/np.linalg.norm(b) for a, b in pairs])
+    div = np.mean([jensenshannon(softmax(a), softmax(b))**2 for a, b in pairs])
+    p = softmax(perceptron(D, x))
+    named, lm = -np.log(p[:, np.arange(3), np.arange(3)]).mean(), title_loss(model, versions, rows, np.random.default_rng(7))
+    got, coupled = update(rows, np.random.default_rng(7)), {"cooperative": 1, "adversarial": -1, "none": 0}[coupling]
+    wanted = dict(lm=lm, cos=cos, js=div, total=.7*cos + js_sign*.2*div, d_loss=named, d_accuracy=(p.argmax(-1) == np.arange(3)).mean(),
+                  loss=lm + .3*(.7*cos + js_sign*.2*div + coupled*named))
+    for name, value in wanted.items(): assert got[name] == pytest.approx(value, abs=2e-4), name
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_the_coupling_moves_the_encoder_its_way(coupling, world):
+    "A discriminator held still: its loss falls with a cooperative encoder, rises with an adversarial one."
+    versions, D, _ = stage1(world)
+    model = world[1]
+    (opt_g, schedule), (opt_d, _) = adamw(model.parameters(), 1e-3, 30, "adam"), adamw(D.parameters(), 0., 1, "adam")
+    update = adversarial_update(model, D, versions, opt_g, schedule, opt_d, 0., 0., 100., -1, coupling, "next-title")
+    lost = [update(np.arange(5), np.random.default_rng(s))["d_loss"] for s in range(12)]
+    change = lost[-1] - lost[0]
+    assert change < -.01 if coupling == "cooperative" else change > .01 if coupling == "adversarial" else abs(change) < .1
+
+
+def test_the_default_spreads_versions_and_the_printed_sign_gathers_them(world):
+    apart = {}
+    for sign in (-1, 1):
+        seed_all(1)
+        reader = world[0]
+        model = pocket_model("t5", reader.tokenizer, 32, 1)
+        _, _, update = stage1((reader, model), "none", sign, 3e-3, 100., 0., 10.)
+        apart[sign] = [update(np.arange(5), np.random.default_rng(s))["js"] for s in range(15)]
+    assert apart[-1][-1] > 2*apart[-1][0] and apart[1][-1] < .7*apart[1][0]
+
+
+# Section 3.4.2: the answer and its loss
+
+def log_odds(model, reader, ids):
+    "Log-odds of yes from one plain forward pass of one prompt."
+    start = torch.tensor([[model.config.decoder_start_token_id]])
+    with torch.no_grad(): z = model(input_ids=torch.tensor([ids]), decoder_input_ids=start).logits[0, 0].double().numpy()
+    no, yes = reader.tokenizer.convert_tokens_to_ids(["▁no", "▁yes"])
+    return z[yes] - z[no]
+
+
+def bce(z):
+    "Mean binary cross-entropy; the first of each row was bought."
+    y = np.zeros_like(z); y[:, 0] = 1
+    p = 1/(1 + np.exp(-z))
+    return -(y*np.log(p) + (1 - y)*np.log(1 - p)).mean()
+
+
+def test_the_loss_of_an_answer_by_hand():
+    "Bought at odds 3 : 1, the other at 1 : 3: -ln .75 both times. Exchanged: -ln .25."
+    right = torch.tensor([[np.log(3.), -np.log(3.)]])
+    assert rec_loss(right, "yes-no").item() == pytest.approx(-np.log(.75)) and rec_loss(-right, "yes-no").item() == pytest.approx(-np.log(.25))
+    sure = torch.log(torch.tensor([[.75, .25]]))
+    assert rec_loss(sure, "vocab").item() == pytest.approx(-np.log(.75)) and rec_loss(sure.flip(1), "vocab").item() == pytest.approx(-np.log(.25))
+
+
+def test_scores_of_logits_by_hand():
+    z = torch.tensor([[1., 3., 0., -1.]]) # no is token 0, yes is token 1
+    assert scores_of(z[:, :2], "yes-no", [0, 1]).item() == pytest.approx(2.)
+    assert scores_of(z, "vocab", [0, 1]).item() == pytest.approx(3 - np.log(np.exp([1, 3, 0, -1]).sum()))
+
+
+def test_list_auc_by_hand():
+    assert list_auc(np.array([[.5, .1, .9, .5]])) == pytest.approx((1 + 0 + .5)/3)
+
+
+def test_divergence_is_the_mean_of_both_directions():
+    a, b = np.array([.3, -2.]), np.array([1.5, .2])
+    p, q = ([1/(1 + np.exp(-z)), 1/(1 + np.exp(z))] for z in (a, b))
+    def kl(p, q): return sum(x*np.log(x/y) for x, y in zip(p, q))
+    assert divergence(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(((kl(p, q) + kl(q, p))/2).mean())
+
+
+PLAIN, OTHER = TEMPLATES["recommendation"], "next {target_item} ? The user bought {purchase_history}"
+STAGE2 = dict(seed=0, score="yes-no", consistency=0., recommender_lr=0., recommender_epochs=1, recommender_batch=8, patience=3)
+
+
+def asked(reader, rows, texts=(PLAIN,)): return [Questions(reader, {}, rows, text) for text in texts]
+
+
+def kept_states(model, questions, items, folder, name="states.bin"):
+    return States([p for q in questions for p in ask(model, q, items)], 32, model.pad_id, folder/name).fill(model.t5), items
+
+
+def test_stage_2_computes_the_loss_of_section_3_4_2(world, tmp_path):
+    "Two wordings of eight rows of three items: mean of the two losses, and three times the divergence between the wordings."
+    reader, t5 = world
+    model, (rows, _) = T5Decoder(t5, reader), shoppers(8)
+    items = np.column_stack([rows["target"], np.random.default_rng(3).integers(12, size=(8, 2))])
+    questions = asked(reader, rows, (PLAIN, OTHER))
+    z = np.array([[[log_odds(t5, reader, q.ids(r, int(i))) for i in items[r]] for r in range(8)] for q in questions])
+    p, q = 1/(1 + np.exp(-z))
+    kl = ((p*np.log(p/q) + (1 - p)*np.log((1 - p)/(1 - q))) + (q*np.log(q/p) + (1 - q)*np.log((1 - q)/(1 - p)))).mean()/2
+    sets = kept_states(model, questions, items, tmp_path), kept_states(model, questions[:1], items, tmp_path, "valid.bin")
+    (row,) = tune_on_states(model, *sets, tmp_path, STAGE2 | {"consistency": 3.}, "here")
+    assert row["loss"] == pytest.approx((bce(z[0]) + bce(z[1]))/2, abs=1e-4) and row["apart"] == pytest.approx(3*kl, abs=1e-4)
+    rest = z[0][:, 1:]
+    assert row["valid_auc"] == pytest.approx(((rest < z[0][:, :1]) + .5*(rest == z[0][:, :1])).mean())
+
+
+@pytest.mark.parametrize("kind", [T5Decoder, T5Ranker])
+def test_a_recommender_learns_what_was_bought(kind, tmp_path):
+    "Shoppers stay with one kind of thing. A hundred steps tell the bought from the others, and give yes to the bought: chance is .5."
+    seed_all(0)
+    reader = tiny_reader()
+    model = kind(pocket_model("t5", reader.tokenizer, 32, 1), reader)
+    model.t5.decoder.requires_grad_(True)
+    rows, kinds = shoppers(240)
+    others = np.random.default_rng(4).integers(6, size=(240, 2)) + 6*(1 - kinds)[:, None]
+    items, (q,) = np.column_stack([rows["target"], others]), asked(reader, rows)
+    sets = kept_states(model, [q], items, tmp_path), kept_states(model, asked(reader, rows[200:]), items[200:], tmp_path, "valid.bin")
+    curves = tune_on_states(model, *sets, tmp_path, STAGE2 | dict(recommender_lr=2e-2, recommender_epochs=6, recommender_batch=16), "here")
+    fresh, kinds = shoppers(60, seed=9)
+    lists = np.column_stack([fresh["target"], np.random.default_rng(5).integers(6, size=(60, 3)) + 6*(1 - kinds)[:, None]])
+    z = np.stack(score_rows(model, asked(reader, fresh)[0], np.arange(60), list(lists)))
+    assert list_auc(z) > .9 and curves[-1]["loss"] < .6*curves[0]["loss"] and (z[:, 0] > 0).mean() > .6 > .4 > (z[:, 1:] > 0).mean()
+
+
+@pytest.mark.parametrize("kind", [T5Decoder, T5Ranker])
+def test_every_way_of_scoring_gives_the_scores_of_one_prompt_at_a_time(kind, world):
+    "Lists of unequal length, in any order; the decoder's scores are those of a plain forward pass."
+    reader, t5 = world
+    model, (rows, _) = kind(t5, reader), shoppers(6)
+    (questions,), rng = asked(reader, rows), np.random.default_rng(6)
+    lists = [rng.permutation(12)[:n] for n in (3, 12, 5, 1, 7, 12)]
+    at = np.array([4, 0, 5, 2, 3])
+    z = score_rows(model, questions, at, lists)
+    assert [len(row) for row in z] == [7, 3, 12, 5, 1]
+    for r, row in zip(at, z):
+        alone = [score_rows(model, questions, np.array([r]), [None]*r + [[i]])[0][0] for i in lists[r]]
+        np.testing.assert_allclose(row, alone, atol=1e-4)
+        if kind is T5Decoder: np.testing.assert_allclose(row, [log_odds(t5, reader, questions.ids(r, int(i))) for i in lists[r]], atol=1e-4)
+
+
+# Gathering
+
+def test_contrast_by_hand():
+    "Row against column cosines over the temperature, softmax both ways; a pair that is the same item counts neither way."
+    rng = np.random.default_rng(8)
+    a, b = rng.normal(size=(3, 4)), rng.normal(size=(3, 4))
+    s = a @ b.T/np.linalg.norm(a, axis=1)[:, None]/np.linalg.norm(b, axis=1)/.1
+    def lost(s): return -np.log(np.diag(softmax(s))).mean()
+    assert contrast(torch.tensor(a), torch.tensor(b)).item() == pytest.approx((lost(s) + lost(s.T))/2)
+    same = np.zeros((3, 3), bool); same[0, 2] = True
+    hidden = np.where(same, -np.inf, s)
+    assert contrast(torch.tensor(a), torch.tensor(b), .1, torch.tensor(same)).item() == pytest.approx((lost(hidden) + lost(hidden.T))/2)
+
+
+def test_gathering_computes_its_loss(world):
+    "Each history in two wordings; the answer's loss is that of the wording drawn; rows with one next item do not count against each other."
+    reader, model = world
+    rows, _ = shoppers(5)
+    nexts = rows["target"].to_numpy().copy(); nexts[3] = nexts[1]
+    questions, p = asked(reader, rows, (PLAIN, OTHER)), dict(gather_same=.5, gather_next=2., temperature=.2)
+    opt, schedule = adamw(model.parameters(), 0., 10, "adam")
+    got = gather_update(model, reader, questions, nexts, opt, schedule, p)(np.arange(5), np.random.default_rng(11))
+    plain = reader.encoder("{title_seq}")
+    x = np.array([[states_alone(model, q.context(r)).mean(0) for r in range(5)] for q in questions])
+    y = np.array([states_alone(model, plain.ids([i])).mean(0) for i in nexts])
+    def lost(a, b, hide):
+        s = a @ b.T/np.linalg.norm(a, axis=1)[:, None]/np.linalg.norm(b, axis=1)/.2
+        s = np.where(hide, -np.inf, s)
+        return -(np.log(np.diag(softmax(s))).mean() + np.log(np.diag(softmax(s.T))).mean())/2
+    twin = (nexts[:, None] == nexts) & ~np.eye(5, dtype=bool)
+    same, following = lost(x[0], x[1], np.zeros((5, 5), bool)), np.mean([lost(v, y, twin) for v in x])
+    rng = np.random.default_rng(11)
+    rng.integers(1, 2) # the other wording of the batch: there is one
+    said, tokens = 0, 0
+    for r, w in enumerate(rng.integers(2, size=5)):
+        labels = plain.titles[nexts[r]] + plain.end
+        before = torch.tensor([[model.config.decoder_start_token_id, *labels[:-1]]])
+        with torch.no_grad(): z = model(input_ids=torch.tensor([questions[w].context(r)]), decoder_input_ids=before).logits[0].double().numpy()
+        said, tokens = said - np.log(softmax(z)[np.arange(len(labels)), labels]).sum(), tokens + len(labels)
+    wanted = dict(lm=said/tokens, same=same, next=following, loss=said/tokens + .5*same + 2*following)
+    for name, value in wanted.items(): assert got[name] == pytest.approx(value, abs=2e-4), name
