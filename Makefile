@@ -1,6 +1,7 @@
 # make demo    the whole pipeline on the demo data, in an environment of its own
 # make test    everything that must hold before a commit
 # make readme  README.md from nbs/index.ipynb
+# make mutants plant faults in the modules that compute and count those that tests and chapters notice (half an hour)
 # Needs Python 3.11 or later; another interpreter: make demo PYTHON=/path/to/python
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -17,7 +18,7 @@ same = @echo "$(firstword $(notdir $(1)))"; before=$$($(STATE)); $(1) >/dev/null
 HALF := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 1 ? n/2 : 1)))
 LATE := tests/test_processes.py
 
-.PHONY: demo test chapters tests readme
+.PHONY: demo test chapters tests readme mutants
 demo: .venv/.demo-stamp
 	$(BIN)/ganprompt run
 
@@ -37,6 +38,9 @@ tests:
 
 readme: .venv/.dev-stamp
 	$(README)
+
+mutants: .venv/.dev-stamp
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
 .venv/.demo-stamp: $(META)
 	$(PYTHON) -m venv .venv

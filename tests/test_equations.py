@@ -6,9 +6,10 @@ import torch
 from scipy.spatial.distance import jensenshannon
 
 from ganprompt.backbones import Reader, adamw, pocket_model, t5_tokenizer
-from ganprompt.encoder import COUPLINGS, Versions, adversarial_update, cosine, discriminator, js, pool, total, version_loss
+from ganprompt import encoder, recommender
+from ganprompt.encoder import COUPLINGS, Versions, adversarial_update, cosine, discriminator, js, pool, separability, split_users, total, version_loss, version_states
 from ganprompt.gather import contrast, gather_update
-from ganprompt.recommender import T5Decoder, T5Ranker, ask, divergence, list_auc, rec_loss, tune_on_states
+from ganprompt.recommender import Best, T5Decoder, T5Ranker, Trained, ask, divergence, list_auc, rec_loss, sample_rows, training_items, tune_on_states
 from ganprompt.runs import seed_all
 from ganprompt.scorer import Questions, States, score_rows, scores_of
 
@@ -151,6 +152,62 @@ def test_the_default_spreads_versions_and_the_printed_sign_gathers_them(world):
     assert apart[-1][-1] > 2*apart[-1][0] and apart[1][-1] < .7*apart[1][0]
 
 
+def test_what_the_language_model_is_to_say(world):
+    "Denoising: put back, the dropped spans give the prompt, and its end stands once. Answers: yes for what was bought, and for nothing else."
+    versions, _, _ = stage1(world)
+    end, tokenizer = versions.plain.end, world[0].tokenizer
+    no, yes = tokenizer.convert_tokens_to_ids(["▁no", "▁yes"])
+    said = {yes: set(), no: set()}
+    for seed in range(40):
+        r = seed % 5
+        left, dropped = versions.text_pair(r, "denoise", np.random.default_rng(seed))
+        assert left[-1:] == dropped[-1:] == end and end[0] not in left[:-1] + dropped[:-1]
+        spans, now = {}, None
+        for t in dropped[:-1]:
+            if t in versions.sentinels: spans[now := t] = []
+            else: spans[now].append(t)
+        whole = [x for t in left[:-1] for x in spans.get(t, [t])]
+        assert whole + end in [versions.ids(r, v) for v in range(3)] and any(spans.values())
+        ids, label = versions.text_pair(r, "answer", np.random.default_rng(seed))
+        assert label[1:] == end
+        said[label[0]].add(tuple(ids))
+    asked_for = {tuple(versions.recommend.ids(versions.past[r], int(versions.nexts[r]), w)) for r in range(5) for w in (None, *WORDS)}
+    owned = {tuple(versions.recommend.ids(versions.past[r], i, w)) for r in range(5) for w in (None, *WORDS) for i in versions.past[r]}
+    assert said[yes] and said[no] and said[yes] <= asked_for and not said[no] & (asked_for | owned)
+
+
+def test_states_of_versions_are_those_of_each_prompt_alone(world):
+    versions, _, _ = stage1(world)
+    alone = np.stack([[states_alone(world[1], versions.ids(r, v)).mean(0) for v in range(3)] for r in range(5)])
+    np.testing.assert_allclose(version_states(world[1], versions, size=2), alone, atol=1e-5)
+
+
+def test_separability_of_what_is_apart_and_of_what_is_mixed():
+    "Versions at the corners of a triangle; versions that do not differ: chance is one in three."
+    rng, corners = np.random.default_rng(0), np.array([[9., 0], [0, 9], [-9, -9]])
+    apart = separability(corners + rng.normal(size=(40, 3, 2))*.1)
+    mixed = separability(rng.normal(size=(200, 1, 2)) + rng.normal(size=(200, 3, 2))*1e-3)
+    assert apart["silhouette"] > .95 and apart["knn_purity"] == apart["linear_probe"] == 1.
+    assert mixed["silhouette"] < .05 and mixed["knn_purity"] < .4 and abs(mixed["linear_probe"] - 1/3) < .1
+
+
+def test_the_probe_is_asked_about_histories_that_it_has_not_seen():
+    "Versions that lie apart in the first half of the histories, the other way round in the second."
+    x = np.random.default_rng(1).normal(size=(40, 2, 3))*.1
+    x[:20, 0, 0] += 5; x[20:, 1, 0] += 5
+    assert separability(x)["linear_probe"] == 0.
+
+
+def test_held_out_shoppers_are_not_trained_on(monkeypatch):
+    "At most half of the shoppers, each by the history before the validation item; none of their training rows."
+    rows = {"train": pl.DataFrame({"user": [0, 0, 1, 2, 3, 4], "history": [[1]]*6, "target": [2]*6}), "valid": pl.DataFrame({"user": [0, 1, 2, 3, 4], "history": [[1, 2]]*5, "target": [3]*5})}
+    monkeypatch.setattr(encoder, "load_sequences", lambda run, split: rows[split])
+    for wanted, n in ((2, 2), (9, 2), (1, 1)):
+        train, held = split_users("run", wanted, 0)
+        assert len(held) == n and held["history"].to_list() == [[1, 2]]*n and held["user"].is_sorted()
+        assert set(train["user"]) == set(range(5)) - set(held["user"]) and train["user"].is_sorted()
+
+
 # Section 3.4.2: the answer and its loss
 
 def log_odds(model, reader, ids):
@@ -252,6 +309,31 @@ def test_every_way_of_scoring_gives_the_scores_of_one_prompt_at_a_time(kind, wor
         alone = [score_rows(model, questions, np.array([r]), [None]*r + [[i]])[0][0] for i in lists[r]]
         np.testing.assert_allclose(row, alone, atol=1e-4)
         if kind is T5Decoder: np.testing.assert_allclose(row, [log_odds(t5, reader, questions.ids(r, int(i))) for i in lists[r]], atol=1e-4)
+
+
+def test_patience_and_the_best_weights():
+    "Values .6, .7, .7, .65: the second epoch is the best, a tie is no progress, two epochs without any are the end."
+    layer = torch.nn.Linear(1, 1, bias=False)
+    best, weights = Best(trained := Trained(layer), 2), []
+    for value, end in ((.6, False), (.7, False), (.7, False), (.65, True)):
+        with torch.no_grad(): layer.weight += 1
+        weights.append(layer.weight.item())
+        assert best.stop(value) == end
+    trained.load_state_dict(best.weights)
+    assert layer.weight.item() == weights[1]
+
+
+def test_rows_are_drawn_without_repetition():
+    assert sample_rows(5, 0, 0).tolist() == sample_rows(5, 5, 0).tolist() == sample_rows(5, 9, 0).tolist() == [0, 1, 2, 3, 4]
+    drawn = sample_rows(100, 20, 1)
+    assert len(set(drawn)) == 20 and (np.diff(drawn) > 0).all() and drawn.tolist() == sample_rows(100, 20, 1).tolist() != sample_rows(100, 20, 2).tolist()
+
+
+def test_training_items_begin_with_what_was_bought(monkeypatch):
+    monkeypatch.setattr(recommender, "load_training", lambda run: [[0, 1, 2], [3, 4, 5]])
+    items = training_items("run", pl.DataFrame({"user": [1, 0, 1], "target": [4, 2, 5]}), 12, 4, 0)
+    assert items[:, 0].tolist() == [4, 2, 5] and items.shape == (3, 5)
+    assert not {*items[0, 1:], *items[2, 1:]} & {3, 4, 5} and not {*items[1, 1:]} & {0, 1, 2}
 
 
 # Gathering
