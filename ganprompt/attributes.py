@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['whole_words', 'usable', 'word_counts', 'fill', 'calibrated', 'vote', 'ballot', 'truth', 'choices', 'plot_counts',
-           'make_attributes', 'load_attributes']
+           'check_attributes', 'make_attributes', 'load_attributes']
 
 # %% ../nbs/04_attributes.ipynb #04-004
 import json
@@ -17,7 +17,7 @@ import polars as pl
 from .backbones import backbone, load_model, load_tokenizer, make_backbones
 from .data import dataset_info, load_training, make_data
 from .prompts import UNKNOWN, PromptEncoder, load_templates, load_titles, make_prompts, pad
-from .runs import UserError, device, need, stage, write_json
+from .runs import UserError, below, device, need, refuse, stage, write_json
 
 # %% ../nbs/04_attributes.ipynb #04-007
 def whole_words(
@@ -136,6 +136,13 @@ def plot_counts(
     if known: fig.supxlabel("* a true attribute of the synthetic catalogue", fontsize=8)
     return fig
 
+# %% ../nbs/04_attributes.ipynb #04-026b
+def check_attributes(
+    p:dict, # The stage's parameters
+)->list[str]: # A sentence for everything that cannot work
+    "Whether there is to be a word at all."
+    return below(p, 1, "k")
+
 # %% ../nbs/04_attributes.ipynb #04-027
 def make_attributes(
     run:str="demo", # Run folder: a name under runs/, or a path
@@ -143,6 +150,7 @@ def make_attributes(
     calibrate:bool=True, # Whether a word's probability is divided by its mean over all shoppers before the vote
 )->Path: # Folder with attributes.json, counts.parquet, users.parquet and counts.png
     "Stage `attributes`: the k words, and each shopper's own among them."
+    refuse(check_attributes(locals()))
     for name, make in ("prompts", make_prompts), ("backbones", make_backbones): need(run, name, make)
     def make(folder):
         users, logp, words, purchases = ballot(run)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['COUNTED', 'RECENT', 'VALID_ROWS', 'VALID_METRIC', 'rank_rows', 'figures', 'short_message', 'attempt', 'finish',
-           'show_models', 'popularity', 'last_item', 'prefixes', 'title_words', 'write_rows', 'write_atomic', 'recbole',
-           'open_data', 'their_ids', 'questions', 'ask_pairs', 'ask', 'Trimmed', 'bce', 'train_every_place', 'ndcg',
-           'pretrain', 'fit', 'known_models', 'search', 'sampled', 'rank_all', 'train_model', 'serve',
-           'trainer_process', 'count_model', 'id_model', 'searched', 'chosen_settings', 'make_baselines']
+           'show_models', 'popularity', 'last_item', 'prefixes', 'title_words', 'write_rows', 'write_atomic',
+           'has_recbole', 'recbole', 'open_data', 'their_ids', 'questions', 'ask_pairs', 'ask', 'Trimmed', 'bce',
+           'train_every_place', 'ndcg', 'pretrain', 'fit', 'known_models', 'search', 'sampled', 'rank_all',
+           'train_model', 'serve', 'trainer_process', 'count_model', 'id_model', 'searched', 'chosen_settings', 'named',
+           'check_baselines', 'make_baselines']
 
 # %% ../nbs/08_baselines.ipynb #08-004
 import html, importlib.util, json, logging, math, os, re, shutil, subprocess, sys, time, warnings
@@ -26,8 +27,7 @@ from .attributes import usable
 from .data import dataset_info, load_candidates, load_sequences, load_training, make_data
 from .metrics import figures_of, gains, ranking
 from .recommender import sample_rows
-from .encoder import check_switches
-from .runs import UserError, _die_with, manifest, need, root, run_folder, stage, write_json
+from .runs import UserError, _die_with, below, listed, manifest, need, refuse, root, run_folder, stage, strange, told, write_json
 
 # %% ../nbs/08_baselines.ipynb #08-006
 def rank_rows(
@@ -183,9 +183,13 @@ def write_atomic(
     return {name: max(rows["history"].list.len().max() for part, rows in parts.items() if part != "cloze" and "history" in rows.columns) for name, parts in tables.items()}
 
 # %% ../nbs/08_baselines.ipynb #08-033
+def has_recbole():
+    "Raise `UserError` if RecBole is not installed."
+    if not importlib.util.find_spec("recbole"): raise UserError("the id models are trained by RecBole, which is not installed; install it with: pip install -e '.[baselines]'")
+
 def recbole()->SimpleNamespace: # The parts that are used here
     "Import RecBole; changes names in numpy, scipy and sys. `UserError` if it is not installed."
-    if not importlib.util.find_spec("recbole"): raise UserError("the id models are trained by RecBole, which is not installed; install it with: pip install -e '.[baselines]'")
+    has_recbole()
     import scipy.sparse, torch
     for name, kind in dict(float_=np.float64, complex_=np.complex128, unicode_=np.str_).items(): setattr(np, name, kind)
     scipy.sparse.dok_matrix._update = lambda self, values: self._dict.update(values)
@@ -528,14 +532,27 @@ def chosen_settings(
 
 
 # %% ../nbs/08_baselines.ipynb #08-058
+def named(
+    models:str, # As in the parameters
+)->list: # Names
+    "The models that are asked for."
+    return [*COUNTED, *known_models()] if models == "all" else listed(models)
+
+def check_baselines(
+    p:dict, # The stage's parameters
+)->list[str]: # A sentence for everything that cannot work
+    "Look at names and numbers, and for RecBole if it is needed."
+    wrong = strange(p | {"models": named(p["models"])}, models=[*COUNTED, *known_models()])
+    return [*wrong, *below(p, 1, "id_epochs"), *below(p, 0, "seed", "test_users", "id_patience"), *told(chosen_settings, p["search_run"], p["trials"]),
+            *(told(has_recbole) if not wrong and set(named(p["models"])) - set(COUNTED) else [])]
+
 def make_baselines(
     run:str="demo", seed:int=0, test_users:int=1000, models:str="popularity,last-item,HGN,SASRec-CE,MF,LightGCN", trials:int=1, id_epochs:int=100, id_patience:int=5, search_run:str="",
 )->Path: # Folder with ranks.parquet, models.json, MF.safetensors and the atomic files
     "Stage `baselines`. The parameters are explained at the head of the chapter."
-    params, known = {k: v for k, v in locals().items() if k != "run"}, known_models()
-    every, (settings, taken) = [*COUNTED, *known], chosen_settings(search_run, trials)
-    names = every if models == "all" else [name.strip() for name in models.split(",")]
-    for name in names: check_switches(models=(name, every))
+    refuse(check_baselines(locals()))
+    params, known, names = {k: v for k, v in locals().items() if k != "run"}, known_models(), named(models)
+    settings, taken = chosen_settings(search_run, trials)
     need(run, "data", make_data)
     def make(folder):
         jobs, about = folder/"jobs", {}

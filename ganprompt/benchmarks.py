@@ -8,7 +8,8 @@ __all__ = ['T5_SIZES', 'LLAMA_SIZES', 'AXES', 'PARTS', 'in_turn', 'ratios', 'ran
            'score_three_ways', 'bench_scoring', 'bench_scoring_long', 'bench_prefix', 'bench_ranking', 'exponent',
            'best_of', 'grow', 'bench_growth', 'peak_of', 'bench_memory', 'generate_ratings', 'cut_with_pandas',
            'bench_data', 'matmul_rate', 'utilisation', 'bench_utilisation', 'bench_catalogue', 'plot_benchmarks',
-           'measure_part', 'make_benchmarks', 'keep_benchmarks', 'draw_benchmarks']
+           'measure_part', 'asked_parts', 'check_benchmarks', 'room_benchmarks', 'make_benchmarks', 'keep_benchmarks',
+           'draw_benchmarks']
 
 # %% ../nbs/10b_benchmarks.ipynb #10b-004
 import json, math, subprocess, sys, time
@@ -19,10 +20,10 @@ import polars as pl
 
 from .backbones import adamw, answers, descend, encode
 from .data import load_candidates, load_sequences
-from .encoder import check_switches, make_encoder, reader_for
+from .encoder import make_encoder, reader_for
 from .prompts import pad
 from .recommender import CausalLM, T5Decoder, T5Ranker, add_adapters, freeze_encoder, load_recommender, rec_loss, uncached_logits
-from .runs import UserError, device, device_words, manifest, need, root, run_folder, seed_all, stage, versions, write_json
+from .runs import UserError, below, device, device_words, listed, manifest, need, refuse, root, run_folder, seed_all, stage, strange, versions, write_json
 from .scorer import Questions, States, bf16_pays, fast_math, own_attributes, score_contexts, score_prompts, score_rows, scores_of, token_batches
 
 # %% ../nbs/10b_benchmarks.ipynb #10b-007
@@ -489,15 +490,31 @@ def measure_part(
     write_json(file, found)
     return found
 
+def asked_parts(
+    bench_parts:str, # As in the parameters
+)->list[str]: # Names
+    "The parts that are asked for."
+    return list(PARTS) if bench_parts == "all" else listed(bench_parts)
+
+def check_benchmarks(
+    p:dict, # The stage's parameters
+)->list[str]: # A sentence for everything that cannot work
+    "Look at names and numbers."
+    return [*strange(p | {"bench_parts": asked_parts(p["bench_parts"])}, bench_size=LLAMA_SIZES, bench_parts=PARTS), *below(p, 1, "bench_repeats", "bench_rows"), *below(p, 0, "seed")]
+
+def room_benchmarks(
+    p:dict, # All parameters
+)->float: # Bytes that the stage will write, about
+    "Room for the generated ratings file."
+    return 60*p["bench_rows"] if "data" in asked_parts(p["bench_parts"]) else 0
+
 def make_benchmarks(
     run:str="demo", seed:int=0, bench_size:str="pocket", bench_parts:str="training,scoring,prefix,ranking", bench_repeats:int=2, bench_rows:int=1000000,
 )->Path: # Folder with benchmarks.json and benchmarks.png
     "Stage `benchmarks`. The parameters are explained at the head of the chapter."
+    refuse(check_benchmarks(locals()))
     import torch
-    params = {k: v for k, v in locals().items() if k not in ("run", "torch")}
-    parts = list(PARTS) if bench_parts == "all" else [p.strip() for p in bench_parts.split(",")]
-    check_switches(bench_size=(bench_size, LLAMA_SIZES))
-    for p in parts: check_switches(bench_parts=(p, PARTS))
+    params, parts = {k: v for k, v in locals().items() if k not in ("run", "torch")}, asked_parts(bench_parts)
     need(run, "encoder", make_encoder)
     def make(folder):
         bench = Bench(run, bench_size, seed)

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['Parameter', 'read_parameters', 'Chapter', 'read_chapter', 'chapters', 'parameters', 'convert', 'unknown',
-           'read_config', 'read_preset', 'absolute', 'resolve', 'duration', 'Progress', 'execute', 'current',
-           'run_chapter', 'write_report', 'launch', 'RunCommand', 'cli', 'shown', 'choose', 'run', 'stage_row',
-           'as_table', 'show', 'read_plan', 'fill', 'keep', 'plan_of', 'tables', 'compare', 'fetch', 'robustness',
-           'main']
+           'read_config', 'read_preset', 'absolute', 'resolve', 'ask_first', 'duration', 'Progress', 'execute',
+           'current', 'run_chapter', 'write_report', 'launch', 'RunCommand', 'cli', 'shown', 'choose', 'run',
+           'stage_row', 'as_table', 'show', 'read_plan', 'fill', 'keep', 'plan_of', 'tables', 'compare', 'fetch',
+           'robustness', 'main']
 
 # %% ../nbs/11_cli.ipynb #11-002
-import ast, difflib, io, itertools, json, os, re, sys, time, tokenize
+import ast, difflib, importlib, io, itertools, json, os, re, shutil, sys, time, tokenize
 from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import click
 
-from .runs import (UserError, complete, digest, fresh, lock, manifest, root, run_folder, write_json)
+from .runs import (UserError, complete, digest, fresh, lock, manifest, refuse, root, run_folder, write_json)
 
 # %% ../nbs/11_cli.ipynb #11-005
 class Parameter(NamedTuple):
@@ -148,11 +148,14 @@ def read_preset(
 def absolute(
     name:str, # Parameter
     value, # Its value
+    help:str="", # Its help text: that of a parameter that names a model speaks of a local folder
 ): # The value, a path made absolute
     "Make a path that the user gave independent of the current folder."
     if not isinstance(value, str) or not value: return value
+    if name == "with_runs": return ",".join(absolute("run", run.strip()) for run in value.split(","))
+    is_model = "local folder" in help and value != "pocket" and Path(value).expanduser().is_dir()
     is_path = (name.endswith(("_dir", "_file")) or name == "templates" or value.startswith((".", "~")) or value.endswith((".csv", ".parquet"))
-               or (name in ("run", "search_run") and "/" in value))
+               or (name in ("run", "search_run") and "/" in value) or is_model)
     return str(Path(value).expanduser().absolute()) if is_path else value
 
 # %% ../nbs/11_cli.ipynb #11-026
@@ -168,9 +171,23 @@ def resolve(
     for name, text in given.items():
         if name not in known: raise unknown(name, known)
         user[name] = convert(known[name], text, f"--{name.replace('_', '-')}")
-    values = {name: p.default for name, p in known.items()} | read_preset(preset, known) | {k: absolute(k, v) for k, v in user.items()}
+    values = {name: p.default for name, p in known.items()} | read_preset(preset, known) | {k: absolute(k, v, known[k].help) for k, v in user.items()}
     if "run" not in user and "dataset" in values: values["run"] = Path(values["dataset"]).stem
     return values
+
+# %% ../nbs/11_cli.ipynb #11-027c
+def ask_first(
+    chapters, # `Chapter`s that are about to run
+    values:dict, # Name → value, for every parameter
+):
+    "Raise one `UserError` that says everything that cannot work."
+    mine = [(c, vars(importlib.import_module(f"ganprompt.{c.stage}"))) for c in chapters if c.path.parent == root()/"nbs"]
+    refuse([fault for c, has in mine for fault in has.get(f"check_{c.stage}", lambda p: [])({name: values[name] for name in c.parameters})])
+    folder = run_folder(values["run"])
+    room = 2e7 + sum(has.get(f"room_{c.stage}", lambda p: 0)(values) for c, has in mine if not complete(folder/c.stage)) # 2e7: notebooks and pictures
+    there = next(p for p in (folder, *folder.parents) if p.is_dir())
+    if room > (free := shutil.disk_usage(there).free):
+        raise UserError(f"the run will write about {room/1e9:.1f} GB, and {there} has {free/1e9:.1f} GB free; make room, or choose another folder with --run")
 
 # %% ../nbs/11_cli.ipynb #11-029
 def duration(
@@ -280,8 +297,9 @@ def launch(
     values:dict, # Name → value, for every parameter
     console=None, # A rich console
 ) -> Path: # The report
-    "Execute chapters into a run folder, and write its report. Raises `UserError` if another launch is at work there."
+    "Execute chapters into a run folder, and write its report. Raises `UserError` for values that cannot work, and if another launch is at work there."
     from rich.console import Console
+    ask_first(chapters, values)
     console, run = console or Console(), values["run"]
     with lock(run, "run", wait=0):
         executed = [run_chapter(c, values, console) for c in chapters]
@@ -301,6 +319,9 @@ class RunCommand(click.Command):
         row = lambda p: (f"--{p.name.replace('_', '-')} {p.type.upper()}", f"{p.help}  [{p.default}]" if p.default != "" else p.help)
         with formatter.section("Options"):
             formatter.write_dl([p.get_help_record(ctx) for p in super().get_params(ctx)] + [("--run NAME", "Run folder: a name under runs/, or a path  [name of the data set]")])
+        first, late = ([c.stage for c in chapters() if c.on_demand == late] for late in (False, True))
+        with formatter.section("Stages"):
+            formatter.write_dl([("made in this order", ", ".join(first)), ("made on demand, if --until or --only names them", ", ".join(late))])
         for title, group in groups.items():
             if group:
                 with formatter.section(title): formatter.write_dl(map(row, group))
@@ -334,7 +355,7 @@ def choose(
 @cli.command(cls=RunCommand, short_help="Execute the chapters into a run folder.")
 @click.option("--preset", metavar="NAME", default="pocket", help="Values for a size of models: pocket, t5-small, paper  [pocket]")
 @click.option("--config", metavar="FILE", help="YAML file of `name: value` lines")
-@click.option("--until", metavar="STAGE", help="Last stage to make; baselines and benchmarks are made only if named here  [all others]")
+@click.option("--until", metavar="STAGE", help="Last stage to make, of those below; one made on demand if it is named here  [all others]")
 @click.option("--only", metavar="STAGES", help="These stages and no others, as in data,baselines")
 def run(preset, config, until, only, **given):
     """Execute the chapters, in order, into a run folder; skip what is up to date.
@@ -342,8 +363,11 @@ def run(preset, config, until, only, **given):
     A value on the command line wins over the YAML file, that over the preset, that over the default."""
     todo = list(chapters())
     values = resolve(todo, {name: text for name, text in given.items() if text is not None}, preset, config)
-    report, folder = launch(choose(todo, until, only), values), run_folder(values["run"])
-    if (folder/"metrics"/"table.md").exists(): click.echo("\n" + (folder/"metrics"/"table.md").read_text(encoding="utf-8"))
+    made = choose(todo, until, only)
+    report, folder = launch(made, values), run_folder(values["run"])
+    tables = [path for c in made for path in sorted((folder/c.stage).glob("table*.md"))]
+    for path in tables: click.echo("\n" + path.read_text(encoding="utf-8"))
+    if not tables: click.echo(f"{made[-1].stage}: {stage_row(values['run'], made[-1].stage)[-1]}")
     for path in [*sorted(folder.glob("[a-z]*/*.png")), *sorted(folder.glob("[a-z]*/*.pdf")), report]: click.echo(shown(path))
 
 # %% ../nbs/11_cli.ipynb #11-052

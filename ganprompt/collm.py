@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INSTRUCTION', 'soft_words', 'collaborative', 'Lookup', 'TextLM', 'Texts', 'TextReader', 'text_reader', 'new_text_lm',
-           'load_text_lm', 'tune_text', 'run_model', 'make_collm']
+           'load_text_lm', 'tune_text', 'run_model', 'check_collm', 'make_collm']
 
 # %% ../nbs/08c_collm.ipynb #08c-004
 import json, shutil, time
@@ -18,8 +18,8 @@ from .backbones import Reader, answers, backbone, encode, load_tokenizer, plot_c
 from .baselines import attempt, finish, make_baselines, rank_rows, show_models
 from .data import load_candidates, load_sequences, load_training
 from .prompts import pad
-from .recommender import CausalLM, add_adapters, find_llm, load_llm, read_prefix, sample_rows, training_items, tune_on_states
-from .runs import UserError, device, fresh, manifest, need, run_folder, seed_all, stage, write_json
+from .recommender import CausalLM, add_adapters, find_llm, llm_faults, load_llm, read_prefix, sample_rows, training_items, tune_on_states
+from .runs import UserError, below, device, fresh, manifest, need, not_positive, refuse, run_folder, seed_all, stage, write_json
 from .scorer import score_rows
 
 # %% ../nbs/08c_collm.ipynb #08c-009
@@ -212,11 +212,19 @@ def run_model(
         "seconds": {"search": 0., "train": fit["seconds"], "score": round(time.time() - began, 2)}}
 
 # %% ../nbs/08c_collm.ipynb #08c-030
+def check_collm(
+    p:dict, # The stage's parameters
+)->list[str]: # A sentence for everything that cannot work
+    "Look at sizes and rates, and for the causal model."
+    return [*below(p, 1, "negatives_per_positive", "recommender_batch", "recommender_epochs"), *below(p, 0, "seed", "test_users", "valid_users", "patience"),
+            *not_positive(p, "recommender_lr"), *llm_faults(p)]
+
 def make_collm(
     run:str="demo", seed:int=0, test_users:int=1000, negatives_per_positive:int=4, recommender_lr:float=1e-3, recommender_batch:int=64, recommender_epochs:int=6,
-    patience:int=2, valid_users:int=300, llm:str="pocket", lora_rank:int=8, lora_modules:str="q_proj,v_proj", download:bool=False,
+    patience:int=2, valid_users:int=300, llm:str="pocket", lora_rank:int=8, lora_modules:str="all-linear", download:bool=False,
 )->Path: # Folder with ranks.parquet, models.json, curves.parquet, TALLRec/adapter and CoLLM/mapping.safetensors
     "Stage `collm`. The parameters are explained at the head of the chapter."
+    refuse(check_collm(locals()))
     p = locals().copy()
     params = {k: v for k, v in p.items() if k not in ("run", "download")}
     need(run, "baselines", make_baselines)

@@ -6,7 +6,7 @@
 __all__ = ['MODELS', 'STEP_1', 'collaborative_model', 'place_states', 'last_states', 'item_scores', 'subspaces', 'max_sim',
            'info_nce', 'Aligner', 'align', 'matched', 'nearer', 'similarities', 'plot_alignment', 'windows',
            'purchase_loss', 'catalogue_scores', 'score_run', 'fine_tune', 'save_model', 'load_ctrl', 'step_1',
-           'new_model', 'train_ctrl', 'make_ctrl']
+           'new_model', 'train_ctrl', 'check_ctrl', 'make_ctrl']
 
 # %% ../nbs/08d_ctrl.ipynb #08d-004
 import math, time
@@ -21,7 +21,7 @@ from .data import load_candidates, load_sequences, load_training
 from .encoder import pool, reader_for
 from .prompts import load_titles, pad
 from .recommender import Best, Trained, list_auc, sample_rows
-from .runs import UserError, device, seed_all, stage, write_json
+from .runs import below, device, not_positive, refuse, seed_all, stage, write_json
 
 # %% ../nbs/08d_ctrl.ipynb #08d-007
 def collaborative_model(
@@ -328,13 +328,22 @@ def train_ctrl(
                     "seconds": {"search": 0., "train": round(trained - began, 2), "score": round(time.time() - trained, 2)}}
 
 # %% ../nbs/08d_ctrl.ipynb #08d-038
+def check_ctrl(
+    p:dict, # The stage's parameters
+)->list[str]: # A sentence for everything that cannot work
+    "Look at sizes and rates."
+    odd = p["ctrl_width"] < 2 or p["ctrl_width"] % 2
+    return [*([f"ctrl_width={p['ctrl_width']} must be an even number, for two attention heads; set --ctrl-width"] if odd else []),
+            *below(p, 1, "ctrl_spaces", "ctrl_align_epochs", "ctrl_epochs", "ctrl_negatives"), *below(p, 0, "seed", "test_users", "valid_users", "ctrl_patience"),
+            *not_positive(p, "ctrl_temperature", "ctrl_align_lr", "ctrl_lr")]
+
 def make_ctrl(
     run:str="demo", seed:int=0, test_users:int=1000, valid_users:int=300, ctrl_width:int=64, ctrl_spaces:int=4, ctrl_temperature:float=.4, ctrl_align_epochs:int=2,
     ctrl_align_lr:float=3e-3, ctrl_epochs:int=30, ctrl_lr:float=3e-3, ctrl_negatives:int=128, ctrl_patience:int=8,
 )->Path: # Folder with ranks.parquet, models.json, and a folder for each model
     "Stage `ctrl`. The parameters are explained at the head of the chapter."
+    refuse(check_ctrl(locals()))
     params = {k: v for k, v in locals().items() if k != "run"}
-    if ctrl_width < 2 or ctrl_width % 2: raise UserError(f"ctrl_width={ctrl_width} must be an even number, for two attention heads; set --ctrl-width")
     backbone(run, "t5")
     def make(folder):
         models = {}

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'KINDS', 'FILLERS', 'BRANDS', 'SIZES', 'FIELDS', 'TYPES', 'ASIN', 'generate_demo', 'Source', 'sources',
            'categories', 'find_source', 'scan', 'read_reviews', 'k_core', 'cut_reviews', 'histories', 'split_of',
-           'split_rows', 'uniforms', 'sample', 'read_titles', 'prepare', 'table1_row', 'table1', 'make_data',
-           'dataset_info', 'load_sequences', 'load_training', 'load_candidates', 'download', 'fetch']
+           'split_rows', 'uniforms', 'sample', 'read_titles', 'prepare', 'table1_row', 'table1', 'check_data',
+           'room_data', 'make_data', 'dataset_info', 'load_sequences', 'load_training', 'load_candidates', 'download',
+           'fetch']
 
 # %% ../nbs/01_data.ipynb #01-002
 import ast, csv, gzip, hashlib, http.client, itertools, json, random, re, time, urllib.error, urllib.request, zlib
@@ -19,7 +20,7 @@ import numpy as np
 import polars as pl
 import yaml
 
-from .runs import UserError, need, root, sha256, stage, write_json
+from .runs import UserError, below, need, refuse, root, sha256, stage, told, write_json
 
 # %% ../nbs/01_data.ipynb #01-006
 ATTRIBUTES = {"organic": 26, "vintage": 23, "waterproof": 20, "wireless": 17, "handmade": 14} # Attribute → share of the items, %
@@ -464,6 +465,22 @@ def table1(
     paper = pl.read_csv(root()/"data"/"paper_table1.csv").filter(pl.col("dataset") == dataset)
     return pl.concat([ours, paper.with_columns(source=pl.lit("paper"), cut=pl.lit("as reported")).select(ours.columns)])
 
+# %% ../nbs/01_data.ipynb #01-072b
+def check_data(
+    p:dict, # The stage's parameters
+) -> list[str]: # A sentence for everything that cannot work
+    "Look at the values, and for the files."
+    return [*told(_choice, "cut", p["cut"], ["literal", "holdout-first"]), *told(_choice, "protocol", p["protocol"], ["leave-one-out", "time"]),
+            *told(_check_lengths, *(p[k] for k in ("core", "min_history", "max_history", "max_sequence"))), *below(p, 0, "split_seed"),
+            *told(find_source, *(p[k] for k in ("dataset", "data_dir", "columns")))]
+
+def room_data(
+    p:dict, # All parameters
+) -> float: # Bytes that the stage will write, about
+    "Room for the rows that are kept."
+    source = find_source(p["dataset"], p["data_dir"], p["columns"])
+    return 3*source.reviews.stat().st_size
+
 # %% ../nbs/01_data.ipynb #01-073
 def _choice(name, value, known):
     "Raise `UserError` with the nearest name unless `value` is one of `known`."
@@ -546,9 +563,7 @@ def make_data(
     min_history:int=3, max_history:int=10, max_sequence:int=0, split_seed:int=0, columns:str="",
 ) -> Path: # The folder of stage `data`
     "Make stage `data`; the parameters are explained at the top of the chapter. Raises `UserError` for whatever is wrong with them or the files."
-    _choice("cut", cut, ["literal", "holdout-first"])
-    _choice("protocol", protocol, ["leave-one-out", "time"])
-    _check_lengths(core, min_history, max_history, max_sequence)
+    refuse(check_data(locals()))
     source = find_source(dataset, data_dir, columns)
     how = dict(rating=rating, core=core, cut=cut, protocol=protocol, min_history=min_history, max_history=max_history,
                max_sequence=max_sequence, split_seed=split_seed)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COUPLINGS', 'TARGETS', 'pool', 'pairs', 'cosine', 'js', 'total', 'discriminator', 'version_loss', 'corrupt',
            'Versions', 'language_loss', 'adversarial_update', 'version_states', 'separability', 'split_users',
-           'reader_for', 'check_switches', 'train_encoder', 'make_encoder', 'tune_encoder']
+           'reader_for', 'train_encoder', 'check_encoder', 'room_encoder', 'make_encoder', 'tune_encoder']
 
 # %% ../nbs/05_encoder.ipynb #05-004
 import math
@@ -15,10 +15,10 @@ import numpy as np
 import polars as pl
 
 from .attributes import load_attributes, make_attributes
-from .backbones import Reader, adamw, backbone, descend, encode, load_model, load_tokenizer, negatives, plot_curves, train
+from .backbones import OPTIMIZERS, Reader, adamw, backbone, descend, encode, load_model, load_tokenizer, model_bytes, negatives, plot_curves, train
 from .data import load_sequences
 from .prompts import pad
-from .runs import UserError, device, gathered, in_processes, is_main, need, part, seed_all, shard, stage, totals, write_json
+from .runs import below, device, gathered, in_processes, is_main, need, not_positive, part, possible, refuse, seed_all, shard, stage, strange, told, totals, write_json
 
 # %% ../nbs/05_encoder.ipynb #05-007
 def pool(
@@ -235,13 +235,6 @@ def reader_for(
     reader.tokenizer = load_tokenizer(about["path"])
     return reader, about["path"]
 
-def check_switches(
-    **switches, # name=(value, known values)
-):
-    "`UserError` for a value that is not one of those known."
-    for name, (value, known) in switches.items():
-        if value not in known: raise UserError(f"{name}={value!r} is not known; choose one of {', '.join(map(str, known))}")
-
 # %% ../nbs/05_encoder.ipynb #05-031
 def train_encoder(
     path:str, # T5 to start from
@@ -268,6 +261,21 @@ def train_encoder(
         save_file({k: v.contiguous().cpu() for k, v in D.state_dict().items()}, folder/"discriminator.safetensors")
     return curves, before, after, accuracy
 
+# %% ../nbs/05_encoder.ipynb #05-031b
+def check_encoder(
+    p:dict, # The stage's parameters
+)->list[str]: # A sentence for everything that cannot work
+    "Look at switches, sizes and rates."
+    return [*strange(p, js_sign=(-1, 1), coupling=COUPLINGS, lm_target=TARGETS, optimizer=OPTIMIZERS), *below(p, 1, "encoder_batch", "encoder_epochs"),
+            *below(p, 2, "held_out_users"), *below(p, 0, "seed"), *not_positive(p, "encoder_lr"), *told(possible, p["processes"]),
+            *(f"{n}={p[n]} is not a number to weigh with" for n in ("alpha", "beta", "gamma") if not math.isfinite(p[n]))]
+
+def room_encoder(
+    p:dict, # All parameters
+)->float: # Bytes that the stage will write, about
+    "Room for the encoder, and for a checkpoint (weights and two moments of each) beside the one before it."
+    return 7*model_bytes(p["t5"])
+
 # %% ../nbs/05_encoder.ipynb #05-032
 def make_encoder(
     run:str="demo", seed:int=0, alpha:float=1., beta:float=.1, gamma:float=.3, js_sign:int=-1, coupling:str="cooperative",
@@ -275,7 +283,7 @@ def make_encoder(
     processes:int=1,
 )->Path: # Folder with the encoder, its curves, states of held-out users before and after
     "Stage `encoder` (stage 1 of the paper, section 3.4.1). The parameters are explained at the head of the chapter."
-    check_switches(js_sign=(js_sign, (-1, 1)), coupling=(coupling, COUPLINGS), lm_target=(lm_target, TARGETS))
+    refuse(check_encoder(locals()))
     need(run, "attributes", make_attributes)
     params = {k: v for k, v in locals().items() if k not in ("run", "processes")}
     return stage(run, "encoder", params, lambda folder: tune_encoder(run, folder, params, processes), inputs=["data", "prompts", "backbones", "attributes"])

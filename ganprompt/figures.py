@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'MARKERS', 'align', 'principal', 'embed', 'layouts', 'pick_states', 'layout_points', 'draw_panel',
-           'draw_legend', 'caption', 'numbers', 'draw_row', 'draw_figure3', 'about_run', 'save_figure', 'make_figures',
-           'keep_figure', 'draw_couplings', 'compare_runs']
+           'draw_legend', 'caption', 'numbers', 'draw_row', 'draw_figure3', 'about_run', 'save_figure', 'check_figures',
+           'make_figures', 'keep_figure', 'draw_couplings', 'compare_runs']
 
 # %% ../nbs/10_figures.ipynb #10-003
 import json, shutil
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, polars as pl
 
 # %% ../nbs/10_figures.ipynb #10-005
-from .runs import UserError, manifest, need, root, run_folder, stage
+from .runs import UserError, below, listed, manifest, need, refuse, root, run_folder, stage, told
 from .data import dataset_info
 from .encoder import make_encoder
 
@@ -65,12 +65,12 @@ def layouts(
 # %% ../nbs/10_figures.ipynb #10-020
 def pick_states(
     states:pl.DataFrame, # stage, user, version, x
-    users:int, # How many users to show
+    users:int, # How many users to show; 0: all
     seed:int=0, # Of the choice
 ) -> tuple: # Frame of user and version, [points]; states before and after, [points, dimensions]
     "The same users' versions before and after, in the same order."
     everyone = states["user"].unique().sort().to_numpy()
-    chosen = np.random.default_rng(seed).permutation(everyone)[:users]
+    chosen = np.random.default_rng(seed).permutation(everyone)[:users or None]
     one, two = (states.filter((pl.col("stage") == s) & pl.col("user").is_in(chosen.tolist())).sort("user", "version") for s in ("before", "after"))
     if not one.select("user", "version").equals(two.select("user", "version")):
         raise UserError("states.parquet does not hold the same users before and after; delete the run's encoder folder and run `ganprompt run` again")
@@ -172,15 +172,21 @@ def save_figure(
     plt.close(fig)
 
 # %% ../nbs/10_figures.ipynb #10-029
+def check_figures(
+    p:dict, # The stage's parameters
+) -> list[str]: # A sentence for everything that cannot work
+    "Look at numbers, and for the other runs."
+    return [*below(p, 0, "figure_users", "seed"), *(fault for other in listed(p["with_runs"]) for fault in told(need, other, "figures"))]
+
 def make_figures(
     run:str="demo", # Run folder: a name under runs/, or a path
     seed:int=0, # Seed of everything random in the run
-    figure_users:int=350, # Held-out users in Figure 3, each with its k + 1 versions
+    figure_users:int=350, # Held-out users in Figure 3, each with its k + 1 versions; 0: all
     with_runs:str="", # Further runs to show as rows of Figure 3, separated by commas
 ) -> Path: # The stage's folder
     "Figure 3: figure3.png, figure3.pdf and points.parquet, the data behind the run's own row."
-    states = need(run, "encoder", make_encoder) / "states.parquet"
-    others = [name.strip() for name in with_runs.split(",") if name.strip()]
+    refuse(check_figures(locals()))
+    states, others = need(run, "encoder", make_encoder) / "states.parquet", listed(with_runs)
     files = [need(other, "figures") / "points.parquet" for other in others]
     def make(folder):
         points = layout_points(pl.read_parquet(states), figure_users, seed)

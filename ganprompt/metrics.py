@@ -6,8 +6,8 @@
 __all__ = ['METRICS', 'auc_of', 'ranking', 'label', 'data_name', 'gains', 'figures_of', 'per_user', 'bootstrap', 'measure',
            'difference', 'bounds', 'consistency', 'paper_tables', 'check_tables', 'plot_bounds', 'trivial_scores',
            'numbered', 'collect_scores', 'short', 'spread', 'markdown', 'reported', 'notes', 'render', 'long_table',
-           'plot_ranks', 'evaluate', 'make_metrics', 'keep', 'group_names', 'read_study', 'entries', 'means_table',
-           'seeds_table', 'pairs_table', 'plot_study', 'summary']
+           'plot_ranks', 'evaluate', 'check_metrics', 'make_metrics', 'keep', 'group_names', 'read_study', 'entries',
+           'means_table', 'seeds_table', 'pairs_table', 'plot_study', 'summary']
 
 # %% ../nbs/07_metrics.ipynb #07-003
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np, polars as pl
 
 # %% ../nbs/07_metrics.ipynb #07-005
-from .runs import UserError, manifest, need, root, run_folder, stage, write_json
+from .runs import UserError, below, manifest, need, refuse, root, run_folder, stage, write_json
 from .data import dataset_info, load_candidates, load_training, make_data
 from .recommender import make_recommender
 
@@ -318,12 +318,19 @@ def evaluate(
                 differences={f"{a} - {b}": difference(people, a, b, resamples, seed) for a, b in pairs})
 
 # %% ../nbs/07_metrics.ipynb #07-065
+def check_metrics(
+    p:dict, # The stage's parameters
+) -> list[str]: # A sentence for everything that cannot work
+    "Whether there is something to draw."
+    return [*below(p, 1, "resamples"), *below(p, 0, "seed")]
+
 def make_metrics(
     run:str="demo", # Run folder: a name under runs/, or a path
     seed:int=0, # Seed of everything random in the run
     resamples:int=1000, # Bootstrap resamples behind each 95 % interval
 ) -> Path: # The stage's folder
     "Measure the run's recommenders, `random` and `popularity`: table.csv, .json, .html, .md, users.parquet and ranks.png."
+    refuse(check_metrics(locals()))
     need(run, "data", make_data); need(run, "recommender", make_recommender)
     def make(folder):
         import mistune

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROMPTS', 'PIECES', 'VARIANTS', 'RATE', 'Asker', 'add_tokens', 'prompt_words', 'random_numbers', 'spell',
            'read_items', 'log_likelihood', 'score_items', 'train_p5', 'item_texts', 'asker_for', 'tune_p5', 'run_p5',
-           'make_p5', 'InBlank', 'likelier']
+           'check_p5', 'room_p5', 'make_p5', 'InBlank', 'likelier']
 
 # %% ../nbs/08b_p5.ipynb #08b-004
 import json, math, time
@@ -15,12 +15,12 @@ import numpy as np
 import polars as pl
 import yaml
 
-from .backbones import adamw, backbone, cross_attention, descend, encode, load_model, load_tokenizer, plot_curves, train
+from .backbones import adamw, backbone, cross_attention, descend, encode, load_model, load_tokenizer, model_bytes, plot_curves, train
 from .baselines import attempt, finish, rank_rows, show_models
 from .data import load_candidates, load_sequences, make_data
 from .prompts import PromptEncoder, load_titles, pad
 from .recommender import Best, Trained, list_auc, sample_rows
-from .runs import device, need, root, seed_all, stage, write_json
+from .runs import below, device, need, not_positive, refuse, root, seed_all, stage, write_json
 from .scorer import fast_math
 
 # %% ../nbs/08b_p5.ipynb #08b-007
@@ -246,10 +246,23 @@ def run_p5(
         "seconds": {"search": 0., "train": fit["seconds"], "score": time.time() - began}}
 
 # %% ../nbs/08b_p5.ipynb #08b-033
+def check_p5(
+    p:dict, # The stage's parameters
+)->list[str]: # A sentence for everything that cannot work
+    "Look at sizes and rates."
+    return [*below(p, 1, "recommender_batch", "recommender_epochs"), *below(p, 0, "seed", "test_users", "valid_users", "patience"), *not_positive(p, "recommender_lr")]
+
+def room_p5(
+    p:dict, # All parameters
+)->float: # Bytes that the stage will write, about
+    "Room for both models, and a checkpoint of each."
+    return 2*5*model_bytes(p["t5"])
+
 def make_p5(
     run:str="demo", seed:int=0, test_users:int=1000, recommender_lr:float=1e-3, recommender_batch:int=64, recommender_epochs:int=6, patience:int=2, valid_users:int=300,
 )->Path: # Folder with both models, ranks.parquet, models.json and curves.parquet
     "Stage `p5`: both variants. The parameters are explained at the head of the chapter."
+    refuse(check_p5(locals()))
     params = locals()
     run = params.pop("run")
     need(run, "backbones")

@@ -6,7 +6,7 @@
 __all__ = ['SLOTS', 'FIELDS', 'SPLITS', 'HISTORY', 'UNKNOWN', 'NOISES', 'CASES', 'ANY', 'OPTIONS', 'KEYS', 'RATE', 'NEAR',
            'MARKS', 'ALPHABETS', 'FOCUS', 'clean_title', 'options', 'parsed', 'slots', 'fixed_words', 'slip', 'noisy',
            'broken', 'nonsense', 'read_templates', 'styled', 'sequence', 'render', 'title_ids', 'PromptEncoder', 'pad',
-           'titles_table', 'choose', 'make_prompts', 'load_titles', 'load_templates']
+           'titles_table', 'choose', 'template_file', 'check_prompts', 'make_prompts', 'load_titles', 'load_templates']
 
 # %% ../nbs/02_prompts.ipynb #02-004
 import html, math, random, re, string
@@ -18,7 +18,7 @@ import polars as pl
 import yaml
 
 from .data import dataset_info, make_data
-from .runs import UserError, need, root, stage
+from .runs import UserError, need, refuse, root, stage, told
 
 # %% ../nbs/02_prompts.ipynb #02-007
 def clean_title(
@@ -315,6 +315,19 @@ def choose(
     if not 1 <= template <= n: raise UserError(f"template {template} does not exist; the file has recommendation templates 1 to {n}")
     return [found[template - 1 if task == "recommendation" else 0] for task, found in tasks.items()]
 
+# %% ../nbs/02_prompts.ipynb #02-053b
+def template_file(
+    templates:str, # As in the parameters
+)->Path: # YAML file
+    "Where the templates stand."
+    return Path(templates) if templates else root()/"data"/"templates.yaml"
+
+def check_prompts(
+    p:dict, # The stage's parameters
+)->list[str]: # A sentence for everything that cannot work
+    "Read the template file."
+    return told(lambda: choose(read_templates(template_file(p["templates"])), p["template"]))
+
 # %% ../nbs/02_prompts.ipynb #02-055
 def make_prompts(
     run:str="demo", # Run folder: a name under runs/, or a path
@@ -322,8 +335,9 @@ def make_prompts(
     templates:str="", # Template file; empty: data/templates.yaml
 )->Path: # Folder with titles.parquet and templates.yaml
     "Stage `prompts`: clean titles, chosen templates."
+    refuse(check_prompts(locals()))
     need(run, "data", make_data)
-    path = Path(templates) if templates else root()/"data"/"templates.yaml"
+    path = template_file(templates)
     used = choose(read_templates(path), template)
     def make(folder):
         table = titles_table(run)

@@ -6,7 +6,7 @@
 __all__ = ['FIGURES', 'PALETTE', 'STYLE', 'over_templates', 'drop_rate', 'pss', 'flips', 'posix', 'tau', 'ranks', 'rbo',
            'agreement', 'diversity', 'by_template', 'template_table', 'measure_bank', 'redrawn', 'ends', 'score_bank',
            'Untuned', 'load_any', 'plot_templates', 'plot_heat', 'figure1', 'picture', 'plain_table', 'split_table',
-           'report_page', 'test_lists', 'make_report']
+           'report_page', 'test_lists', 'check_report', 'make_report']
 
 # %% ../nbs/09_robustness.ipynb #09-004
 import base64, html, io, json, time
@@ -17,11 +17,11 @@ import numpy as np, polars as pl
 from tqdm import tqdm
 
 # %% ../nbs/09_robustness.ipynb #09-005
-from .runs import UserError, device, device_words, need, run_folder, versions, write_json
+from .runs import UserError, below, device, device_words, need, refuse, run_folder, told, versions, write_json
 from .data import dataset_info, load_candidates, load_sequences
-from .prompts import SPLITS, render, slots
+from .prompts import SPLITS, read_templates, render, slots
 from .attributes import make_attributes
-from .backbones import Reader, answers, backbone, last_logits, load_model, load_tokenizer, resolve
+from .backbones import Reader, answers, backbone, is_here, last_logits, load_model, load_tokenizer, resolve
 from .encoder import reader_for
 from .scorer import Questions, bank_for, own_attributes, score_rows
 from .recommender import T5Decoder, load_recommender, make_recommender, sample_rows
@@ -352,6 +352,13 @@ def test_lists(
     at = sample_rows(len(rows), users, 0)
     return rows[at], [lists[i] for i in at]
 
+def check_report(
+    p:dict, # Parameters of `make_report`
+) -> list[str]: # A sentence for everything that cannot work
+    "Look for the model, and read the template file."
+    ours = (Path(p["model"]) / "model.json").exists()
+    return [*([] if ours else told(is_here, p["model"], p["download"])), *(told(read_templates, p["templates"]) if p["templates"] else []), *below(p, 0, "users")]
+
 def make_report(
     model:str, # Folder of a recommender of a run, a local folder, or a hub name of a language model
     run:str="", # Run whose users and candidates are asked about; empty: the recommender's own, or demo
@@ -361,6 +368,7 @@ def make_report(
     out:str="", # Folder for the two files; empty: robustness/<model> in the run folder
 ) -> Path: # report.html; report.json lies beside it
     "Measure how much a recommender minds the wording. `UserError` for a wrong template file or model, before anything is scored."
+    refuse(check_report(locals()))
     own_run = Path(model).resolve().parent.parent if (Path(model) / "model.json").exists() else None
     run = run or (str(own_run) if own_run else "demo")
     need(run, "attributes", make_attributes)

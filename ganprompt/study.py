@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FORMS', 'FIRST', 'SHOWN', 'STATISTICS', 'SEPARABILITY', 'HEAT', 'BEFORE_AFTER', 'WORDS', 'VIEWS', 'AGAINST', 'PAGES',
            'defaults', 'read_entries', 'encoder_for', 'other_form', 'tuned_model', 'first_places', 'bank_file',
-           'run_entry', 'make_study', 'keep_study', 'read_study_entries', 'table_of', 'by_entry', 'unseen_at', 'drawn',
-           'separated', 'costliest', 'study_page', 'plot_study_groups', 'plot_study_heat', 'plot_separated', 'heads_of',
-           'plot_figure1', 'kind_of', 'draw_study']
+           'run_entry', 'stage_page', 'asked_entries', 'unseen_in', 'check_study', 'room_study', 'make_study',
+           'keep_study', 'read_study_entries', 'table_of', 'by_entry', 'unseen_at', 'drawn', 'separated', 'costliest',
+           'study_page', 'plot_study_groups', 'plot_study_heat', 'plot_separated', 'heads_of', 'plot_figure1',
+           'kind_of', 'draw_study']
 
 # %% ../nbs/10c_study.ipynb #10c-004
 import inspect, json, re, textwrap, time
@@ -16,12 +17,12 @@ from pathlib import Path
 import numpy as np, polars as pl, yaml
 
 # %% ../nbs/10c_study.ipynb #10c-005
-from .runs import UserError, device, digest, manifest, need, root, run_folder, stage, write_json
+from .runs import UserError, below, device, digest, listed, manifest, need, refuse, root, run_folder, stage, strange, told, write_json
 from .data import dataset_info
 from .prompts import read_templates
 from .attributes import make_attributes
-from .backbones import backbone, load_model
-from .encoder import check_switches, make_encoder, reader_for, tune_encoder
+from .backbones import backbone, load_model, model_bytes
+from .encoder import make_encoder, reader_for, tune_encoder
 from .gather import make_gather, tune_gather
 from .scorer import bank_for, blanked, own_attributes
 from .recommender import KINDS, find_llm, load_recommender, make_recommender, tune
@@ -30,7 +31,7 @@ from .baselines import short_message
 from .p5 import RATE, InBlank, asker_for, likelier, tune_p5
 from .collm import load_text_lm, text_reader, tune_text
 from .robustness import FIGURES, PALETTE, drop_rate, ends, load_any, measure_bank, over_templates, plot_heat, redrawn, score_bank, template_table, test_lists
-from .tables import Block, Page, by_dataset, entry_path, pack, read_json, slug, unpack, without_folders, write_page
+from .tables import Block, Page, by_dataset, entry_path, pack, read_json, slug, to_md, unpack, without_folders, write_page
 from .figures import save_figure
 
 # %% ../nbs/10c_study.ipynb #10c-008
@@ -153,16 +154,53 @@ def run_entry(
                 odds=np.round(scores[:, :SHOWN, 0].astype(float), 2).tolist(), seconds={"train": tuned - start, "score": time.time() - tuned})
 
 # %% ../nbs/10c_study.ipynb #10c-014
+def stage_page(
+    found:dict, # Entry -> what it measured, or {"failed": why}
+    said:str, # Of whom and what was asked
+)->Page:
+    "What the stage prints: each entry's accuracy in the clean words, and in words that it was not trained on."
+    def row(name, e):
+        if "failed" in e: return [name, e["failed"], *[""]*4]
+        clean, unseen = e["measured"]["clean"]["hit@10"], e["measured"]["unseen"]
+        return [name, *(f"{v:.3f}" for v in (clean, unseen["hit@10"]["avg"], unseen["hit@10"]["min"], unseen["hit@10"]["drop"], unseen["tau"]))]
+    head = ["entry", "clean", "unseen, mean", "unseen, worst", "drop", "tau"]
+    notes = [f"HR@10 of {said}. Drop is the share of the clean figure that is lost under unseen templates; tau compares the order of candidates with the clean one. One training each: a difference between rows needs more seeds."]
+    return Page("The study", notes, [Block("Under clean and unseen templates", head, [[row(name, e) for name, e in found.items()]])])
+
+def asked_entries(
+    study_entries:str, # As in the parameters
+)->list[str]: # Names
+    "The entries that are asked for."
+    return list(read_entries()[1]) if study_entries == "all" else listed(study_entries)
+
+def unseen_in(
+    bank:Path, # Template file
+    p:dict, # The stage's parameters
+):
+    "Raise `UserError` unless a bank has something to ask with."
+    if all(t["split"] == "seen" for t in read_templates(bank) if t["task"] == "recommendation"):
+        raise UserError(f"study_bank={p['study_bank']}: {bank} has no unseen recommendation template to ask with")
+
+def check_study(
+    p:dict, # The stage's parameters
+)->list[str]: # A sentence for everything that cannot work
+    "Look at names and numbers, and read the bank."
+    return [*strange(p | {"study_entries": asked_entries(p["study_entries"])}, study_entries=read_entries()[1], study_recommender=KINDS),
+            *below(p, 1, "recommender_epochs", "recommender_batch"), *below(p, 0, "seed", "study_users"), *told(lambda: unseen_in(bank_file(p), p))]
+
+def room_study(
+    p:dict, # All parameters
+)->float: # Bytes that the stage will write, about
+    "Room for the encoders and recommenders, and a checkpoint of each."
+    return len(asked_entries(p["study_entries"]))*(3 + 7)*model_bytes(p["t5"])
+
 def make_study(
     run:str="demo", seed:int=0, study_entries:str="one template,random templates,agreement", study_recommender:str="t5-ranker", study_users:int=300, study_bank:str="templates", recommender_epochs:int=6, recommender_batch:int=64,
 )->Path: # Folder with study.json and the tuned models
     "Stage `study`. An entry that fails is noted, and the others go on; a stage that was killed goes on after the last whole entry."
+    refuse(check_study(locals()))
     params, known = {k: v for k, v in locals().items() if k != "run"}, read_entries()[1]
-    names = list(known) if study_entries == "all" else [name.strip() for name in study_entries.split(",")]
-    for name in names: check_switches(study_entries=(name, known))
-    check_switches(study_recommender=(study_recommender, KINDS))
-    bank = bank_file(params)
-    if all(t["split"] == "seen" for t in read_templates(bank) if t["task"] == "recommendation"): raise UserError(f"study_bank={study_bank}: {bank} has no unseen recommendation template to ask with")
+    names, bank = asked_entries(study_entries), bank_file(params)
     need(run, "attributes", make_attributes)
     def one(folder, name):
         path = folder/f"{slug(name)}.json"
@@ -175,6 +213,7 @@ def make_study(
         found = {name: one(folder, name) for name in names}
         if all("failed" in about for about in found.values()): raise UserError("; ".join(f"{name}: {about['failed']}" for name, about in found.items()))
         write_json(folder/"study.json", {"entries": found, "recommender": study_recommender, "pocket": backbone(run, "t5")["pocket"]})
+        (folder/"table.md").write_text(to_md(stage_page(found, f"{study_recommender}, {dataset_info(run)['dataset']}, {len(test_lists(run, study_users)[0])} users")), encoding="utf-8")
         for name in names: (folder/f"{slug(name)}.json").unlink(missing_ok=True)
         return {f"{name} {k}": v for name, about in found.items() if "failed" not in about for k, v in (("clean hit@10", about["measured"]["clean"]["hit@10"]), ("unseen cps", about["measured"]["unseen"]["hit@10"]["cps"]))}
     return stage(run, "study", params, make, inputs=["data", "prompts", "backbones", "attributes"], files=[root()/"data/study.yaml", *dict.fromkeys([root()/"data/templates.yaml", bank])])
