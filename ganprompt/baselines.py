@@ -411,7 +411,7 @@ def sampled(
 ): # (rows, their lists)
     "Rows of a split with their candidate lists; the same for every model and seed."
     rows, lists = load_sequences(run, split), load_candidates(run, candidates, split)[1]
-    at = sample_rows(len(rows), wanted, 0)
+    at = sample_rows(rows["user"], wanted, 0)
     return rows[at], [lists[i] for i in at]
 
 def rank_all(

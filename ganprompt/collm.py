@@ -185,7 +185,7 @@ def tune_text(
     seed_all(p["seed"])
     model, rows, lists = new_text_lm(run, folder, name), load_sequences(run, "train"), load_sequences(run, "valid")
     items = training_items(run, rows, len(model.tails), p["negatives_per_positive"], p["seed"])
-    at, kept = sample_rows(len(lists), p["valid_users"], p["seed"]), load_candidates(run, "uni99", "valid")[1]
+    at, kept = sample_rows(lists["user"], p["valid_users"], p["seed"]), load_candidates(run, "uni99", "valid")[1]
     sets = (Texts(model, rows), items), (Texts(model, lists[at]), np.stack([kept[i][:21] for i in at]))
     curves = tune_on_states(model, *sets, home, p | {"score": "yes-no"}, name)
     model.save(home)
@@ -202,7 +202,7 @@ def run_model(
     "Train a model and rank the test users' candidates."
     fit = tune_text(run, name, folder, p)
     model, rows, began = load_text_lm(run, folder, name), load_sequences(run, "test"), time.time()
-    at = sample_rows(len(rows), p["test_users"], 0)
+    at = sample_rows(rows["user"], p["test_users"], 0)
     scores = score_rows(model, Texts(model, rows), at, load_candidates(run, "uni99")[1])
     shown = {k: p[k] for k in ("recommender_lr", "recommender_batch", "recommender_epochs", "negatives_per_positive", "lora_rank", "lora_modules")}
     return [rank_rows(name, rows["user"].to_numpy()[at], "uni99", scores)], {

@@ -237,7 +237,7 @@ def fine_tune(
 )->list[dict]: # One row a step; the last step of an epoch has valid_auc
     "Step 2: purchases, with the AUC on validation lists to say when to stop."
     import torch
-    pieces, at = windows(load_training(run), len(model["place"].weight)), sample_rows(len(load_sequences(run, "valid")), p["valid_users"], p["seed"])
+    pieces, at = windows(load_training(run), len(model["place"].weight)), sample_rows(load_sequences(run, "valid")["user"], p["valid_users"], p["seed"])
     opt, schedule = adamw(model.parameters(), p["ctrl_lr"], p["ctrl_epochs"]*math.ceil(len(pieces)/size))
     trained = Trained(model)
     best = Best(trained, p["ctrl_patience"])
@@ -280,7 +280,7 @@ def step_1(
 )->list[dict]: # One row a step
     "Align the model with the run's T5, and show the alignment on validation samples, from which nothing is learned."
     aligner, valid = Aligner(model, *reader_for(run), p["ctrl_spaces"]), load_sequences(run, "valid")
-    shown = valid[sample_rows(len(valid), p["valid_users"], p["seed"])]
+    shown = valid[sample_rows(valid["user"], p["valid_users"], p["seed"])]
     found = {"before": similarities(aligner, shown)}
     curves = align(aligner, load_sequences(run, "train"), folder, p)
     found["after"] = similarities(aligner, shown)
@@ -320,7 +320,7 @@ def train_ctrl(
     curves = pl.DataFrame(fine_tune(run, model, work, p), infer_schema_length=None)
     curves.write_parquet(work/"curves.parquet")
     save_model(model, work/"model.safetensors")
-    trained, rows = time.time(), sample_rows(len(load_sequences(run, "test")), p["test_users"], 0)
+    trained, rows = time.time(), sample_rows(load_sequences(run, "test")["user"], p["test_users"], 0)
     frames = [rank_rows(name, users, kind, z) for kind in ("uni99", "full") for users, z in [score_run(run, model, "test", rows, kind)]]
     t5 = backbone(run, "t5") if aligned else {"pocket": False, "name": None}
     return frames, {"pocket": t5["pocket"], "backbone": t5["name"], "settings": {k: v for k, v in p.items() if aligned or k not in STEP_1}, "search": [],

@@ -347,11 +347,11 @@ def split_rows(
     rows:pl.DataFrame, # From `histories`
     times:pl.Series, # Times of all interactions
     protocol:str="leave-one-out", # or time
-) -> pl.DataFrame: # user, split (train, valid or test), history, target
+) -> pl.DataFrame: # user, split (train, valid or test), history, target, row (the sequence's number, whatever is drawn of them later)
     "Say which sequence is for what."
     rows = rows.with_columns(split=split_of(rows, times, protocol))
     if protocol == "time": rows = rows.filter((pl.col("split") == "train") | (pl.int_range(pl.len()).over("user", "split") == 0))
-    return rows.select("user", "split", "history", "target")
+    return rows.select("user", "split", "history", "target", row=pl.int_range(pl.len(), dtype=pl.Int32))
 
 # %% ../nbs/01_data.ipynb #01-055
 def _mix(x):
@@ -511,9 +511,9 @@ def _write_candidates(folder, made, seed):
     counts = np.bincount(train.to_numpy(), minlength=len(made["items"])) + 1.
     for k, (name, weights) in enumerate((("uni99", np.ones_like(counts)), ("pop99", counts))):
         lists = sample(rows, own["item"].to_list(), *names, weights, seed=2*seed + k)
-        rows.select("user", "split", items=pl.Series(lists, dtype=pl.List(pl.Int32))).write_parquet(folder/f"candidates_{name}.parquet")
+        rows.select("user", "split", "row", items=pl.Series(lists, dtype=pl.List(pl.Int32))).write_parquet(folder/f"candidates_{name}.parquet")
     others = pl.col("item").list.set_difference(pl.concat_list("target")).list.sort()
-    full = rows.join(own, on="user", maintain_order="left").select("user", "split", "target", exclude=others)
+    full = rows.join(own, on="user", maintain_order="left").select("user", "split", "row", "target", exclude=others)
     full.write_parquet(folder/"candidates_full.parquet")
 
 # %% ../nbs/01_data.ipynb #01-076
@@ -582,7 +582,7 @@ def dataset_info(
 def load_sequences(
     run:str, # Run
     split:str, # train, valid or test
-) -> pl.DataFrame: # user, split, history, target
+) -> pl.DataFrame: # user, split, history, target, row
     "Sequences of one split."
     return pl.read_parquet(need(run, "data", make_data)/"sequences.parquet").filter(pl.col("split") == split)
 

@@ -218,7 +218,7 @@ def tune_p5(
     tokenizer, model = load_tokenizer(path), load_model(path, "t5")
     add_tokens(model, tokenizer, ([] if text else prompt_words(tokenizer)) + (PIECES if variant == "ids" else []))
     valid = load_sequences(run, "valid")
-    at = sample_rows(len(valid), p["valid_users"], p["seed"])
+    at = sample_rows(valid["user"], p["valid_users"], p["seed"])
     lists = [load_candidates(run, "uni99", "valid")[1][i][:21] for i in at]
     curves = train_p5(model.to(device()), asker_for(run, variant, p["seed"], tokenizer, text), load_sequences(run, "train"), (valid["history"][at].to_list(), lists), folder, p, f"P5, {variant}")
     model.save_pretrained(folder); tokenizer.save_pretrained(folder)
@@ -238,7 +238,7 @@ def run_p5(
     fit = tune_p5(run, variant, folder/variant, p)
     began, model = time.time(), load_model(str(folder/variant), "t5").to(device())
     test, (users, lists) = load_sequences(run, "test"), load_candidates(run, "uni99")
-    at = sample_rows(len(test), p["test_users"], 0) # the same users for every seed
+    at = sample_rows(test["user"], p["test_users"], 0) # the same users for every seed
     scores = score_items(model, asker_for(run, variant, p["seed"], load_tokenizer(folder/variant)), test["history"][at].to_list(), [lists[i] for i in at])
     return [rank_rows(name, users[at], "uni99", scores)], {
         "pocket": about["pocket"], "backbone": about["name"], "settings": {k: p[k] for k in ("recommender_lr", "recommender_batch", "recommender_epochs")}, "search": [],

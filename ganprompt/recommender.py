@@ -452,12 +452,15 @@ def tune_on_states(
 SCORES = ("yes-no", "vocab")
 
 def sample_rows(
-    n:int, # Rows there are
-    wanted:int, # Rows wanted; 0: all
+    users, # User of each row; a user may have several rows
+    wanted:int, # Users wanted; 0: all
     seed:int, # Seed
 )->np.ndarray: # Row numbers, in order
-    "Some rows, drawn at random."
-    return np.arange(n) if not 0 < wanted < n else np.sort(np.random.default_rng(seed).choice(n, wanted, replace=False))
+    "All rows of some users, drawn at random."
+    each = np.unique(users)
+    if not 0 < wanted < len(each): return np.arange(len(users))
+    chosen = np.random.default_rng(seed).choice(len(each), wanted, replace=False)
+    return np.flatnonzero(np.isin(users, each[chosen]))
 
 # %% ../nbs/06_recommender.ipynb #06-031
 def tune(
@@ -475,7 +478,7 @@ def tune(
     folder.mkdir(exist_ok=True)
     (reader, _), own, rows, lists = reader_for(run), own_attributes(run), load_sequences(run, "train"), load_sequences(run, "valid")
     items = training_items(run, rows, len(reader.titles), p["negatives_per_positive"], p["seed"])
-    at = sample_rows(len(lists), p["valid_users"], p["seed"])
+    at = sample_rows(lists["user"], p["valid_users"], p["seed"])
     others = np.stack([load_candidates(run, "uni99" if p["candidates"] == "full" else p["candidates"], "valid")[1][i][:21] for i in at])
     width = json.loads((Path(path)/"config.json").read_text())["d_model"]
     def kept(name, wordings, items):
@@ -504,7 +507,7 @@ def score_lists(
     score:str, # yes-no or vocab
     processes:int=1, # Processes; each takes a share of the users
     chunk:int=200, # Users at a time
-)->pl.DataFrame: # model, user, scores (list, as the candidates are listed)
+)->pl.DataFrame: # model, row, user, scores (list, as the candidates are listed)
     "Score the candidate lists of some test rows."
     from tqdm import tqdm
     (reader, _), out = reader_for(run), folder/"scores.npy"
@@ -519,7 +522,7 @@ def score_lists(
     in_processes(processes, score_share)
     z = np.split(np.load(out), np.cumsum([len(lists[r]) for r in at])[:-1])
     out.unlink()
-    return pl.DataFrame({"model": folder.name, "user": users[at], "scores": [x.tolist() for x in z]}, schema_overrides={"scores": pl.List(pl.Float32)})
+    return pl.DataFrame({"model": folder.name, "row": past["row"].gather(at), "user": users[at], "scores": [x.tolist() for x in z]}, schema_overrides={"scores": pl.List(pl.Float32)})
 
 # %% ../nbs/06_recommender.ipynb #06-033
 def find_llm(
@@ -580,7 +583,7 @@ def make_recommender(
         starts = {"no-stage-1": about["path"], "ganprompt": str(encoder/"model")}
         names = {name if kind == "t5-decoder" else f"{name}, {kind}": (kind, path) for kind in kinds for name, path in starts.items()}
         curves = [tune(run, kind, path, lm, folder/name, params, how) for name, (kind, path) in names.items()]
-        at = sample_rows(len(load_sequences(run, "test")), test_users, 0) # the same users for every seed
+        at = sample_rows(load_sequences(run, "test")["user"], test_users, 0) # the same users for every seed
         pl.concat([score_lists(run, folder/name, candidates, at, score, processes) for name in names]).write_parquet(folder/"scores.parquet")
         table = pl.concat(curves, how="diagonal")
         table.write_parquet(folder/"curves.parquet")

@@ -349,7 +349,7 @@ def test_lists(
 ) -> tuple: # (rows, lists): the same for every model and seed
     "Test rows and their uni99 lists."
     rows, lists = load_sequences(run, "test"), load_candidates(run, "uni99")[1]
-    at = sample_rows(len(rows), users, 0)
+    at = sample_rows(rows["user"], users, 0)
     return rows[at], [lists[i] for i in at]
 
 def check_report(

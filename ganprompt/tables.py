@@ -99,12 +99,12 @@ def own_models(
     "The run's recommenders, and random and popularity on the same lists; nothing if it has no recommender."
     if not complete(run_folder(run) / "recommender"): return
     made, said = manifest(run, "recommender"), json.loads((run_folder(run) / "recommender/recommender.json").read_text())
-    users, scores = collect_scores(run, made["seed"])
+    rows, scores = collect_scores(run, made["seed"])
     for model, lists in scores.items():
         about = dict(family="simple", pocket=False) if model in ("random", "popularity") else dict(
             family="ours", pocket=said["pocket"], backbone=" + ".join([said["t5"], *([said["llm"]] if "causal-lm" in model else [])]),
             valid=made["metrics"].get(f"valid_auc {model}"), valid_metric="auc", seconds={"stage": made["wall_seconds"]})
-        yield "recommender", model, about, rank_rows(model, users, said["candidates"], lists)
+        yield "recommender", model, about, rank_rows(model, rows["user"], said["candidates"], lists)
 
 # %% ../nbs/10a_tables.ipynb #10a-020
 def entry(

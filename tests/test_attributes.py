@@ -1,5 +1,5 @@
 "Attributes: which words may be one, what the model is asked, and how the votes are counted."
-import json
+import json, shutil
 
 import numpy as np
 import polars as pl
@@ -76,7 +76,8 @@ def run(tmp_path, monkeypatch, tokenizer, model):
     folder = tmp_path/"bert"
     model.save_pretrained(folder); tokenizer.save_pretrained(folder)
     for name in "data", "prompts", "backbones": stage(tmp_path/"r", name, {}, lambda f: (f/"x").write_text("x") and {})
-    stand_ins = dict(load_titles=lambda run: TITLES, load_training=lambda run: [[0, 1], [2], [1, 2, 3]], load_templates=lambda run: {"attribute": TEMPLATE},
+    rows = pl.DataFrame({"user": [0, 0, 1, 2], "split": ["train", "test", "train", "valid"], "history": [[0, 1], [0, 1, 2], [3], [1, 2, 3]], "row": [0, 1, 2, 3]})
+    stand_ins = dict(load_titles=lambda run: TITLES, load_sequences=lambda run, split: rows.filter(split=split), load_training=lambda run: [[0, 1], [2], [1, 2, 3]], load_templates=lambda run: {"attribute": TEMPLATE},
         dataset_info=lambda run: {"item_noun": "soaps"}, truth=lambda run: {"rose", "oat"},
         backbone=lambda run, kind: {"path": str(folder), "title_tokens": 8, "history_items": 5})
     for name, f in stand_ins.items(): monkeypatch.setattr(attributes, name, f)
@@ -88,8 +89,8 @@ def test_stage(run, calibrate):
     made = json.loads((folder/"attributes.json").read_text())
     assert len(made["attributes"]) == 2 and made["attributes"] == made["ways"]["calibrated" if calibrate else "plain"]["words"]
     assert made["found_true"] == len({"rose", "oat"} & set(made["attributes"])) and attributes.load_attributes(run) == made["attributes"]
-    users, counts = pl.read_parquet(folder/"users.parquet"), pl.read_parquet(folder/"counts.parquet")
-    assert users["user"].to_list() == [0, 1, 2] and set(users["attribute"]) <= set(made["attributes"])
+    rows, counts = pl.read_parquet(folder/"rows.parquet").sort("row"), pl.read_parquet(folder/"counts.parquet")
+    assert rows["user"].to_list() == [0, 0, 1, 2] and set(rows["attribute"]) <= set(made["attributes"])
     assert counts["plain"].sum() == counts["calibrated"].sum() == 3 and counts["word"].head(2).to_list() == made["attributes"]
     assert dict(zip(counts["word"], counts["purchases"])) == {"rose": 4, "soap": 3, "oat": 3, "cream": 2}
     assert (folder/"counts.png").stat().st_size > 1000
@@ -105,3 +106,39 @@ def test_held_out_purchases_are_not_read(tmp_path):
     training = load_training(tmp_path/"d")
     for split in "valid", "test":
         for user, target in load_sequences(tmp_path/"d", split).select("user", "target").iter_rows(): assert target not in training[user]
+
+# --- a row's own word
+
+def test_own_words_by_hand():
+    "Two words, 'a' twice as likely for everybody: over that level the first row says b; nothing known, no word."
+    logp = np.log([[.6, .4], [.9, .1], [.9, .1]])
+    assert attributes.own_words(logp, np.log([2/3, 1/3]), ["a", "b"], np.array([True, True, False])) == ["b", "a", None]
+
+def test_a_rows_word_comes_from_the_history_that_stands_in_it(finished, tmp_path):
+    "What was bought later changes no word, and nothing else of the shopper does: the word is the same for equal histories."
+    made = pl.read_parquet(finished/"attributes/rows.parquet").sort("row")
+    every = pl.read_parquet(finished/"data/sequences.parquet")
+    assert made["row"].to_list() == every["row"].to_list() and made["user"].to_list() == every["user"].to_list()
+    assert made.group_by("user").agg(pl.col("attribute").n_unique())["attribute"].max() > 1 # one word a shopper would be read from later purchases too
+    shutil.copytree(finished, tmp_path/"r", ignore=shutil.ignore_patterns("recommender", "encoder", "notebooks"))
+    rng, path = np.random.default_rng(0), tmp_path/"r/data/sequences.parquet"
+    last = every.sort("row").group_by("user", maintain_order=True).agg(pl.col("row").last())["row"]
+    later = pl.col("row").is_in(last.implode())
+    other = every["history"].gather(rng.permutation(len(every)))
+    every.with_columns(target=pl.Series(rng.permutation(every["target"])), history=pl.when(later).then(other).otherwise("history")).write_parquet(path)
+    tokenizer, ask = attributes.listener(str(tmp_path/"r"))
+    chosen = attributes.load_attributes(str(finished))
+    logp, words, _ = attributes.ballot(str(finished), tokenizer, ask)
+    level = np.log(np.exp(logp[:, [words.index(w) for w in chosen]]).mean(0))
+    again = attributes.row_words(str(tmp_path/"r"), ask, chosen, level).sort("row")
+    same = ~made["row"].is_in(last.implode())
+    assert made.filter(same)["attribute"].equals(again.filter(same)["attribute"]) and not made["attribute"].equals(again["attribute"])
+
+def test_only_what_the_prompt_shows_is_known(run, monkeypatch):
+    "A known title before the items that the prompt shows does not help."
+    monkeypatch.setattr(attributes, "load_titles", lambda run: [*TITLES, "unknown item"])
+    rows = pl.DataFrame({"user": [0, 0], "split": ["train", "test"], "history": [[0, 4, 4, 4, 4], [0, 4, 4, 4, 4, 4]], "row": [0, 1]})
+    monkeypatch.setattr(attributes, "load_sequences", lambda run, split: rows.filter(split=split))
+    assert attributes.UNKNOWN == "unknown item"
+    words = pl.read_parquet(make_attributes(run, k=2)/"rows.parquet")["attribute"].to_list()
+    assert words[0] is not None and words[1] is None

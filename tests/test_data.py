@@ -61,9 +61,9 @@ def test_core_and_leave_one_out_agree_with_plain_python(demo):
         if (u, i) in kept: wanted.setdefault(u, []).append(i)
     users, items = (pl.read_parquet(f"{demo}/data/{f}.parquet") for f in ("users", "items"))
     for split, back in (("test", 1), ("valid", 2)):
-        found = {users["raw_user"][u]: ([items["raw_item"][i] for i in h], items["raw_item"][t]) for u, _, h, t in load_sequences(demo, split).rows()}
+        found = {users["raw_user"][u]: ([items["raw_item"][i] for i in h], items["raw_item"][t]) for u, _, h, t, _ in load_sequences(demo, split).rows()}
         assert found == {u: (x[:-back][-10:], x[-back]) for u, x in wanted.items()}
-    train = sorted((u, [*h, t]) for u, _, h, t in load_sequences(demo, "train").rows())
+    train = sorted((u, [*h, t]) for u, _, h, t, _ in load_sequences(demo, "train").rows())
     number = {raw: n for n, raw in enumerate(items["raw_item"])}
     assert train == sorted((n, [number[i] for i in wanted[u][max(0, p - 10):p + 1]]) for n, u in enumerate(users["raw_user"]) for p in range(3, len(wanted[u]) - 2))
 
@@ -97,8 +97,13 @@ def test_long_histories_in_parts(tmp_path):
     users, lists = load_candidates(str(tmp_path/"r"), "uni99")
     assert users.tolist() == test["user"].to_list() and [c[0] for c in lists] == test["target"].to_list()
     seen = load_sequences(str(tmp_path/"r"), "train")
-    taught = {(u, i) for u, _, h, t in seen.rows() for i in [*h, t]}
+    taught = {(u, i) for u, _, h, t, _ in seen.rows() for i in [*h, t]}
     assert not taught & set(test.select("user", "target").rows())
+    every = pl.read_parquet(folder/"sequences.parquet")
+    assert every["row"].to_list() == list(range(len(every))) and test["row"].is_unique().all() and test["user"].is_duplicated().any()
+    for name in ("uni99", "pop99", "full"): # a list is known by its sequence, not by its user
+        lists = pl.read_parquet(folder/f"candidates_{name}.parquet").filter(split="test")
+        assert lists["row"].to_list() == test["row"].to_list()
 
 
 # --- candidates

@@ -119,3 +119,73 @@ def test_summary_writes_table_and_picture(kept):
 
 def test_summary_of_nothing(kept):
     with pytest.raises(UserError, match="ganprompt keep"): M.read_study("nothing")
+
+
+# --- users with several lists
+
+def test_two_rows_a_user_by_hand():
+    "Ranks 1, 3 | 2, 11 | 1, 1: HR@1 is over lists, and a pair of models is compared list by list, in whatever order they come."
+    def list_of(rank): return np.r_[0., np.ones(rank - 1), -np.ones(20 - rank)]
+    ranks, users, rows = [1, 3, 2, 11, 1, 1], [4, 4, 7, 7, 9, 9], [3, 8, 9, 12, 20, 21]
+    a = M.per_user(users, {"a": [list_of(r) for r in ranks]}, rows)
+    turned = [1, 0, 5, 4, 3, 2] # the other model's lists come in another order
+    b = M.per_user([users[i] for i in turned], {"b": [list_of(ranks[i] + (i == 1)) for i in turned]}, [rows[i] for i in turned])
+    assert M.measure(a)["a"]["hit@1"][0] == 3/6 and M.measure(a)["a"]["hit@10"][0] == 5/6
+    d = M.difference(pl.concat([a, b]), "a", "b")
+    assert d["mrr"][0] == pytest.approx((1/3 - 1/4)/6) and d["hit@10"] == [0, 0, 0]
+    with pytest.raises(UserError, match="different users"): M.difference(pl.concat([a, b.with_columns(pl.col("row") + 1)]), "a", "b")
+
+
+def test_a_user_is_drawn_with_all_lists():
+    "Against a slow loop over users, and against lists taken for people: twice the same list is no news."
+    rng = np.random.default_rng(3)
+    users = np.repeat(np.arange(40), rng.integers(1, 4, 40))
+    values = rng.random((40, 2))[users] + .05*rng.random((len(users), 2))
+    draws, again = [], np.random.default_rng(5)
+    for _ in range(300):
+        drawn = again.integers(40, size=40)
+        draws.append(np.concatenate([values[users == u] for u in drawn]).mean(0))
+    found = M.bootstrap(values, 300, 5, users)
+    np.testing.assert_allclose(found, [values.mean(0), *np.quantile(draws, [.025, .975], axis=0)], atol=1e-12)
+    alone = M.bootstrap(values, 300, 5)
+    assert ((found[2] - found[1]) > 1.15*(alone[2] - alone[1])).all()
+    np.testing.assert_array_equal(M.bootstrap(values, 300, 5, np.arange(len(values))), alone)
+
+
+def test_scores_are_joined_by_their_sequence(shop, tmp_path):
+    "A part of the users of a run whose long histories are cut in parts: each model's own list of scores, however the file is sorted, and all lists of a drawn user."
+    from conftest import make
+    from ganprompt.data import load_candidates, load_sequences
+    from ganprompt.recommender import sample_rows
+    from ganprompt.runs import stage
+    run = tmp_path/"r"
+    make(run, "data", shop, max_sequence=6)
+    test, lists = load_sequences(str(run), "test"), load_candidates(str(run), "uni99")[1]
+    assert test["user"].is_duplicated().any()
+    at = sample_rows(test["user"], 30, 0)
+    assert len(set(test["user"][at])) == 30 and set(at) == set(np.flatnonzero(test["user"].is_in(test["user"][at].implode())))
+    def recommend(to):
+        def rows(model, order): return pl.DataFrame({"model": model, "row": test["row"][order], "user": test["user"][order], "scores": [(lists[i] + .5).tolist() for i in order]})
+        pl.concat([rows("ganprompt", at), rows("no-stage-1", at[::-1])]).write_parquet(to/"scores.parquet")
+        (to/"recommender.json").write_text(json.dumps({"candidates": "uni99", "pocket": True, "t5": "pocket"}))
+        return {}
+    stage(run, "recommender", {}, recommend, inputs=["data"])
+    rows, scores = M.collect_scores(str(run))
+    assert rows["row"].to_list() == test["row"][at].to_list()
+    for model in ("ganprompt", "no-stage-1"):
+        for i, z in zip(at, scores[model]): np.testing.assert_array_equal(z, lists[i] + .5)
+    result = M.evaluate(str(run), M.per_user(rows["user"], scores, rows["row"]), 50, 0)
+    assert (result["users"], result["rows"]) == (30, len(at)) and f"{len(at)} lists, for some users have several" in M.notes(result)
+
+
+def test_a_report_says_how_a_model_stands():
+    "Generated from the paired differences, with the interval's ends in order."
+    def d(*ends): return {m: list(ends) for m in M.METRICS}
+    said = M.standing({"GANPrompt": {"random": d(.2, .15, .25), "popularity": d(-.033, -.051, -.012)}, "lost": {"random": d(-.01, -.03, .02), "popularity": d(.02, .01, .04)}})
+    assert said[0] == ("GANPrompt's HR@10 lies above random by .200 [.150, .250]: it has learned something; below popularity by .033 [.012, .051]: it has learned less than a count of purchases tells.")
+    assert said[1] == ("lost's HR@10 lies within the noise of random (-.010 [-.030, +.020]): it has not been shown to have learned anything; above popularity by .020 [.010, .040]: it knows more than a count of purchases.")
+    rng = np.random.default_rng(0)
+    lists = [rng.normal(size=30) for _ in range(200)]
+    people = M.per_user(np.arange(200), {"popularity": [z + 2*(np.arange(30) == 0) for z in lists], "random": lists, "ganprompt": [z + .7*(np.arange(30) == 0) for z in lists]})
+    pairs = {"ganprompt": {other: M.difference(people, "ganprompt", other, 200) for other in ("random", "popularity")}}
+    assert "above random" in M.standing(pairs)[0] and "it has learned less than a count" in M.standing(pairs)[0]

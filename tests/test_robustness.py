@@ -122,9 +122,42 @@ def test_wrong_attributes_are_somebody_elses(finished):
     own, rows = R.own_attributes(str(finished)), R.test_lists(str(finished), 5)[0]
     wrong = next(t for t in R.bank_for(reader) if "{attribute:wrong}" in t["text"])
     asked = R.Questions(reader, own, rows, wrong["text"])
-    assert all(asked.own[u] != own[u] and asked.own[u] in own.values() for u in own) or len(set(own.values())) == 1
-    ids, word = asked.ids(0, 1), reader.tokenizer(asked.own[rows["user"][0]], add_special_tokens=False).input_ids
+    assert all(word != own[row] and word in own.values() for row, word in zip(rows["row"], asked.words)) or len(set(own.values())) == 1
+    ids, word = asked.ids(0, 1), reader.tokenizer(asked.words[0], add_special_tokens=False).input_ids
     assert ids[2:2 + len(word)] == word and reader.tokenizer.decode(ids).count("Focus on") == 1
+
+
+def test_a_row_without_a_word_is_asked_in_plain_words(finished):
+    "A template with a place for the word, a row that has none: the run's own template, and no error. (Users without a training part, titles that nobody knows.)"
+    reader, _ = R.reader_for(str(finished))
+    own, rows = R.own_attributes(str(finished)), R.test_lists(str(finished), 5)[0]
+    del own[rows["row"][2]]
+    wrong = next(t for t in R.bank_for(reader) if "{attribute:wrong}" in t["text"])
+    asked, plain, worded = R.Questions(reader, own, rows, wrong["text"]), R.Questions(reader, {}, rows), R.Questions(reader, own, rows)
+    assert asked.ids(2, 1) == plain.ids(2, 1) == worded.ids(2, 1) and asked.context(2) == plain.context(2)
+    assert asked.ids(1, 1) != plain.ids(1, 1) and worded.ids(1, 1) != plain.ids(1, 1)
+
+
+def test_a_template_that_is_trained_on_is_seen(finished):
+    "Whichever is chosen, it is the clean one, and no bank calls it unseen; nor what else may have been trained on."
+    reader, _ = R.reader_for(str(finished))
+    bank = [t for t in read_templates(root()/"data/templates.yaml") if t["task"] == "recommendation"]
+    for n, t in enumerate(bank):
+        if t["split"] == "seen": continue
+        reader.templates = reader.templates | {"recommendation": t["text"]}
+        first, *rest = R.bank_for(reader)
+        assert first["id"] == t["id"] and first["split"] == "seen" and {x["id"]: x["split"] for x in rest} == {x["id"]: x["split"] for x in bank if x is not t}
+        break
+    scores = RNG.normal(size=(3, 20, 10))
+    measured = R.measure_bank(scores, R.bank_for(reader)[:1] + R.bank_for(reader)[-2:])
+    assert measured["unseen"]["templates"] == 2 # the clean one is not among them
+
+
+def test_another_bank_may_hold_what_was_trained_on(finished, tmp_path):
+    reader, _ = R.reader_for(str(finished))
+    seen = next(t for t in R.bank_for(reader)[1:] if t["split"] == "seen")
+    (tmp_path/"b.yaml").write_text(json.dumps([dict(id="x", task="recommendation", group="g", split="attack", text=t) for t in (seen["text"],)] + [dict(id="y", task="recommendation", group="g", split="attack", text="Buy {target_item} after {purchase_history} ?")]))
+    assert [(t["id"], t["split"]) for t in R.bank_for(reader, tmp_path/"b.yaml")[1:]] == [("x", "seen"), ("y", "attack")]
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])

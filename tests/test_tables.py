@@ -9,7 +9,7 @@ import scipy.stats
 
 from conftest import make
 from ganprompt import baselines as B, metrics as M, tables as T
-from ganprompt.data import load_candidates
+from ganprompt.data import load_candidates, load_sequences
 from ganprompt.runs import UserError, digest, manifest, stage, write_json
 
 HAND = {"HGN": ["2 3 9 12", "2 2 8 20"], "SASRec": ["1 2 3 4", "1 1 3 15"], "ganprompt": ["1 1 2 4", "1 1 1 4"]}
@@ -244,10 +244,11 @@ def run(shop, tmp_path):
     folder = tmp_path/"shop-3"
     make(folder, "data", shop)
     users, lists = load_candidates(str(folder), "uni99")
+    numbers = load_sequences(str(folder), "test")["row"][:50]
     rng = np.random.default_rng(0)
     def scored(i): return [rng.integers(0, 9, len(x)).astype(np.float32) for x in lists[i:i + 50]]
     def recommend(to):
-        pl.concat([pl.DataFrame({"model": model, "user": users[:50], "scores": scored(0)}) for model in ("no-stage-1", "ganprompt", "ganprompt, causal-lm")]).write_parquet(to/"scores.parquet")
+        pl.concat([pl.DataFrame({"model": model, "row": numbers, "user": users[:50], "scores": scored(0)}) for model in ("no-stage-1", "ganprompt", "ganprompt, causal-lm")]).write_parquet(to/"scores.parquet")
         write_json(to/"recommender.json", {"candidates": "uni99", "pocket": True, "t5": "pocket", "llm": "tiny"})
         return {"valid_auc ganprompt": .7}
     def baseline(to):
@@ -268,8 +269,8 @@ def test_keep_models_of_a_run(run, tmp_path):
     assert kept["popularity"]["stage"] == "baselines" and kept["random"]["stage"] == "recommender"
     ours, hgn = kept["ganprompt, causal-lm"], kept["HGN"]
     assert (ours["family"], ours["pocket"], ours["backbone"], kept["ganprompt"]["backbone"], kept["ganprompt"]["valid"]) == ("ours", True, "pocket + tiny", "pocket", .7)
-    users, scores = M.collect_scores(str(run), 3)
-    assert {e["users_digest"] for e in kept.values()} == {digest(users.tolist())} and hgn["fingerprint"] == manifest(run, "baselines")["fingerprint"]
+    rows, scores = M.collect_scores(str(run), 3)
+    assert {e["users_digest"] for e in kept.values()} == {digest(rows["user"].to_list())} and hgn["fingerprint"] == manifest(run, "baselines")["fingerprint"]
     assert hgn["weights"] == 99 and hgn["parameters"] == {"seed": 3} and hgn["search"] == ABOUT["search"]
     assert not any(str(tmp_path) in p.read_text() for p in paths)
     for model, lists in scores.items():
