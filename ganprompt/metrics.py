@@ -114,15 +114,16 @@ def measure(
 
 # %% ../nbs/07_metrics.ipynb #07-026
 def difference(
-    people:pl.DataFrame, # From `per_user`
+    people:pl.DataFrame, # From `per_user`, or with one line a user and model
     a:str, # A model
     b:str, # Another model, on the same users
     resamples:int=1000, # Bootstrap draws
     seed:int=0, # Of the bootstrap
 ) -> dict: # Metric -> [mean of a - b, low, high]
     "Paired bootstrap of the difference between two models; `UserError` if they do not share their users."
-    x, y = (people.filter(pl.col("model") == m).sort("user", "row") for m in (a, b))
-    if not x.select("user", "row").equals(y.select("user", "row")): raise UserError(f"{a} and {b} were scored for different users; score both on the same candidates")
+    keys = [k for k in ("user", "row") if k in people.columns]
+    x, y = (people.filter(pl.col("model") == m).sort(keys) for m in (a, b))
+    if not x.select(keys).equals(y.select(keys)): raise UserError(f"{a} and {b} were scored for different users; score both on the same candidates")
     d = x.select(METRICS).to_numpy() - y.select(METRICS).to_numpy()
     return dict(zip(METRICS, bootstrap(d, resamples, seed, x["user"]).T.tolist()))
 
