@@ -20,7 +20,7 @@ from .data import load_candidates, load_sequences, load_training
 from .prompts import pad
 from .recommender import CausalLM, add_adapters, find_llm, llm_faults, load_llm, read_prefix, sample_rows, training_items, tune_on_states
 from .runs import UserError, below, device, fresh, manifest, need, not_positive, refuse, run_folder, seed_all, stage, write_json
-from .scorer import score_rows
+from .scorer import score_rows, square
 
 # %% ../nbs/08c_collm.ipynb #08c-009
 def soft_words(
@@ -186,7 +186,7 @@ def tune_text(
     model, rows, lists = new_text_lm(run, folder, name), load_sequences(run, "train"), load_sequences(run, "valid")
     items = training_items(run, rows, len(model.tails), p["negatives_per_positive"], p["seed"])
     at, kept = sample_rows(lists["user"], p["valid_users"], p["seed"]), load_candidates(run, "uni99", "valid")[1]
-    sets = (Texts(model, rows), items), (Texts(model, lists[at]), np.stack([kept[i][:21] for i in at]))
+    sets = (Texts(model, rows), items), (Texts(model, lists[at]), square([kept[i][:21] for i in at]))
     curves = tune_on_states(model, *sets, home, p | {"score": "yes-no"}, name)
     model.save(home)
     write_json(done, {"curves": [row | {"model": name} for row in curves], "seconds": round(time.time() - began, 2)})

@@ -248,7 +248,7 @@ def fine_tune(
         descend(loss, opt, schedule)
         return {"loss": loss.item()}
     def after_epoch(epoch, curves):
-        curves[-1]["valid_auc"] = list_auc(np.stack([z[:21] for z in score_run(run, model, "valid", at, "uni99")[1]]))
+        curves[-1]["valid_auc"] = list_auc([z[:21] for z in score_run(run, model, "valid", at, "uni99")[1]])
         return best.stop(curves[-1]["valid_auc"])
     curves = train(update, dict(model=trained, opt=opt, schedule=schedule, best=best), len(pieces), p["ctrl_epochs"], size, folder, p["seed"], f"{folder.name}, step 2",
                    np.array([len(x) for x in pieces]), after_epoch)

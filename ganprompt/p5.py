@@ -168,7 +168,7 @@ def train_p5(
         descend(loss, opt, schedule)
         return {"loss": loss.item()}
     def after_epoch(epoch, curves):
-        curves[-1]["valid_auc"] = list_auc(np.stack(score_items(model.eval(), asker, *valid)))
+        curves[-1]["valid_auc"] = list_auc(score_items(model.eval(), asker, *valid))
         return best.stop(curves[-1]["valid_auc"])
     lengths = np.array([len(asker.ask(h)) for h in past])
     model.set_attn_implementation("eager")
@@ -299,8 +299,8 @@ class InBlank:
         return torch.stack([torch.zeros_like(z), z], -1)
 
 def likelier(
-    z:np.ndarray, # Log-likelihoods of candidates (..., n)
+    z:np.ndarray, # Log-likelihoods of candidates (..., n); NaN: there is none
 )->np.ndarray: # Log of the ratio to the mean of their likelihoods, larger than 0 for those above it
     "What is read as P5's yes."
-    return z - np.logaddexp.reduce(z, axis=-1, keepdims=True) + math.log(z.shape[-1])
-
+    there = ~np.isnan(z)
+    return z - np.logaddexp.reduce(z, axis=-1, keepdims=True, where=there, initial=-np.inf) + np.log(there.sum(axis=-1, keepdims=True))

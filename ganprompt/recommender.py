@@ -24,7 +24,7 @@ from .encoder import make_encoder, pool, reader_for
 from .prompts import nonsense, pad, read_templates
 from .runs import (UserError, below, device, gathered, in_processes, is_main, listed, need, not_positive, part, possible, refuse, root, seed_all, shard, stage,
                             strange, told, totals, write_json)
-from .scorer import Questions, States, bank_for, fast_math, own_attributes, score_rows, scores_of, token_batches, wanted
+from .scorer import Questions, States, bank_for, fast_math, own_attributes, score_rows, scores_of, square, token_batches, wanted
 
 # %% ../nbs/06_recommender.ipynb #06-007
 def freeze_encoder(
@@ -333,11 +333,10 @@ def rec_loss(
     return -(y*scores + (1 - y)*torch.log1p(-scores.exp().clamp(max=1 - 1e-6))).mean()
 
 def list_auc(
-    scores:np.ndarray, # (lists, items), the bought one first
+    scores:list, # Scores of each list, the bought one first; lists may differ in length
 )->float: # 0 to 1
-    "Share of the other items that the bought one beats; a tie counts half."
-    first, rest = scores[:, :1], scores[:, 1:]
-    return float(((rest < first) + .5*(rest == first)).mean())
+    "Share of the other items that the bought one beats, mean over lists; a tie counts half."
+    return float(np.mean([((z[1:] < z[0]) + .5*(z[1:] == z[0])).mean() for z in scores]))
 
 # %% ../nbs/06_recommender.ipynb #06-026b
 def divergence(
@@ -479,7 +478,8 @@ def tune(
     (reader, _), own, rows, lists = reader_for(run), own_attributes(run), load_sequences(run, "train"), load_sequences(run, "valid")
     items = training_items(run, rows, len(reader.titles), p["negatives_per_positive"], p["seed"])
     at = sample_rows(lists["user"], p["valid_users"], p["seed"])
-    others = np.stack([load_candidates(run, "uni99" if p["candidates"] == "full" else p["candidates"], "valid")[1][i][:21] for i in at])
+    kept_lists = load_candidates(run, "uni99" if p["candidates"] == "full" else p["candidates"], "valid")[1]
+    others = square([kept_lists[i][:21] for i in at])
     width = json.loads((Path(path)/"config.json").read_text())["d_model"]
     def kept(name, wordings, items):
         prompts = [prompt for questions in wordings for prompt in ask(KINDS[kind], questions, items)]

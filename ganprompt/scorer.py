@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLANK', 'blanked', 'Questions', 'wordless', 'somebody_elses', 'own_attributes', 'bank_for', 'token_batches',
            'bf16_pays', 'fast_math', 'place', 'States', 'scores_of', 'wanted', 'score_prompts', 'score_contexts',
-           'score_rows']
+           'square', 'score_rows']
 
 # %% ../nbs/05b_scorer.ipynb #05b-004
 import math, os, re
@@ -238,6 +238,13 @@ def score_contexts(
     return out
 
 # %% ../nbs/05b_scorer.ipynb #05b-030
+def square(
+    lists:list, # Lists of items, none of them empty
+)->np.ndarray: # (lists, longest); a shorter list repeats its last item
+    "Lists of unequal length as one array."
+    longest = max(map(len, lists))
+    return np.stack([np.pad(items, (0, longest - len(items)), mode="edge") for items in lists])
+
 def score_rows(
     model, # Recommender
     questions:Questions, # Users and histories
@@ -246,10 +253,9 @@ def score_rows(
     score:str="yes-no", # yes-no or vocab
 )->list[np.ndarray]: # Scores of each row's candidates
     "Scores of candidate lists, the same way for every recommender."
-    lists, longest = [np.asarray(lists[r]) for r in rows], max(len(lists[r]) for r in rows)
+    lists = [np.asarray(lists[r]) for r in rows]
     if model.joint:
         z = score_prompts(model, [questions.ids(r, int(i)) for r, items in zip(rows, lists) for i in items], score)
         return np.split(z, np.cumsum([len(items) for items in lists])[:-1])
-    table = np.stack([np.pad(items, (0, longest - len(items)), mode="edge") for items in lists])
-    z = score_contexts(model, [questions.context(r) for r in rows], table, score)
+    z = score_contexts(model, [questions.context(r) for r in rows], square(lists), score)
     return [row[:len(items)] for row, items in zip(z, lists)]
