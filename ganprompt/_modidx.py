@@ -310,6 +310,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ganprompt.data.load_training': ('data.html#load_training', 'ganprompt/data.py'),
                                 'ganprompt.data.make_data': ('data.html#make_data', 'ganprompt/data.py'),
                                 'ganprompt.data.prepare': ('data.html#prepare', 'ganprompt/data.py'),
+                                'ganprompt.data.rankable': ('data.html#rankable', 'ganprompt/data.py'),
                                 'ganprompt.data.read_reviews': ('data.html#read_reviews', 'ganprompt/data.py'),
                                 'ganprompt.data.read_titles': ('data.html#read_titles', 'ganprompt/data.py'),
                                 'ganprompt.data.room_data': ('data.html#room_data', 'ganprompt/data.py'),

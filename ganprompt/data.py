@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'KINDS', 'FILLERS', 'BRANDS', 'SIZES', 'FIELDS', 'TYPES', 'ASIN', 'generate_demo', 'Source', 'sources',
            'categories', 'find_source', 'scan', 'read_reviews', 'k_core', 'cut_reviews', 'histories', 'split_of',
-           'split_rows', 'uniforms', 'sample', 'read_titles', 'prepare', 'table1_row', 'table1', 'check_data',
-           'room_data', 'make_data', 'dataset_info', 'load_sequences', 'load_training', 'load_candidates', 'download',
-           'fetch']
+           'split_rows', 'uniforms', 'sample', 'read_titles', 'rankable', 'prepare', 'table1_row', 'table1',
+           'check_data', 'room_data', 'make_data', 'dataset_info', 'load_sequences', 'load_training', 'load_candidates',
+           'download', 'fetch']
 
 # %% ../nbs/01_data.ipynb #01-002
 import ast, csv, gzip, hashlib, http.client, itertools, json, random, re, time, urllib.error, urllib.request, zlib
@@ -429,6 +429,15 @@ def read_titles(
     pairs = read(source.reviews).select(pl.col(item).cast(pl.String).alias("item"), pl.col(title).cast(pl.String).alias("title"))
     return dict(pairs.drop_nulls().filter(pl.col("item").is_in(list(wanted))).unique("item", keep="first", maintain_order=True).collect().rows())
 
+# %% ../nbs/01_data.ipynb #01-065a
+def rankable(
+    rows:pl.DataFrame, # From `split_rows`
+    df:pl.DataFrame, # user, item: all interactions, each pair once
+) -> pl.DataFrame: # The same without held-out rows of users who have every item
+    "There must be another item to rank the target against."
+    whole = df.group_by("user").len().filter(pl.col("len") == df["item"].n_unique())["user"]
+    return rows.filter((pl.col("split") == "train") | ~pl.col("user").is_in(whole.implode()))
+
 # %% ../nbs/01_data.ipynb #01-066
 def prepare(
     reviews:pl.DataFrame, # From `read_reviews`
@@ -445,7 +454,7 @@ def prepare(
     df = df.select("user", "item", pl.col("rating").cast(pl.Float32), "time", "position")
     rows = histories(df, min_history, max_history, max_sequence)
     df = df.with_columns(split=split_of(histories(df, 0, 1, max_sequence), df["time"], protocol))
-    return dict(core=kept, interactions=df, sequences=split_rows(rows, df["time"], protocol), users=users, items=items)
+    return dict(core=kept, interactions=df, sequences=rankable(split_rows(rows, df["time"], protocol), df), users=users, items=items)
 
 # %% ../nbs/01_data.ipynb #01-067
 def table1_row(dataset, source, cut, made):

@@ -357,7 +357,7 @@ class Reworded:
 
 def worded(
     reader:Reader, # With the T5's tokenizer
-    own:dict, # User -> attribute word
+    own:dict, # Row -> attribute word
     rows:pl.DataFrame, # user, history
     p:dict, # The stage's parameters
 )->list: # `wordings` times the questions: in the run's words, and then in others
@@ -370,7 +370,6 @@ def worded(
     if p["wordings"] > len(each) + 1: raise UserError(f"wordings={p['wordings']}: there are {len(each) + 1} templates to train on, {p['nonsense']} of them nonsense; choose 1 to {len(each) + 1}, or add seen ones to data/templates.yaml")
     choice = rng.permuted(np.tile(np.arange(len(each)), (len(rows), 1)), axis=1)
     return [clean, *(Reworded(each, choice[:, v]) for v in range(p["wordings"] - 1))]
-
 
 # %% ../nbs/06_recommender.ipynb #06-027
 def ask(

@@ -317,7 +317,7 @@ def verdict(
 def score_bank(
     model, # Recommender, or any object with its interface
     reader:Reader, # With the model's tokenizer
-    own:dict, # User -> attribute word
+    own:dict, # Row -> attribute word
     bank:list, # Templates
     rows:pl.DataFrame, # user, history
     lists:list, # Candidates of each row

@@ -106,6 +106,16 @@ def test_long_histories_in_parts(tmp_path):
         assert lists["row"].to_list() == test["row"].to_list()
 
 
+def test_who_has_everything_is_not_ranked(tmp_path):
+    "A user who has bought the whole catalogue: there is nothing to rank the target against. The others stay, with shorter lists."
+    lines = [f"u{u},i{i},5,{100*u + k}" for u in range(6) for k, i in enumerate(range(8) if not u else [(u + j) % 8 for j in range(6)])]
+    (tmp_path/"small.csv").write_text("\n".join(["user,item,rating,time", *lines]))
+    make_data(str(tmp_path/"r"), dataset=str(tmp_path/"small.csv"), core=2)
+    names = pl.read_parquet(tmp_path/"r/data/users.parquet")["raw_user"].to_list()
+    for split in ("valid", "test"): assert {names[u] for u in load_sequences(str(tmp_path/"r"), split)["user"]} == {f"u{u}" for u in range(1, 6)}
+    assert "u0" in {names[u] for u in load_sequences(str(tmp_path/"r"), "train")["user"]} and all(len(x) == 3 for x in load_candidates(str(tmp_path/"r"), "uni99")[1])
+
+
 # --- candidates
 
 def test_candidates_hold_the_target_once_and_nothing_seen(demo):
