@@ -31,7 +31,7 @@ from .baselines import short_message
 from .p5 import RATE, InBlank, asker_for, likelier, tune_p5
 from .collm import load_text_lm, text_reader, tune_text
 from .robustness import FIGURES, PALETTE, drop_rate, ends, listed, load_any, measure_bank, over_templates, plot_heat, redrawn, score_bank, template_table, test_lists
-from .tables import Block, Page, by_dataset, entry_path, pack, read_json, slug, to_md, unpack, without_folders, write_page
+from .tables import Block, Page, by_dataset, entry_path, owners_of, pack, per_owner, read_json, slug, to_md, unpack, without_folders, write_page
 from .figures import save_figure
 
 # %% ../nbs/10c_study.ipynb #10c-008
@@ -150,8 +150,8 @@ def run_entry(
     table = template_table(scores, bank).select("id", "group", "split", "drop", "flips", "tau", "rbo")
     ranks = [pack(pl.DataFrame(ranking(listed(z)))) for z in scores]
     heads = [" ".join(map(str, first_places(z[:SHOWN]).ravel())) for z in scores]
-    return dict(users=len(rows), users_digest=digest(rows["user"].to_list()), valid=valid, encoder=merits, measured=measure_bank(scores, bank), by_template=[t | {"ranks": r, "heads": h} for t, r, h in zip(table.to_dicts(), ranks, heads)],
-                odds=np.round(scores[:, :SHOWN, 0].astype(float), 2).tolist(), seconds={"train": tuned - start, "score": time.time() - tuned})
+    return dict(users=len(rows), users_digest=digest(rows["user"].to_list()), valid=valid, encoder=merits, measured=measure_bank(scores, bank, rows["user"]), by_template=[t | {"ranks": r, "heads": h} for t, r, h in zip(table.to_dicts(), ranks, heads)],
+                odds=np.round(scores[:, :SHOWN, 0].astype(float), 2).tolist(), seconds={"train": tuned - start, "score": time.time() - tuned}) | owners_of(rows["user"])
 
 # %% ../nbs/10c_study.ipynb #10c-014
 def stage_page(
@@ -259,7 +259,7 @@ def table_of(
 )->dict: # Each of `FIGURES` -> f64[templates, users]
     "Every user's figures under every template."
     found = [figures_of(*unpack(t["ranks"], e["users"])) for t in e["by_template"]]
-    return {m: np.stack([f[m] for f in found]) for m in FIGURES}
+    return {m: per_owner(np.stack([f[m] for f in found]), e) for m in FIGURES}
 
 def by_entry(
     mine:list, # Kept entries of one data set
@@ -270,7 +270,6 @@ def by_entry(
         tables = [table_of(e) for e in mine if e["model"] == name]
         return [e["seed"] for e in mine if e["model"] == name], {m: np.stack([t[m] for t in tables]) for m in FIGURES}
     return {name: one(name) for name in names}
-
 
 # %% ../nbs/10c_study.ipynb #10c-019
 STATISTICS = {"unseen": np.mean, "q05": lambda m: np.quantile(m, .05), "CPS": lambda m: over_templates(m)["cps"]}

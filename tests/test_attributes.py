@@ -142,3 +142,22 @@ def test_only_what_the_prompt_shows_is_known(run, monkeypatch):
     assert attributes.UNKNOWN == "unknown item"
     words = pl.read_parquet(make_attributes(run, k=2)/"rows.parquet")["attribute"].to_list()
     assert words[0] is not None and words[1] is None
+
+def test_users_without_a_training_part_are_asked_too(shop, tmp_path):
+    "One cut in time for all: whoever came later has no training part. Their rows have words, and no template of the bank fails."
+    from conftest import make
+    from ganprompt.data import load_sequences, load_training
+    from ganprompt.encoder import reader_for
+    from ganprompt.prompts import slots
+    from ganprompt.scorer import Questions, bank_for, own_attributes
+    run = str(tmp_path/"r")
+    make(run, "attributes", shop, protocol="time", max_sequence=8)
+    training, rows, own, (reader, _) = load_training(run), load_sequences(run, "test"), own_attributes(run), reader_for(run)
+    late = rows.filter(pl.Series([not len(training[u]) for u in rows["user"]], dtype=pl.Boolean))
+    assert len(late) and all(own[r] in attributes.load_attributes(run) for r in late["row"])
+    texts = [t["text"] for t in bank_for(reader) if "attribute" in slots(t["text"])]
+    for text in texts:
+        for words in (own, {}):
+            asked = Questions(reader, words, rows, text)
+            assert all(len(asked.ids(r, 0)) > 5 and len(asked.context(r)) > 5 for r in range(len(rows)))
+    assert texts

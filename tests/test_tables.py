@@ -292,3 +292,13 @@ def test_keep_again_and_what_is_lacking(run, tmp_path):
 def test_nothing_to_keep(run, tmp_path):
     for name in ("recommender", "baselines"): shutil.rmtree(run/name)
     with pytest.raises(UserError, match="no ranked models; make some: ganprompt run"): T.keep_models(str(run), tmp_path/"study")
+
+
+def test_a_user_with_several_lists_is_one_person():
+    "Ranks 1, 3 of one user and 2 of another: the first user's figures are means over both lists."
+    rows = B.rank_rows("m", [7, 7, 9], "uni99", [np.r_[0., np.ones(r - 1), -np.ones(9)] for r in (1, 3, 2)])
+    e = dict(model="m", seed=0, dataset="toy", users=3, users_digest="x", data="y", lists={"uni99": T.pack(rows)}) | T.owners_of([7, 7, 9])
+    people = T.people([e])
+    assert people["user"].to_list() == [0, 1] and people["hit@1"].to_list() == [.5, 0] and people["mrr"].to_list() == pytest.approx([2/3, 1/2])
+    del e["owners"]
+    assert len(T.people([e])) == 3 and T.owners_of([7, 8, 9]) == {}
