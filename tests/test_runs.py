@@ -1,11 +1,12 @@
-"Stages: made once, whole or not at all, and resumed after a kill."
-import json, os, signal, subprocess, sys, time
+"Stages: made once, whole or not at all, made again when what they were made from has changed, never replaced by others unasked, and resumed after a kill."
+import hashlib, json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 
-from ganprompt.runs import (UserError, complete, finite, fresh, load_checkpoint, lock, manifest, need, root, run_folder, save_checkpoint, seed_all,
-                            stage, write_json)
+from ganprompt import runs
+from ganprompt.runs import (UserError, commit, complete, finite, fresh, load_checkpoint, lock, manifest, need, replacing, root, run_folder, save_checkpoint,
+                            seed_all, sources, stage, stale, write_json)
 
 WALK = '''
 import os, random, signal, sys, numpy as np, torch
@@ -70,7 +71,7 @@ def test_skip_and_rerun(tmp_path):
     assert not fresh(tmp_path/"r", "toy")
     go()
     assert calls == [1, 1]
-    go(2)
+    with replacing(True): go(2)
     (tmp_path/"r"/"toy"/"value.json").unlink()
     go(2)
     assert calls == [1, 1, 2, 2] and fresh(tmp_path/"r", "toy")
@@ -80,7 +81,9 @@ def test_dependents_rerun_only_when_the_input_differs(tmp_path):
     calls = []
     first = lambda value: toy(tmp_path/"r", [], value, "first")
     second = lambda: toy(tmp_path/"r", calls, 0, "second", inputs=["first"])
-    first(1); second(); first(2); second()
+    first(1); second()
+    with replacing(True): first(2)
+    second()
     assert calls == [0, 0]
     (tmp_path/"r"/"first"/"manifest.json").unlink()
     with pytest.raises(UserError, match="no complete stage 'first'"): second()
@@ -105,7 +108,7 @@ def test_failure_leaves_nothing_half_written(tmp_path, error):
         write_json(folder/"value.json", 2)
         if error is UserError: save_checkpoint(folder, 1, {})
         raise error("no")
-    with pytest.raises(error): stage(tmp_path/"r", "toy", {"value": 2}, fail)
+    with pytest.raises(error, match="^no$"), replacing(True): stage(tmp_path/"r", "toy", {"value": 2}, fail)
     assert sorted(p.name for p in (tmp_path/"r").iterdir()) == [".locks", "toy"]
     assert json.loads((tmp_path/"r"/"toy"/"value.json").read_text()) == 1
 
@@ -168,24 +171,213 @@ def test_non_finite_loss(loss):
     with pytest.raises(UserError, match="stage 2, step 7; lower the learning rate"): finite(loss, "stage 2, step 7")
 
 
-def test_need(tmp_path):
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "A repository's root of the test's own, so that its run `demo` may be made."
+    monkeypatch.setattr(runs, "root", lambda: tmp_path)
+    return tmp_path
+
+
+def test_need(home):
     calls = []
     make = lambda run: toy(run, calls)
-    need(tmp_path/"r", "toy", make); need(tmp_path/"r", "toy", make)
+    need("demo", "toy", make); need("demo", "toy", make)
     assert calls == [1]
-    (tmp_path/"real"/"data").mkdir(parents=True)
-    write_json(tmp_path/"real"/"data"/"dataset.json", {"dataset": "beauty"})
-    with pytest.raises(UserError, match="ganprompt run --run"): need(tmp_path/"real", "toy", make)
+    toy("beauty", [], name="data")
+    with pytest.raises(UserError, match="no complete stage 'toy'; make it with: ganprompt run --run beauty --until toy"): need("beauty", "toy", make)
+
+
+def test_a_misspelt_run_is_not_begun(home):
+    toy("demo", [], name="data"); toy("beauty", [], name="data")
+    for name, near in ("dmeo", "demo"), ("beuty", "beauty"), (home/"runs/bauty", "beauty"):
+        with pytest.raises(UserError, match=f"there is no run '.*'; the nearest existing run is '{near}'"): need(name, "toy", lambda run: toy(run, []))
+    assert {p.name for p in (home/"runs").iterdir()} == {"demo", "beauty"}
+    assert run_folder(2024) == home/"runs"/"2024" # as papermill reads `-p run 2024`
+    with pytest.raises(UserError, match="no run '2024'"): need(2024, "toy", lambda run: toy(run, []))
+
+
+def chain(run, seed=0, **kw):
+    "Three stages, each made from the one before."
+    for name, inputs in ("first", []), ("second", ["first"]), ("third", ["second"]):
+        stage(run, name, {"seed": seed, "name": name}, lambda folder: write_json(folder/"x.json", [seed, name]), inputs=inputs, **kw)
+
+
+def test_being_out_of_date_is_passed_on(tmp_path):
+    (file := tmp_path/"in.txt").write_text("a")
+    chain(tmp_path/"r", files=[file])
+    assert not any(stale(tmp_path/"r", name) for name in ("first", "second", "third"))
+    first = manifest(tmp_path/"r", "first")
+    write_json(tmp_path/"r/first/manifest.json", first | {"files": {str(tmp_path/"gone"): "0"}})
+    assert stale(tmp_path/"r", "first") == f"cannot read {tmp_path/'gone'}: No such file or directory; check the path"
+    assert stale(tmp_path/"r", "second") == "input first is out of date" and stale(tmp_path/"r", "third") == "input second is out of date"
+    for name in "first", "third":
+        with pytest.raises(UserError, match=f"stage {name!r} of run .* is out of date .*ganprompt run --run .* --until {name}"): need(tmp_path/"r", name)
+    with pytest.raises(UserError, match="'third' of run"): toy(tmp_path/"r", [], name="fourth", inputs=["third"])
+    shutil.rmtree(tmp_path/"r/first")
+    assert stale(tmp_path/"r", "second") == "input first is missing"
+
+
+def test_a_change_is_seen_although_the_file_was_hashed_before(tmp_path):
+    "Also if size and time of the file stay the same, as long as it is young; and an old one that is written anew."
+    (file := tmp_path/"in.txt").write_text("a")
+    go = lambda: toy(tmp_path/"r", [], files=[file])
+    go()
+    then = file.stat().st_mtime_ns
+    file.write_text("b"); os.utime(file, ns=(then, then))
+    assert stale(tmp_path/"r", "toy") == f"file changed: {file}"
+    go()
+    for path in file, tmp_path/"r/toy/manifest.json": os.utime(path, ns=(10**18, 10**18))
+    assert fresh(tmp_path/"r", "toy") and fresh(tmp_path/"r", "toy")
+    file.write_text("c")
+    assert not fresh(tmp_path/"r", "toy")
+
+
+def test_what_was_found_fresh_is_not_hashed_again(tmp_path, monkeypatch):
+    (file := tmp_path/"in.txt").write_text("a")
+    chain(tmp_path/"r", files=[file])
+    for path in [file, *tmp_path.glob("r/*/manifest.json")]: os.utime(path, ns=(10**18, 10**18))
+    need(tmp_path/"r", "third")
+    monkeypatch.setattr(runs, "fingerprint", None)
+    monkeypatch.setattr(hashlib, "file_digest", None)
+    for name in "first", "second", "third": need(tmp_path/"r", name)
+
+
+def test_weights_and_tokenizer_of_a_model_count(tmp_path):
+    (model := tmp_path/"model").mkdir()
+    for name in "config.json", "model.safetensors", "tokenizer.json", "README.md": (model/name).write_text("1")
+    go = lambda: stage(tmp_path/"r", "toy", {}, lambda folder: write_json(folder/"where.json", str(model)), models=[model])
+    go(); toy(tmp_path/"r", [], name="after", inputs=["toy"])
+    (model/"README.md").write_text("2")
+    assert fresh(tmp_path/"r", "after")
+    for name in "model.safetensors", "tokenizer.json", "config.json", "merges.txt":
+        (model/name).write_text("2")
+        assert stale(tmp_path/"r", "toy") == f"model changed: {model}"
+        go()
+        assert stale(tmp_path/"r", "after") == "input toy has changed" # though its one output is the same: it says where the model lies
+        toy(tmp_path/"r", [], name="after", inputs=["toy"])
+
+
+def test_other_parameters_replace_nothing_unasked(tmp_path):
+    run = tmp_path/"r"
+    chain(run)
+    with pytest.raises(UserError, match=r"stage 'first' of run .* was made with other values: seed 0 -> 1; to replace it: --replace true"): chain(run, 1)
+    assert json.loads((run/"first/x.json").read_text()) == [0, "first"]
+    with replacing(True), pytest.raises(UserError, match=r"'third' of run .* would be built on another seed's second: seed 0 -> 1.*--seed 1 --until third --replace true"):
+        stage(run, "third", {"seed": 1}, lambda folder: None, inputs=["second"])
+    with replacing(True): chain(run, 1)
+    assert json.loads((run/"third/x.json").read_text()) == [1, "third"] and "replace" not in json.dumps(manifest(run, "third")["parameters"])
+    stage(run, "first", {"seed": 1, "name": "first", "new": 0}, lambda folder: None) # a parameter that there was not before is a matter of the sources
+    with pytest.raises(UserError, match="seed 1 -> 2"): chain(run, 2)
+
+
+def test_more_parts_replace_nothing(tmp_path):
+    def go(parts, n=1): return stage(tmp_path/"r", "toy", {"parts": parts, "n": n}, lambda folder: write_json(folder/"x.json", parts), grows=["parts"])
+    go("a"); go("b, a"); go("a,b,c")
+    for parts, n in ("a", 1), ("a,d", 1), ("a,b,c,d", 2):
+        with pytest.raises(UserError, match="made with other values"): go(parts, n)
+    go("all")
+    assert json.loads((tmp_path/"r/toy/x.json").read_text()) == "all"
+
+
+def test_what_was_told_counts_if_the_result_would_differ(tmp_path):
+    "Two files of one name in two folders are two data sets, unless they hold the same."
+    def go(file): return stage(tmp_path/"r", "data", {"dataset": "shop"}, lambda folder: write_json(folder/"x.json", file.read_text()), files=[file], given={"dataset": str(file)})
+    for folder, text in ("a", "1"), ("b", "1"), ("c", "2"):
+        (tmp_path/folder).mkdir(); (tmp_path/folder/"shop.csv").write_text(text)
+    go(tmp_path/"a/shop.csv"); go(tmp_path/"b/shop.csv")
+    with pytest.raises(UserError, match="a/shop.csv' -> .*c/shop.csv"): go(tmp_path/"c/shop.csv")
+    (tmp_path/"a/shop.csv").write_text("3")
+    go(tmp_path/"a/shop.csv")
+    assert json.loads((tmp_path/"r/data/x.json").read_text()) == "3"
+
+
+def test_a_stage_must_not_contradict_what_its_run_was_launched_with(tmp_path):
+    (tmp_path/"r").mkdir()
+    write_json(tmp_path/"r/run.json", {"parameters": {"lr": .5, "models": "a,b"}})
+    go = lambda lr: stage(tmp_path/"r", "toy", {"lr": lr, "seed": 0}, lambda folder: None)
+    with pytest.raises(UserError, match="launched with other values: lr 0.5 -> 0.1"): go(.1)
+    assert not (tmp_path/"r/toy").exists() and go(.5)
+
+
+def test_the_demo_is_made_with_what_was_chosen_for_it(home):
+    (home/"runs/demo").mkdir(parents=True)
+    write_json(home/"runs/demo/run.json", {"parameters": {"value": 7, "other": 1}})
+    def make(run, value=1): return toy(run, [], value)
+    assert json.loads((need("demo", "toy", make)/"value.json").read_text()) == 7
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    "A copy of the package's text, that `sources` looks at."
+    shutil.copytree(root()/"ganprompt", tmp_path/"ganprompt", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(runs, "_source", lambda file: tmp_path/"ganprompt"/file)
+    def change(file, old, new):
+        text, path = (tmp_path/"ganprompt"/file).read_text(), tmp_path/"ganprompt"/file
+        assert len(re.findall(old, text)) == 1
+        path.write_text(re.sub(old, new, text))
+    return change
+
+
+STAGES = "data", "prompts", "backbones", "attributes", "encoder", "gather", "recommender", "metrics", "baselines", "p5", "collm", "ctrl", "figures", "benchmarks", "study"
+
+@pytest.mark.parametrize("file, old, new, wanted", [
+    ("recommender.py", r"\ndef rec_loss\(", "\n# in other words\ndef rec_loss(", set()),
+    ("encoder.py", r'"Stage `encoder`', '"In other words, stage `encoder`', set()),
+    ("encoder.py", r'"Stage `encoder`([^\n]*)\n', '"Stage `encoder`"; gc.collect()\n', {"encoder"}),
+    ("recommender.py", r"\ndef rec_loss\(", "\ndef rec_loss(_=0, *, ", {"recommender", "collm", "study", "benchmarks"}),
+    ("figures.py", r"def draw_figure3\(", "X = 1\ndef draw_figure3(_=X, *, ", {"figures"}),
+    ("metrics.py", r"def means_table\(", "def means_table(_=0, *, ", set()),
+    ("baselines.py", r"def serve\(\):", "def serve(_=0):", {"baselines"}), # reached by a text that another process executes
+    ("attributes.py", r"k:int=5", "k:int=6", {"attributes", "encoder", "gather", "recommender", "benchmarks", "study", "collm", "ctrl", "p5"}), # a default of another stage
+])
+def test_sources_change_with_what_a_stage_reaches(package, file, old, new, wanted):
+    before = {name: sources(name) for name in STAGES}
+    package(file, old, new)
+    changed = {name for name in STAGES if sources(name) != before[name]}
+    assert changed <= wanted and bool(changed) == bool(wanted)
+
+
+def test_a_change_of_sources_makes_a_stage_stale_and_says_where(tmp_path, package):
+    stage(tmp_path/"r", "prompts", {}, lambda folder: None)
+    assert fresh(tmp_path/"r", "prompts")
+    package("prompts.py", r"def titles_table\(", "def titles_table(_=0, *, ")
+    assert stale(tmp_path/"r", "prompts") == "sources: prompts.py"
+    with pytest.raises(UserError, match=f"git checkout {manifest(tmp_path/'r', 'prompts')['commit'][:10]}"): need(tmp_path/"r", "prompts")
+    stage(tmp_path/"r", "prompts", {}, lambda folder: None) # with the same parameters it is simply made again
+    assert fresh(tmp_path/"r", "prompts")
+
+
+def test_commit(tmp_path, monkeypatch):
+    "Of the project's own checkout, and not of a repository that happens to hold it."
+    def git(*args): subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", tmp_path, *args], check=True, capture_output=True)
+    home = [tmp_path/"inner"]
+    home[0].mkdir()
+    monkeypatch.setattr(runs, "root", lambda: home[0])
+    monkeypatch.setenv("GIT_DIR", str(root()/".git"))
+    unknown = {"commit": "unknown", "dirty": "unknown"}
+    assert commit() == unknown
+    monkeypatch.delenv("GIT_DIR")
+    git("init"); (tmp_path/"file").write_text("1"); git("add", "."); git("commit", "-m", "one")
+    assert commit() == unknown
+    home[0] = tmp_path.resolve()
+    assert not commit()["dirty"] and re.fullmatch("[0-9a-f]{40}", commit()["commit"])
+    (tmp_path/"file").write_text("2")
+    assert commit()["dirty"]
+    toy(tmp_path/"r", [])
+    assert manifest(tmp_path/"r", "toy")["commit"] == commit()["commit"] and manifest(tmp_path/"r", "toy")["dirty"]
 
 
 def test_parallel_chapters_wait_for_each_other(tmp_path):
     code = f'''
 import os, time
+from pathlib import Path
+from ganprompt import runs
 from ganprompt.runs import *
+runs.root = lambda: Path({str(tmp_path)!r})
 def make(run):
     def work(folder): time.sleep(1); write_json(folder/"by.json", os.getpid())
     return stage(run, "slow", {{}}, work)
-print((need({str(tmp_path/"r")!r}, "slow", make)/"by.json").read_text())'''
+print((need("demo", "slow", make)/"by.json").read_text())'''
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = {int(p.communicate(timeout=30)[0]) for p in both}
+    said = {int(p.communicate(timeout=60)[0]) for p in both}
     assert len(said) == 1 and said <= {p.pid for p in both} and os.getpid() not in said
