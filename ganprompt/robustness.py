@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'PALETTE', 'STYLE', 'over_templates', 'drop_rate', 'halved', 'held_out', 'pss', 'flips', 'posix', 'tau',
-           'ranks', 'rbo', 'listed', 'agreement', 'diversity', 'by_template', 'mean_known', 'template_table',
+           'ranks', 'rbo', 'unpadded', 'agreement', 'diversity', 'by_template', 'mean_known', 'template_table',
            'measure_bank', 'redrawn', 'ends', 'user_draws', 'drawn_means', 'between', 'bank_intervals', 'chance',
            'verdict', 'score_bank', 'Untuned', 'load_any', 'plot_templates', 'plot_heat', 'figure1', 'picture',
            'plain_table', 'split_table', 'shown_table', 'report_page', 'test_lists', 'check_report', 'make_report']
@@ -125,7 +125,7 @@ def rbo(
     return both[..., -1] / n * p**n + (1 - p) / p * (both / depth * p**depth).sum(axis=-1)
 
 # %% ../nbs/09_robustness.ipynb #09-024
-def listed(
+def unpadded(
     scores:np.ndarray, # f[lists, candidates], NaN behind the end of a shorter list
 ) -> list: # Score lists of their own lengths
     "Lists as `ranking` wants them."
@@ -160,7 +160,7 @@ def by_template(
     scores, # f[templates, users, candidates], targets first, NaN behind the end of a shorter list
 ) -> dict: # Each of `FIGURES` -> f64[templates, users]
     "Every user's figures under every template."
-    found = [figures_of(*(r[k] for k in ("rank", "ties", "size"))) for r in map(ranking, map(listed, scores))]
+    found = [figures_of(*(r[k] for k in ("rank", "ties", "size"))) for r in map(ranking, map(unpadded, scores))]
     return {m: np.stack([f[m] for f in found]) for m in FIGURES}
 
 def mean_known(
@@ -431,7 +431,7 @@ def figure1(
         z, values = scores[i, user], dict(user_entity="The user", purchase_history=history, target_item="…", attribute="…")
         best = [titles[lists[user][c]] for c in np.argsort(-z, kind="stable")[:min(top, len(lists[user]))]]
         return dict(group=bank[i]["group"], prompt=render(bank[i]["text"], **{k: v for k, v in values.items() if k != "attribute" or "attribute" in slots(bank[i]["text"])}),
-                    **{f"{n}.": t for n, t in enumerate(best, 1)}, **{"rank of the target": int(ranking(listed(z[None]))["rank"][0])})
+                    **{f"{n}.": t for n, t in enumerate(best, 1)}, **{"rank of the target": int(ranking(unpadded(z[None]))["rank"][0])})
     return pl.DataFrame([line(i) for i in shown])
 
 # %% ../nbs/09_robustness.ipynb #09-052

@@ -30,7 +30,7 @@ from .metrics import data_name, figures_of, label, ranking, short, spread
 from .baselines import short_message
 from .p5 import RATE, InBlank, asker_for, likelier, tune_p5
 from .collm import load_text_lm, text_reader, tune_text
-from .robustness import FIGURES, PALETTE, drop_rate, ends, listed, load_any, measure_bank, over_templates, plot_heat, redrawn, score_bank, template_table, test_lists
+from .robustness import FIGURES, PALETTE, drop_rate, ends, unpadded, load_any, measure_bank, over_templates, plot_heat, redrawn, score_bank, template_table, test_lists
 from .tables import Block, Page, by_dataset, entry_path, owners_of, pack, per_owner, read_json, slug, to_md, unpack, without_folders, write_page
 from .figures import save_figure
 
@@ -148,7 +148,7 @@ def run_entry(
     scores = score_bank(model, reader, own_attributes(run), bank, rows, lists, name)
     if isinstance(model, InBlank): scores = likelier(scores)
     table = template_table(scores, bank).select("id", "group", "split", "drop", "flips", "tau", "rbo")
-    ranks = [pack(pl.DataFrame(ranking(listed(z)))) for z in scores]
+    ranks = [pack(pl.DataFrame(ranking(unpadded(z)))) for z in scores]
     heads = [" ".join(map(str, first_places(z[:SHOWN]).ravel())) for z in scores]
     return dict(users=len(rows), users_digest=digest(rows["user"].to_list()), valid=valid, encoder=merits, measured=measure_bank(scores, bank, rows["user"]), by_template=[t | {"ranks": r, "heads": h} for t, r, h in zip(table.to_dicts(), ranks, heads)],
                 odds=np.round(scores[:, :SHOWN, 0].astype(float), 2).tolist(), seconds={"train": tuned - start, "score": time.time() - tuned}) | owners_of(rows["user"])
