@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FIGURES', 'PALETTE', 'STYLE', 'over_templates', 'drop_rate', 'halved', 'held_out', 'pss', 'flips', 'posix', 'tau',
            'ranks', 'rbo', 'unpadded', 'agreement', 'diversity', 'by_template', 'mean_known', 'template_table',
-           'measure_bank', 'redrawn', 'ends', 'user_draws', 'drawn_means', 'between', 'bank_intervals', 'chance',
-           'verdict', 'score_bank', 'Untuned', 'load_any', 'plot_templates', 'plot_heat', 'figure1', 'picture',
-           'plain_table', 'split_table', 'shown_table', 'report_page', 'test_lists', 'check_report', 'make_report']
+           'measure_bank', 'user_draws', 'drawn_means', 'between', 'bank_intervals', 'chance', 'verdict', 'score_bank',
+           'Untuned', 'load_any', 'plot_templates', 'plot_heat', 'figure1', 'picture', 'plain_table', 'split_table',
+           'shown_table', 'report_page', 'test_lists', 'check_report', 'make_report']
 
 # %% ../nbs/09_robustness.ipynb #09-004
 import base64, html, io, json, time
@@ -26,7 +26,7 @@ from .backbones import Reader, answers, backbone, is_here, last_logits, load_mod
 from .encoder import reader_for
 from .scorer import Questions, bank_for, own_attributes, score_rows
 from .recommender import T5Decoder, load_recommender, make_recommender, sample_rows
-from .metrics import figures_of, label, ranking, short, spread
+from .metrics import ends, figures_of, label, ranking, redrawn, short, spread
 
 # %% ../nbs/09_robustness.ipynb #09-008
 def over_templates(
@@ -202,32 +202,6 @@ def measure_bank(
     splits = {s: [t for t, about in enumerate(bank) if about["split"] == s] for s in SPLITS}
     splits["unseen"] = [t for t, about in enumerate(bank) if about["split"] != "seen"]
     return dict(clean={m: float(v[0].mean()) for m, v in figures.items()}) | {s: one(at) for s, at in splits.items() if [t for t in at if t]}
-
-# %% ../nbs/09_robustness.ipynb #09-037
-def redrawn(
-    values:dict, # Model -> a figure of each user under each template of a split, f64[templates, users]; or of several trainings, f64[seeds, templates, users]
-    statistic, # Function of a figure under each template, f64[templates]
-    resamples:int=1000, # Draws
-    seed:int=0, # Of the draws
-) -> dict: # Model -> f64[1 + resamples]: the statistic of the table as it is, then of each draw
-    "Bootstrap over users, templates and trainings, the same draws for every model."
-    n, users = next(iter(values.values())).shape[-2:]
-    rng = np.random.default_rng(seed)
-    weight = rng.multinomial(users, np.full(users, 1 / users), size=resamples) / users
-    at = rng.integers(n, size=(resamples, n))
-    lots = rng.random((resamples, max(x.size for x in values.values()) // (n * users)))
-    def one(x):
-        x = x.reshape(-1, n, users)
-        chosen = (lots[:, :len(x)] * len(x)).astype(int)
-        means = (weight @ x.transpose(0, 2, 1))[chosen.T, np.arange(resamples)].mean(axis=0)
-        return np.array([statistic(x.mean(axis=(0, 2))), *map(statistic, np.take_along_axis(means, at, axis=1))])
-    return {model: one(x) for model, x in values.items()}
-
-def ends(
-    draws:np.ndarray, # From `redrawn`, or a difference of two
-) -> list: # [value, low, high]
-    "A statistic and its 95 % interval."
-    return [float(draws[0]), *map(float, np.nanquantile(draws[1:], [.025, .975]))]
 
 # %% ../nbs/09_robustness.ipynb #09-038b
 def user_draws(

@@ -5,6 +5,7 @@ import ir_measures
 import numpy as np
 import polars as pl
 import pytest
+import scipy.stats
 from ir_measures import RR, Success, nDCG
 from sklearn.metrics import roc_auc_score
 
@@ -51,6 +52,51 @@ def test_interval_holds_the_truth_95_times_in_100():
     rng = np.random.default_rng(0)
     ends = [M.bootstrap(rng.normal(size=(80, 1)), 400, seed).ravel() for seed in range(300)]
     assert .90 < np.mean([low < 0 < high for _, low, high in ends]) < .98
+
+
+def test_a_method_has_students_interval_over_its_trainings():
+    "By hand, and against scipy where trainings are all the noise."
+    each = np.array([[.30, .1], [.34, .1], [.41, .1]])
+    mean, low, high = M.student(each, np.array([0., .02]))
+    theirs = scipy.stats.t.interval(.95, 2, each[:, 0].mean(), scipy.stats.sem(each[:, 0]))
+    np.testing.assert_allclose([low[0], high[0]], theirs)
+    np.testing.assert_allclose([mean[1], low[1], high[1]], [.1, .1 - 1.96*.02, .1 + 1.96*.02])
+    both = M.student(each[:, :1], np.array([.02]))
+    assert (both[2] - both[0])[0] == pytest.approx((((theirs[1] - theirs[0])/2)**2 + (1.96*.02)**2)**.5)
+
+
+def test_one_training_has_an_interval_over_users_and_says_so():
+    x = np.random.default_rng(0).normal(size=(1, 50, 2))
+    np.testing.assert_array_equal(M.interval(x), M.bootstrap(x[0]))
+    assert M.scope(1) == "over users, for one training: they say nothing of the method"
+    assert M.scope(3, "users and templates") == "over 3 trainings, users and templates (a claim wants 5 trainings)" and M.scope(5) == "over 5 trainings and users"
+
+
+STATISTICS = {"mean": lambda m: m.mean(-1), "q05": lambda m: np.quantile(m, .05, axis=-1), "CPS": lambda m: m.max(-1)*(1 - m.max(-1) + m.mean(-1))}
+
+
+@pytest.mark.parametrize("trainings", [3, 5, 10])
+@pytest.mark.parametrize("by_training, by_user, by_template", [(.03, 0, 0), (0, .4, 0), (.02, .3, .03)])
+def test_a_methods_interval_holds_the_truth_95_times_in_100(trainings, by_training, by_user, by_template, studies=700, templates=20, users=50):
+    "Of figures over templates too. The truth of a figure is its mean over banks of as many templates, without the noise of trainings and users."
+    rng = np.random.default_rng(trainings)
+    banks = .4 + by_template*rng.normal(size=(20000, templates))
+    found = {f"{i}": .4 + by_training*rng.normal(size=(trainings, 1, 1)) + by_template*rng.normal(size=(1, templates, 1)) + by_user*rng.normal(size=(1, 1, users)) for i in range(studies)}
+    for name, statistic in STATISTICS.items():
+        truth, held = statistic(banks).mean(), [M.ends(draws) for draws in M.redrawn(found, statistic, 100).values()]
+        assert np.mean([low < truth < high for _, low, high in held]) > .93, name
+    if (by_user, trainings) == (0, 3): # the old way, kept as the reason: three trainings drawn again from themselves
+        lots = rng.integers(3, size=(400, 3))
+        drawn = np.array([x[:, 0, 0][lots].mean(axis=1) for x in found.values()])
+        low, high = np.quantile(drawn, [.025, .975], axis=1)
+        assert np.mean((low < .4) & (.4 < high)) < .80
+
+
+def test_the_interval_of_a_method_is_no_shorter_than_that_of_its_trainings_or_of_its_users():
+    rng = np.random.default_rng(1)
+    each, error = rng.normal(size=(3, 500)), rng.uniform(0, 2, 500)
+    both, alone = (np.diff(M.student(each, e)[1:], axis=0)[0] for e in (error, 0*error))
+    assert (both >= alone).all() and (both >= 2*1.96*error).all()
 
 
 def test_paired_difference_needs_the_same_users():
@@ -111,7 +157,7 @@ def test_summary_writes_table_and_picture(kept):
     assert "| toy (synthetic), pocket models | ganprompt" in text and "ganprompt - popularity" in text
     for suffix in (".csv", ".png", ".md"): assert (kept / f"figures/toy{suffix}").stat().st_size
     table = pl.read_csv(kept / "figures/toy.csv").filter(pl.col("model") == "ganprompt")
-    assert table["above_random"].all() and set(table["seed"]) == {0, 1}
+    assert set(table["seed"]) == {0, 1} and "over 2 trainings and users (a claim wants 5 trainings)" in text
     before = {p: p.read_bytes() for p in (kept / "figures").iterdir()}
     M.summary("toy")
     assert before == {p: p.read_bytes() for p in before}

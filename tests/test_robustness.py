@@ -94,18 +94,18 @@ def test_measures_tell_constant_and_memorising_models_from_a_robust_one():
 def test_intervals_cover_users_and_templates():
     "With one figure for all, nothing varies; if only templates differ, the interval is that of a mean of few templates; the same draws serve all models."
     n, users = 12, 300
-    flat = R.redrawn({"a": np.full((n, users), .3)}, np.mean, 200)["a"]
+    def mean(m): return m.mean(-1)
+    flat = R.redrawn({"a": np.full((n, users), .3)}, mean, 200)["a"]
     assert np.allclose(flat, .3)
     steps = np.repeat(RNG.normal(size=(n, 1)), users, axis=1)
-    value, low, high = R.ends(R.redrawn({"a": steps}, np.mean, 4000)["a"])
+    value, low, high = R.ends(R.redrawn({"a": steps}, mean, 4000)["a"])
     assert value == pytest.approx(steps.mean()) and (high - low)/2 == pytest.approx(1.96*steps.std()/n**.5, rel=.15)
-    both = R.redrawn({"a": steps, "b": steps + .1}, np.mean, 50)
+    both = R.redrawn({"a": steps, "b": steps + .1}, mean, 50)
     np.testing.assert_allclose(both["b"] - both["a"], .1)
-    three = np.array([.1, .4, .7])[:, None, None] + np.zeros((3, n, users)) # trainings that differ: the mean of three drawn of three
-    drawn = R.redrawn({"a": three}, np.mean, 4000)["a"]
-    assert drawn[0] == pytest.approx(.4) and np.std(drawn[1:]) == pytest.approx(np.std([.1, .4, .7])/3**.5, rel=.05)
-    np.testing.assert_allclose(R.redrawn({"a": np.stack([steps]*3)}, np.mean, 50)["a"], both["a"]) # trainings that agree add nothing
-    shared = R.redrawn({"a": three, "b": three + .1}, np.mean, 50)
+    three = np.array([.1, .4, .7])[:, None, None] + np.zeros((3, n, users)) # trainings that differ: Student's interval, two degrees of freedom
+    assert R.ends(R.redrawn({"a": three}, mean, 50)["a"]) == pytest.approx([.4, .4 - 4.30265*.3/3**.5, .4 + 4.30265*.3/3**.5], abs=1e-4)
+    np.testing.assert_allclose(R.redrawn({"a": np.stack([steps]*3)}, mean, 50)["a"], np.repeat(both["a"], 3, axis=1)) # trainings that agree add nothing
+    shared = R.redrawn({"a": three, "b": three + .1}, mean, 50)
     np.testing.assert_allclose(shared["b"] - shared["a"], .1)
 
 

@@ -78,7 +78,7 @@ def test_hand_worked_figures(hand):
     assert best == {("ganprompt", m) for m in M.METRICS}
     assert {(row["model"], row["metric"]) for row in r.stats.filter("best_baseline").iter_rows(named=True)} == {("SASRec", m) for m in M.METRICS}
     first = r.pairs.row(by_predicate=pl.col("metric") == "hit@1", named=True)
-    assert first["improvement"] == pytest.approx(200/3) and (first["difference"], first["low"]) == (.25, 0)
+    assert first["improvement"] == pytest.approx(200/3) and first["difference"] == .25 and first["trainings"] == 2 and first["low"] == pytest.approx(.25 - 1.96*(1/12)**.5/2, abs=1e-4) # both seeds say .25; users 0, .5, .5, 0
 
 
 def test_hand_worked_page(hand):
@@ -87,7 +87,7 @@ def test_hand_worked_page(hand):
     assert cells("| GANPrompt (pocket)")[:4] == ["GANPrompt (pocket)", "2", "**.956 ± .009**", "**.625 ± .177**"]
     assert cells("| SASRec ")[3] == r".375 ± .177\*"
     assert cells("| Improvement")[3] == "+66.7"
-    assert cells("| HR@1 ") == ["HR@1", "SASRec", ".375", ".625", "+66.7", "+.250 [+.000, +.500]", "no"]
+    assert cells("| HR@1 ") == ["HR@1", "SASRec", "2", ".375", ".625", "+66.7", "+.250 [-.033, +.533]", "no"]
     assert "read titles" not in text and "read titles" in T.to_md(T.page_of(T.results(T.read_tables(hand)), {"titles": False}))
     assert cells("| Caser ") == ["Caser", "0 of 2", *["–"]*8] and "Caser" in next(line for line in text.splitlines() if line.startswith("No entry"))
 
@@ -103,15 +103,35 @@ def test_negative_improvement_and_zero_baseline(tmp_path):
     assert dict(r.pairs.select("metric", "improvement").iter_rows())["hit@1"] is None and "| Improvement (%) " in T.to_md(T.page_of(r))
 
 
-def test_interval_is_scipys(tmp_path):
-    rng = np.random.default_rng(0)
-    ranks = rng.integers(1, 100, (2, 400))
-    for seed in (0, 1): put(tmp_path, "HGN", seed, " ".join(map(str, ranks[seed])), 100)
-    row = figure(T.results(T.read_tables(tmp_path)), "HGN", "mrr")
-    theirs = scipy.stats.bootstrap([(1/ranks).mean(0)], np.mean, method="percentile", n_resamples=4000, rng=1).confidence_interval
-    error = (1/ranks).mean(0).std()/400**.5
+def test_the_interval_of_one_training_is_scipys(tmp_path):
+    ranks = np.random.default_rng(0).integers(1, 100, 400)
+    put(tmp_path, "HGN", 0, " ".join(map(str, ranks)), 100)
+    r = T.results(T.read_tables(tmp_path))
+    row, error = figure(r, "HGN", "mrr"), (1/ranks).std()/400**.5
+    theirs = scipy.stats.bootstrap([1/ranks], np.mean, method="percentile", n_resamples=4000, rng=1).confidence_interval
     assert abs(row["low"] - theirs.low) < .2*error and abs(row["high"] - theirs.high) < .2*error
-    assert row["high"] - row["low"] == pytest.approx(2*1.96*error, rel=.15)
+    assert "95 % intervals over users, for one training: they say nothing of the method" in T.to_md(T.page_of(r))
+
+
+def test_the_interval_of_several_trainings_is_students(tmp_path):
+    ranks = np.random.default_rng(0).integers(1, 100, (3, 400))
+    for seed in range(3): put(tmp_path, "HGN", seed, " ".join(map(str, ranks[seed])), 100)
+    r = T.results(T.read_tables(tmp_path))
+    row, x = figure(r, "HGN", "mrr"), 1/ranks
+    low, high = scipy.stats.t.interval(.95, 2, x.mean(), scipy.stats.sem(x.mean(1)))
+    users = 1.96*scipy.stats.sem(x.mean(0))
+    assert (row["high"] - row["low"])/2 == pytest.approx((((high - low)/2)**2 + users**2)**.5, rel=1e-4)
+    assert "95 % intervals over 3 trainings and users (a claim wants 5 trainings)" in T.to_md(T.page_of(r))
+
+
+def test_one_training_gives_no_verdict(tmp_path):
+    "GANPrompt is better for every user: with one training that is still no claim, with two that agree it is one."
+    put(tmp_path, "HGN", 0, "5 5 5 5"); put(tmp_path, "ganprompt", 0, "1 1 1 1")
+    def verdicts():
+        return {line.split("|")[-2].strip() for line in T.to_md(T.page_of(T.results(T.read_tables(tmp_path)))).splitlines() if line.startswith(("| HR@1 ", "| MRR "))}
+    assert verdicts() == {"–"}
+    put(tmp_path, "HGN", 1, "5 5 5 5"); put(tmp_path, "ganprompt", 1, "1 1 1 1")
+    assert verdicts() == {"yes, better"}
 
 
 def test_tau_and_swaps(whole):
@@ -128,10 +148,11 @@ def test_tau_and_swaps(whole):
 
 def test_a_clear_swap_is_told(tmp_path):
     n = 60
-    for model, sampled, full in (("HGN", "1", "99"), ("SASRec", "5", "1")):
-        put(tmp_path, model, 0, "1", users=n, lists={"uni99": {"rank": " ".join([sampled]*n), "size": 100}, "full": {"rank": " ".join([full]*n), "size": 2000}})
-    row = T.sampling_table(T.read_tables(tmp_path)).row(by_predicate=pl.col("metric") == "mrr", named=True)
-    assert (row["tau"], row["swapped"], row["clear"]) == (-1, "HGN > SASRec", "HGN > SASRec")
+    for seed, clear in ((0, ""), (1, "HGN > SASRec")): # one training makes nothing clear
+        for model, sampled, full in (("HGN", "1", "99"), ("SASRec", "5", "1")):
+            put(tmp_path, model, seed, "1", users=n, lists={"uni99": {"rank": " ".join([sampled]*n), "size": 100}, "full": {"rank": " ".join([full]*n), "size": 2000}})
+        row = T.sampling_table(T.read_tables(tmp_path)).row(by_predicate=pl.col("metric") == "mrr", named=True)
+        assert (row["tau"], row["swapped"], row["clear"]) == (-1, "HGN > SASRec", clear)
 
 
 def test_auc_comes_back_from_rank_and_ties():
