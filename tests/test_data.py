@@ -231,7 +231,7 @@ def test_malformed_csv(tmp_path): refuse(tmp_path, "x.csv, line 3: 5 fields", "u
 def test_csv_rating_is_text(tmp_path): refuse(tmp_path, "x.csv, line 2: 'rating' is not a number", "user,item,rating,time\na,b,five,1\n", "x.csv", str(tmp_path/"x.csv"))
 def test_bad_columns_option(tmp_path): refuse(tmp_path, "columns: 'usr'", "user,item,rating,time\n", "x.csv", str(tmp_path/"x.csv"), columns="usr=a")
 def test_rating_out_of_range(tmp_path): refuse(tmp_path, "line 6: rating 7 is outside 1 to 5", "\n".join([*GOOD[:5], GOOD[5].replace("5.0", "7.0"), *GOOD[6:]]))
-def test_csv_rating_out_of_range(tmp_path): refuse(tmp_path, "x.csv, line 3: rating 0 ", "user,item,rating,time\na,b,5,1\na,c,0,1\n", "x.csv", str(tmp_path/"x.csv"))
+def test_csv_rating_out_of_range(tmp_path): refuse(tmp_path, "x.csv, line 3: rating 8 ", "user,item,rating,time\na,b,5,1\na,c,8,1\n", "x.csv", str(tmp_path/"x.csv"))
 def test_nothing_left(tmp_path): refuse(tmp_path, r"(?s)nothing left.*rating below 5.*fewer than 50", "\n".join(GOOD), core=50)
 def test_empty_file(tmp_path): refuse(tmp_path, "nothing left|no row", "")
 def test_malformed_meta(tmp_path):
