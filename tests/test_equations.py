@@ -323,10 +323,13 @@ def test_patience_and_the_best_weights():
     assert layer.weight.item() == weights[1]
 
 
-def test_rows_are_drawn_without_repetition():
-    assert sample_rows(5, 0, 0).tolist() == sample_rows(5, 5, 0).tolist() == sample_rows(5, 9, 0).tolist() == [0, 1, 2, 3, 4]
-    drawn = sample_rows(100, 20, 1)
-    assert len(set(drawn)) == 20 and (np.diff(drawn) > 0).all() and drawn.tolist() == sample_rows(100, 20, 1).tolist() != sample_rows(100, 20, 2).tolist()
+def test_rows_are_drawn_by_user_and_without_repetition():
+    "All rows of a drawn user, in order."
+    five, hundred = np.arange(5), np.repeat(np.arange(100), 2)
+    assert sample_rows(five, 0, 0).tolist() == sample_rows(five, 5, 0).tolist() == sample_rows(five, 9, 0).tolist() == [0, 1, 2, 3, 4]
+    drawn = sample_rows(hundred, 20, 1)
+    assert len(set(drawn)) == 40 and (np.diff(drawn) > 0).all() and len(set(hundred[drawn])) == 20
+    assert drawn.tolist() == sample_rows(hundred, 20, 1).tolist() != sample_rows(hundred, 20, 2).tolist()
 
 
 def test_training_items_begin_with_what_was_bought(monkeypatch):
