@@ -122,11 +122,12 @@ def caption(
             + (", pocket model" if about["pocket"] else ""))
 
 def numbers(
-    separability:dict, # "silhouette" and "knn_purity", in the encoder's space
-) -> str: # One line
-    "Separability for a title."
-    silhouette, purity = (round(separability[key], 2) + 0. for key in ("silhouette", "knn_purity"))   # + 0.: no "-0.00"
-    return f"silhouette {silhouette:.2f}, kNN purity {purity:.2f}"
+    about:dict, # From `about_run`
+    when:str, # "before" or "after" stage 1
+) -> str: # Two lines
+    "Separability for a title, in the encoder's space; chance of the probe is one version in k + 1."
+    silhouette, purity, probe = (round(about["separability"][when][key], 2) + 0. for key in ("silhouette", "knn_purity", "linear_probe"))   # + 0.: no "-0.00"
+    return f"silhouette {silhouette:.2f}, kNN purity {purity:.2f},\nlinear probe {probe:.2f} (chance {1 / (len(about['words']) + 1):.2f})"
 
 # %% ../nbs/10_figures.ipynb #10-025
 def draw_row(
@@ -138,7 +139,7 @@ def draw_row(
     for i, (ax, method) in enumerate(zip(fig.subplots(1, 4), ["UMAP"] * 2 + ["t-SNE"] * 2)):
         when = ("before", "after")[i % 2]
         part = points.filter((pl.col("method") == method) & (pl.col("stage") == when))
-        draw_panel(ax, part, f"{method}, {when} stage 1\n{numbers(about['separability'][when])}")
+        draw_panel(ax, part, f"{method}, {when} stage 1\n{numbers(about, when)}")
     fig.suptitle(caption(about, points["user"].n_unique()), fontsize=10)
     draw_legend(fig, about["words"])
 
@@ -216,7 +217,7 @@ def draw_couplings(
     shown = [("before stage 1", "before", *rows[0])] + [(f"after, coupling {about['coupling']}", "after", about, points) for about, points in rows]
     for ax, (title, when, about, points) in zip(fig.subplots(1, len(shown)), shown):
         part = points.filter((pl.col("method") == method) & (pl.col("stage") == when))
-        draw_panel(ax, part, f"{title}\n{numbers(about['separability'][when])}")
+        draw_panel(ax, part, f"{title}\n{numbers(about, when)}")
     fig.suptitle(f"{caption(rows[0][0], rows[0][1]['user'].n_unique())}, {method}", fontsize=10)
     draw_legend(fig, rows[0][0]["words"])
     return fig

@@ -32,7 +32,7 @@ def points(states): return F.layout_points(states, 30, seed=3)
 
 
 ABOUT = dict(dataset="toy", synthetic=True, pocket=True, words=list("abcde"), coupling="none",
-             separability=dict(before=dict(silhouette=-.001, knn_purity=.2), after=dict(silhouette=.8, knn_purity=1.)))
+             separability=dict(before=dict(silhouette=-.001, knn_purity=.2, linear_probe=.561), after=dict(silhouette=.8, knn_purity=1., linear_probe=1.)))
 
 
 def test_same_points_twice(states, points): assert points.equals(F.layout_points(states, 30, seed=3))
@@ -65,8 +65,8 @@ def test_same_bytes_twice(points, tmp_path):
 
 def test_labels(points):
     fig = F.draw_couplings([(ABOUT, points), (ABOUT | dict(coupling="cooperative"), points)])
-    assert [ax.get_title() for ax in fig.axes] == ["before stage 1\nsilhouette 0.00, kNN purity 0.20", "after, coupling none\nsilhouette 0.80, kNN purity 1.00",
-                                                   "after, coupling cooperative\nsilhouette 0.80, kNN purity 1.00"]
+    assert [ax.get_title() for ax in fig.axes] == ["before stage 1\nsilhouette 0.00, kNN purity 0.20,\nlinear probe 0.56 (chance 0.17)", "after, coupling none\nsilhouette 0.80, kNN purity 1.00,\nlinear probe 1.00 (chance 0.17)",
+                                                   "after, coupling cooperative\nsilhouette 0.80, kNN purity 1.00,\nlinear probe 1.00 (chance 0.17)"]
     assert "synthetic data" in fig.get_suptitle() and "pocket model" in fig.get_suptitle()
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["plain", *"abcde"]
 
