@@ -186,9 +186,10 @@ def asked_entries(
 def unseen_in(
     bank:Path, # Template file
     p:dict, # The stage's parameters
+    templates:list|None=None, # From `bank_for`, where the run's own template counts as seen; None: what the file says
 ):
     "Raise `UserError` unless a bank has something to ask with."
-    if all(t["split"] == "seen" for t in read_templates(bank) if t["task"] == "recommendation"):
+    if all(t["split"] == "seen" for t in templates or read_templates(bank) if t["task"] == "recommendation"):
         raise UserError(f"study_bank={p['study_bank']}: {bank} has no unseen recommendation template to ask with")
 
 def check_study(
@@ -212,6 +213,7 @@ def make_study(
     params, known = {k: v for k, v in locals().items() if k != "run"}, read_entries()[1]
     names, bank = asked_entries(study_entries), bank_file(params)
     need(run, "attributes", make_attributes)
+    unseen_in(bank, params, bank_for(reader_for(run)[0], bank))
     def one(folder, name):
         path = folder/f"{slug(name)}.json"
         if not path.exists():
