@@ -21,7 +21,7 @@ from .backbones import (Reader, adamw, answer_logits, answers, backbone, descend
                                  question_tails, resolve, to_fetch, train, train_pocket, weights)
 from .data import load_candidates, load_sequences, load_training
 from .encoder import make_encoder, pool, reader_for
-from .prompts import nonsense, pad, read_templates
+from .prompts import nonsense as templates_of_nonsense, pad, read_templates
 from .runs import (UserError, below, device, gathered, in_processes, is_main, listed, need, not_positive, part, possible, refuse, root, seed_all, shard, stage,
                             strange, told, totals, write_json)
 from .scorer import Questions, States, bank_for, fast_math, own_attributes, score_rows, scores_of, square, token_batches, wanted
@@ -365,7 +365,7 @@ def worded(
     clean, rng = Questions(reader, own, rows, attributes=p["attributes"]), np.random.default_rng(p["seed"])
     if p["wordings"] == 1: return [clean]
     words = sorted(t[1:] for t in reader.tokenizer.get_vocab() if t[0] == "▁" and t[1:].isalpha())
-    others = [t for t in bank_for(reader)[1:] if t["split"] == "seen"] + nonsense(words, p["nonsense"], p["seed"])
+    others = [t for t in bank_for(reader)[1:] if t["split"] == "seen"] + templates_of_nonsense(words, p["nonsense"], p["seed"])
     each = [Questions(reader, own, rows, t["text"], p["attributes"]) for t in others]
     if p["wordings"] > len(each) + 1: raise UserError(f"wordings={p['wordings']}: there are {len(each) + 1} templates to train on, {p['nonsense']} of them nonsense; choose 1 to {len(each) + 1}, or add seen ones to data/templates.yaml")
     choice = rng.permuted(np.tile(np.arange(len(each)), (len(rows), 1)), axis=1)
