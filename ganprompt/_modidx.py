@@ -398,6 +398,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ganprompt.figures.keep_figure': ('figures.html#keep_figure', 'ganprompt/figures.py'),
                                    'ganprompt.figures.layout_points': ('figures.html#layout_points', 'ganprompt/figures.py'),
                                    'ganprompt.figures.layouts': ('figures.html#layouts', 'ganprompt/figures.py'),
+                                   'ganprompt.figures.load_umap': ('figures.html#load_umap', 'ganprompt/figures.py'),
                                    'ganprompt.figures.make_figures': ('figures.html#make_figures', 'ganprompt/figures.py'),
                                    'ganprompt.figures.numbers': ('figures.html#numbers', 'ganprompt/figures.py'),
                                    'ganprompt.figures.pick_states': ('figures.html#pick_states', 'ganprompt/figures.py'),
