@@ -6,8 +6,8 @@
 __all__ = ['Parameter', 'read_parameters', 'Chapter', 'read_chapter', 'chapters', 'parameters', 'convert', 'unknown',
            'read_config', 'read_preset', 'absolute', 'resolve', 'ask_first', 'duration', 'Progress', 'execute',
            'current', 'run_chapter', 'write_report', 'launch', 'RunCommand', 'cli', 'shown', 'choose', 'run',
-           'stage_row', 'as_table', 'show', 'read_plan', 'fill', 'keep', 'plan_of', 'tables', 'compare', 'fetch',
-           'robustness', 'main']
+           'stage_row', 'as_table', 'show', 'read_plan', 'fill', 'home_of', 'check_home', 'keep', 'plan_of', 'tables',
+           'compare', 'fetch', 'robustness', 'main']
 
 # %% ../nbs/11_cli.ipynb #11-002
 import ast, difflib, importlib, io, itertools, json, os, re, shutil, sys, time, tokenize
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import click
 
-from .runs import (UserError, complete, digest, fresh, lock, manifest, refuse, root, run_folder, write_json)
+from .runs import (UserError, complete, digest, fresh, lock, manifest, refuse, root, run_folder, told, write_json)
 
 # %% ../nbs/11_cli.ipynb #11-005
 class Parameter(NamedTuple):
@@ -462,33 +462,54 @@ def fill(
 
 
 # %% ../nbs/11_cli.ipynb #11-058
+def home_of(
+    study:str, # A folder under data/results, or a path
+): # (the study, the folder of its pages or None for figures/, its kind: robustness-mine is another robustness)
+    "Where a study is kept."
+    own = Path(study).expanduser().absolute() if "/" in study else None
+    return own or study, own, Path(study).name.partition("-")[0]
+
+def check_home(
+    study:str, # As given with --study
+    runs, # Runs to keep
+):
+    "Raise `UserError` if results of one's own would be written into the repository."
+    from ganprompt import data
+    if "/" in study: return
+    if not (root()/"data/results"/study).is_dir(): raise UserError(f"--study: the project has no study {study!r}; for one of your own name a folder, as in --study ./{study}")
+    for run in runs:
+        name = data.dataset_info(run)["dataset"]
+        if told(data.categories, name): raise UserError(f"{name} is data of your own, and data/results/{study} is the project's; name a folder of your own, as in --study ./{study}")
+
 @cli.command()
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
-@click.option("--study", metavar="NAME", default="end_to_end", help="Folder under data/results  [end_to_end]")
+@click.option("--study", metavar="NAME", default="end_to_end", help="Folder under data/results; or, with a slash in it, a folder of your own  [end_to_end]")
 def keep(runs, study):
     "Keep the results of runs, and Figure 3 of the first run of each data set; or, with --study benchmarks, their measurements; or, with --study tables, standard, robustness or ablation, each model's ranks."
     from ganprompt import benchmarks, figures, metrics, study as robust, tables
     runs = [absolute("run", run) for run in runs]
-    if study in ("tables", "standard"):
-        for path in [p for run in runs for p in tables.keep_models(run, study)] + tables.make_tables(): click.echo(shown(path))
+    check_home(study, runs)
+    study, out, kind = home_of(study)
+    if kind in ("tables", "standard"):
+        for path in [p for run in runs for p in tables.keep_models(run, study)] + tables.make_tables(*([study, out] if out else [])): click.echo(shown(path))
         return
     if robust.kind_of(study):
-        for path in [p for run in runs for p in robust.keep_study(run, study)] + robust.draw_study(study): click.echo(shown(path))
+        for path in [p for run in runs for p in robust.keep_study(run, study)] + robust.draw_study(study, out): click.echo(shown(path))
         return
-    if study == "benchmarks":
+    if kind == "benchmarks":
         for path in [*map(benchmarks.keep_benchmarks, runs), *benchmarks.draw_benchmarks()]: click.echo(shown(path))
         return
     for run in runs: click.echo(shown(metrics.keep(run, study)))
-    for path in {figures.keep_figure(run) for run in reversed(runs)}: click.echo(shown(path))
-    click.echo(shown(metrics.summary(study)))
+    for path in {figures.keep_figure(run, out) for run in reversed(runs)}: click.echo(shown(path))
+    click.echo(shown(metrics.summary(study, out)))
 
 def plan_of(
     study:str, # Folder under data/results
 ) -> Path: # data/STUDY.yaml
     "The plan of a study: its own, or else that of its kind."
     from ganprompt.study import kind_of
-    own = root()/"data"/f"{study}.yaml"
-    return own if own.is_file() else own.with_name(f"{kind_of(study) or study}.yaml")
+    own = root()/"data"/f"{Path(study).name}.yaml"
+    return own if own.is_file() else own.with_name(f"{kind_of(study) or Path(study).name}.yaml")
 
 @cli.command()
 @click.argument("study", default="tables")
@@ -498,9 +519,9 @@ def plan_of(
 def tables(study, data_dir, plan, runs):
     "Remake the tables and pictures of a study from its kept results; with --data-dir, make the missing results of tables, standard, robustness or ablation first."
     from ganprompt import benchmarks, metrics, study as robust, tables
-    kind = robust.kind_of(study)
+    (study, out, _), kind = home_of(study), robust.kind_of(study)
     failed = fill(read_plan(plan or plan_of(study)), study, data_dir, runs) if data_dir is not None else []
-    draw = {"benchmarks": benchmarks.draw_benchmarks, "tables": tables.make_tables, "standard": lambda: tables.write_published(root()/"figures")}.get(study, partial(robust.draw_study, study) if kind else lambda: [metrics.summary(study)])
+    draw = {"benchmarks": benchmarks.draw_benchmarks, "tables": lambda: tables.make_tables(*([study, out] if out else [])), "standard": lambda: tables.write_published(root()/"figures")}.get(Path(study).name, partial(robust.draw_study, study, out) if kind else lambda: [metrics.summary(study, out)])
     for path in draw(): click.echo(shown(path))
     if failed: raise UserError("\n".join(["these are missing; the rest is made:", *failed]))
 

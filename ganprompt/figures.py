@@ -210,9 +210,10 @@ def make_figures(
 # %% ../nbs/10_figures.ipynb #10-031
 def keep_figure(
     run:str, # A run with the stage `figures`
-) -> Path: # figures/figure3_<dataset>.png
-    "Copy a run's Figure 3 to the repository's figures."
-    path = root() / "figures" / f"figure3_{dataset_info(run)['dataset']}.png"
+    out:Path|None=None, # Where the file goes; figures/ by default
+) -> Path: # figure3_<dataset>.png
+    "Copy a run's Figure 3 to a folder of figures."
+    path = (out or root() / "figures") / f"figure3_{dataset_info(run)['dataset']}.png"
     shutil.copyfile(need(run, "figures", make_figures) / "figure3.png", path)
     return path
 

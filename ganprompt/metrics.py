@@ -421,14 +421,14 @@ def make_metrics(
 # %% ../nbs/07_metrics.ipynb #07-067
 def keep(
     run:str, # A run with the stage `metrics`
-    study:str="end_to_end", # Folder under data/results
+    study:str|Path="end_to_end", # Folder under data/results, or a path
     entry:str=None, # Name of the file; by default the run's
 ) -> Path: # data/results/<study>/<entry>.json
     "Keep a run's figures of merit, with everything needed to trace them."
     result = json.loads((need(run, "metrics") / "table.json").read_text())
     made = {p.parent.name: manifest(run, p.parent.name) for p in sorted(run_folder(run).glob("*/manifest.json")) if not p.parent.name.endswith(".partial")}
     def each(key): return {name: m[key] for name, m in made.items() if m.get(key) is not None}
-    record = dict(entry=entry or run_folder(run).name, study=study, kept_from=run_folder(run).name) | result
+    record = dict(entry=entry or run_folder(run).name, study=Path(study).name, kept_from=run_folder(run).name) | result
     record |= dict(seed=made["metrics"]["parameters"]["seed"], parameters=each("parameters"), versions=made["metrics"]["versions"],
                    machine=made["recommender"]["device"], wall_seconds=each("wall_seconds"), peak_memory_mb=each("peak_memory_mb"),
                    separability=made.get("encoder", {}).get("metrics"), fingerprints=each("fingerprint"))
@@ -545,11 +545,12 @@ def plot_study(
 
 # %% ../nbs/07_metrics.ipynb #07-074
 def summary(
-    study:str="end_to_end", # Folder under data/results
+    study:str|Path="end_to_end", # Folder under data/results, or a path
+    out:Path|None=None, # Where the files go; figures/ by default
 ) -> Path: # figures/<study>.md, with <study>.csv and <study>.png beside it
     "One table and one picture of all kept entries of a study."
     from matplotlib import pyplot as plt
-    records, path = read_study(study), root() / "figures" / f"{study}.md"
+    records, path, study = read_study(study), (out or root() / "figures") / f"{Path(study).name}.md", Path(study).name
     kept = entries(records)
     path.with_suffix(".csv").write_text(kept.write_csv(float_precision=6))
     fig = plot_study(kept)

@@ -1,5 +1,5 @@
 "What cannot work is told before the first stage: every name and number of every chapter, models that are not there, not whole or of another kind, and a full disk."
-import importlib, json, shutil, subprocess, sys, time
+import importlib, json, os, shutil, subprocess, sys, time
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +9,7 @@ from ganprompt import cli
 from ganprompt.backbones import bert_tokenizer, find_model, is_model, nearest_folder, of_kind, pocket_model, resolve, t5_tokenizer
 from ganprompt.cli import ask_first, chapters, main, parameters
 from ganprompt.recommender import POCKET_LINEAR, add_adapters, linear_layers, lora_faults
-from ganprompt.runs import UserError, told
+from ganprompt.runs import UserError, root, told
 
 DEFAULTS = {name: p.default for name, p in parameters(chapters()).items()}
 ANY = {"rating", "alpha", "beta", "gamma"} # numbers that may be negative
@@ -69,7 +69,7 @@ def test_every_number_and_every_name_is_looked_at(chapter):
     (["--processes", "0"], "processes=0"),
     (["--template", "99"], "template 99 does not exist"),
     (["--templates", "none.yaml"], "no template file"),
-    (["--with-runs", "runs/none"], "has no complete stage 'figures'"),
+    (["--with-runs", "runs/none"], "there is no run"),
     (["--dataset", "none.csv"], "no file"),
     (["--recommender", "causal-lm", "--four-bit", "true"], "four_bit needs a GPU"),
 ])
@@ -197,3 +197,37 @@ def test_help_lists_the_stages():
     assert "made on demand" in page and "gather, baselines, p5, collm, ctrl, benchmarks, study" in page
 
 
+
+
+def test_no_users_means_all_in_the_figure():
+    import polars as pl
+
+    from ganprompt.figures import pick_states
+    states = pl.DataFrame([(when, u, v, [1., 2.]) for when in ("before", "after") for u in range(7) for v in range(2)], schema=["stage", "user", "version", "x"], orient="row")
+    assert len(pick_states(states, 0)[0]) == 14 and len(pick_states(states, 3)[0]) == 6
+
+
+def test_the_figure_needs_no_folder_of_numba(tmp_path):
+    "A stand-in for UMAP that fails as the true one does where its folder and the user's cache cannot be written."
+    (tmp_path/"umap.py").write_text("import numba\nif not numba.config.CACHE_DIR: raise RuntimeError('cannot cache function')\nclass UMAP: pass")
+    code = "from ganprompt.figures import load_umap; import numba, os; load_umap(); print(os.path.isdir(numba.config.CACHE_DIR), numba.config.CACHE_DIR)"
+    env = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"} | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root()}"}
+    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.split()
+    assert said[0] == "True" and not os.path.exists(said[1])
+
+
+def test_own_results_stay_out_of_the_repository(shop, tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from ganprompt.data import make_data
+    mine = tmp_path/"mine"
+    make_data(str(tmp_path/"run"), dataset=str(shop), core=2)
+    with pytest.raises(UserError, match=r"shop.csv is data of your own, .* --study ./tables"): cli.check_home("tables", [str(tmp_path/"run")])
+    with pytest.raises(UserError, match="the project has no study 'mine'; .* --study ./mine"): cli.check_home("mine", [])
+    cli.check_home("./tables", [str(tmp_path/"run")])
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(root()/"data/results/end_to_end", mine)
+    before = {p: p.stat().st_mtime_ns for folder in ("figures", "data") for p in (root()/folder).rglob("*")}
+    done = CliRunner().invoke(cli.cli, ["tables", "./mine"])
+    assert done.output.split() == ["mine/mine.md"] and (mine/"mine.png").exists() and "mine.png" in (mine/"mine.md").read_text()
+    assert before == {p: p.stat().st_mtime_ns for folder in ("figures", "data") for p in (root()/folder).rglob("*")}
