@@ -1,5 +1,5 @@
 "Prompts: cleaning, template file, and token ids against the tokenisers themselves."
-import random
+import json, random
 
 import polars as pl
 import pytest
@@ -97,6 +97,12 @@ def test_slips(kind, one):
     if kind != "drop": assert all(one(*pair) for pair in changed)
     assert (changed if kind == "drop" else len(changed)) == -(-len(words)//5)
 
+def test_a_slip_shows():
+    "Letters that stand twice are not exchanged with each other."
+    for word in ("coffee", "balloon", "Mississippi", "bookkeeper"):
+        for kind in ("typo", "keyboard"):
+            for seed in range(20): assert prompts.slip(word, kind, random.Random(seed)) != word
+
 def test_slips_leave_slots_alone():
     for t in QUESTIONS + FRESH:
         for kind in prompts.NOISES: assert prompts.slots(prompts.noisy(t["text"], kind)) == prompts.slots(t["text"])
@@ -178,5 +184,6 @@ def test_stage(monkeypatch, tmp_path):
     run = fake_data(monkeypatch, tmp_path, ["A &amp; B", None, " C"])
     folder = prompts.make_prompts(run)
     assert prompts.load_titles(run) == ["A & B", "unknown item", "C"] and prompts.load_templates(run) == TEXT
+    assert json.loads((folder/"manifest.json").read_text())["metrics"] == {"items": 3, "without_title": 1}
     when = (folder/"manifest.json").stat().st_mtime_ns
     assert prompts.make_prompts(run) == folder and (folder/"manifest.json").stat().st_mtime_ns == when
