@@ -2,6 +2,7 @@
 # make test    everything that must hold before a commit
 # make readme  README.md from nbs/index.ipynb
 # make mutants plant faults in the modules that compute and count those that tests and chapters notice (half an hour)
+# make busy    the demo on idle cores and beside busy processes, timed and compared (ten minutes or more)
 # Needs Python 3.11 or later; another interpreter: make demo PYTHON=/path/to/python
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -18,7 +19,7 @@ same = @echo "$(firstword $(notdir $(1)))"; before=$$($(STATE)); $(1) >/dev/null
 HALF := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 1 ? n/2 : 1)))
 LATE := tests/test_processes.py
 
-.PHONY: demo test chapters tests readme mutants
+.PHONY: demo test chapters tests readme mutants busy
 demo: .venv/.demo-stamp
 	$(BIN)/ganprompt run
 
@@ -41,6 +42,9 @@ readme: .venv/.dev-stamp
 
 mutants: .venv/.dev-stamp
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
+
+busy: .venv/.demo-stamp
+	$(BIN)/python tests/busy.py
 
 .venv/.demo-stamp: $(META)
 	$(PYTHON) -m venv .venv

@@ -729,6 +729,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ganprompt.runs.run_folder': ('runs.html#run_folder', 'ganprompt/runs.py'),
                                 'ganprompt.runs.save_checkpoint': ('runs.html#save_checkpoint', 'ganprompt/runs.py'),
                                 'ganprompt.runs.seed_all': ('runs.html#seed_all', 'ganprompt/runs.py'),
+                                'ganprompt.runs.set_threads': ('runs.html#set_threads', 'ganprompt/runs.py'),
                                 'ganprompt.runs.sha256': ('runs.html#sha256', 'ganprompt/runs.py'),
                                 'ganprompt.runs.shard': ('runs.html#shard', 'ganprompt/runs.py'),
                                 'ganprompt.runs.sources': ('runs.html#sources', 'ganprompt/runs.py'),

@@ -21,7 +21,7 @@ import polars as pl
 
 from .data import dataset_info, load_training
 from .prompts import PromptEncoder, fixed_words, load_templates, load_titles, make_prompts, pad
-from .runs import (UserError, below, device, finite, is_main, load_checkpoint, need, not_positive, refuse, save_checkpoint, seed_all, stage, strange, summed,
+from .runs import (UserError, below, device, finite, is_main, load_checkpoint, need, not_positive, refuse, save_checkpoint, seed_all, set_threads, stage, strange, summed,
                                  told, write_json)
 
 # %% ../nbs/03_backbones.ipynb #03-007
@@ -112,7 +112,9 @@ def load_model(
     import transformers as tf
     tf.utils.logging.disable_progress_bar()
     head = {"t5": tf.AutoModelForSeq2SeqLM, "bert": tf.AutoModelForMaskedLM, "causal": tf.AutoModelForCausalLM}[kind]
-    return head.from_pretrained(folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype="float32").eval()
+    model = head.from_pretrained(folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype="float32").eval()
+    set_threads(model)
+    return model
 
 # %% ../nbs/03_backbones.ipynb #03-009c
 BOTH_WAYS = r"bert|electra|mpnet|deberta|longformer" # kinds of encoders that read both ways
@@ -591,6 +593,7 @@ def train_pocket(
     reader.tokenizer = tokenizer = pocket_tokenizer(kind, reader)
     seed_all(seed)
     model = pocket_model(kind, tokenizer, width, layers).to(device()).train()
+    set_threads(model)
     opt, schedule = adamw(model.parameters(), lr, epochs*math.ceil(len(reader.nexts)/size))
     update = {"t5": t5_update, "bert": bert_update, "causal": causal_update}[kind](model, reader, opt, schedule)
     lengths = np.array([min(len(h), reader.history_items) for h in reader.past])

@@ -381,3 +381,12 @@ print((need("demo", "slow", make)/"by.json").read_text())'''
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = {int(p.communicate(timeout=60)[0]) for p in both}
     assert len(said) == 1 and said <= {p.pid for p in both} and os.getpid() not in said
+
+
+def test_threads_are_chosen_by_the_model_alone():
+    "A pocket model computes with one thread however many there are, so that a busy machine neither slows it down many times nor changes its sums; a large one gets them all, and keeps them."
+    code = ("import torch; from ganprompt.runs import set_threads; torch.set_num_threads(3); seen = []\n"
+            "for width in 64, 600, 64: set_threads(torch.nn.Linear(width, 1000)); seen.append(torch.get_num_threads())\n"
+            "print(seen)")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert out.stdout.split("\n")[0] == "[1, 3, 3]"
