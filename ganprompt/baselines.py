@@ -6,9 +6,9 @@
 __all__ = ['COUNTED', 'RECENT', 'VALID_ROWS', 'VALID_METRIC', 'rank_rows', 'figures', 'short_message', 'attempt', 'finish',
            'show_models', 'popularity', 'last_item', 'prefixes', 'title_words', 'write_rows', 'write_atomic',
            'has_recbole', 'recbole', 'open_data', 'their_ids', 'questions', 'ask_pairs', 'ask', 'Trimmed', 'bce',
-           'train_every_place', 'ndcg', 'pretrain', 'fit', 'known_models', 'search', 'sampled', 'rank_all',
-           'train_model', 'serve', 'trainer_process', 'count_model', 'id_model', 'searched', 'chosen_settings', 'named',
-           'check_baselines', 'make_baselines']
+           'cross_entropy', 'train_every_place', 'ndcg', 'pretrain', 'fit', 'known_models', 'search', 'sampled',
+           'rank_all', 'train_model', 'serve', 'trainer_process', 'count_model', 'id_model', 'searched',
+           'chosen_settings', 'named', 'check_baselines', 'make_baselines']
 
 # %% ../nbs/08_baselines.ipynb #08-004
 import html, importlib.util, json, logging, math, os, re, shutil, subprocess, sys, time, warnings
@@ -27,7 +27,7 @@ from .attributes import usable
 from .data import dataset_info, load_candidates, load_sequences, load_training, make_data
 from .metrics import figures_of, gains, ranking
 from .recommender import sample_rows
-from .runs import UserError, _die_with, below, listed, manifest, need, refuse, root, run_folder, stage, strange, told, write_json
+from .runs import UserError, _die_with, below, listed, manifest, need, refuse, root, run_folder, set_threads, stage, strange, told, write_json
 
 # %% ../nbs/08_baselines.ipynb #08-006
 def rank_rows(
@@ -310,8 +310,19 @@ def bce(
     import torch.nn.functional as F
     return (F.softplus(-bought) + F.softplus(other)).mean()
 
+def cross_entropy(
+    h, # States (places, width)
+    table, # Vectors of all items (items, width)
+    nexts, # The item that came next, as a row of the table (places,)
+    at_once:int=256, # Places whose scores are made together
+): # Scalar
+    "Mean over places of -ln softmax, over all items."
+    import torch.nn.functional as F
+    parts = zip(h.split(at_once), nexts.split(at_once))
+    return sum(F.cross_entropy(x @ table.T, y, reduction="sum") for x, y in parts)/len(h)
+
 def train_every_place(
-    net, # RecBole's SASRec; changed in place
+    net, # RecBole's SASRec or GRU4Rec; changed in place. With its loss_type CE it gets `cross_entropy`, otherwise `bce`
 ):
     "Let every place of a sequence foretell the item after it."
     import torch
@@ -321,11 +332,14 @@ def train_every_place(
         seen, lengths = batch[net.ITEM_SEQ], batch[net.ITEM_SEQ_LEN]
         nexts = seen.roll(-1, 1)
         nexts[torch.arange(len(seen)), lengths - 1] = batch[net.POS_ITEM_ID]
+        real = seen > 0
+        if net.loss_type == "CE": return cross_entropy(net(seen, lengths)[real], table.weight[1:], nexts[real] - 1) # row 0 is padding
         drawn = torch.randint(1, net.n_items, nexts.shape, device=nexts.device)
-        fair = (seen > 0) & (drawn[:, :, None] != torch.cat([seen, nexts], 1)[:, None]).all(2)
+        fair = real & (drawn[:, :, None] != torch.cat([seen, nexts], 1)[:, None]).all(2)
         h = net(seen, lengths)[fair]
         return bce((h*table(nexts[fair])).sum(1), (h*table(drawn[fair])).sum(1))
     net.calculate_loss = loss
+
 
 
 # %% ../nbs/08_baselines.ipynb #08-043
@@ -363,6 +377,7 @@ def fit(
     rb.init_seed(job["seed"], True)
     train, valid, _ = rb.data_preparation(config, dataset)
     net = rb.get_model(config["model"])(config, train._dataset).to(config["device"])
+    set_threads(net)
     if job["rows"] == "whole": train_every_place(net)
     trainer = rb.get_trainer(config["MODEL_TYPE"], config["model"])(config, net)
     ids, best = their_ids(dataset, "item_id"), {"valid": -1., "epochs": 0}

@@ -164,13 +164,14 @@ def test_cornac_agrees(trained, demo):
         assert (abs(difference) < [.02, .045]).all(), (name, difference)
 
 
-def test_every_place_foretells_the_next_item_once(monkeypatch):
-    "The loss of SASRec-BCE, against one binary question at a time about what stands at the end of each beginning of a sequence."
-    import torch
+@pytest.mark.parametrize("kind", ["BPR", "CE"])
+def test_every_place_foretells_the_next_item_once(kind, monkeypatch):
+    "The losses of SASRec-BCE and of SASRec-CE, against one question at a time about what stands at the end of each beginning of a sequence."
+    import torch, torch.nn.functional as F
     from ganprompt.baselines import train_every_place
 
     class Mean(torch.nn.Module): # as RecBole's SASRec on the outside; a place knows the mean of what stands up to it
-        ITEM_SEQ, ITEM_SEQ_LEN, POS_ITEM_ID, n_items = "seen", "length", "next", 9
+        ITEM_SEQ, ITEM_SEQ_LEN, POS_ITEM_ID, n_items, loss_type = "seen", "length", "next", 9, kind
         def __init__(self):
             super().__init__()
             self.item_embedding = torch.nn.Embedding(self.n_items, 4, padding_idx=0)
@@ -180,16 +181,18 @@ def test_every_place_foretells_the_next_item_once(monkeypatch):
 
     torch.manual_seed(0)
     plain, net = Mean(), Mean()
+    net.item_embedding.weight.data[0] = plain.item_embedding.weight.data[0] = 3. # no score may come from the row of the padding
     net.load_state_dict(plain.state_dict())
     batch = {"seen": torch.tensor([[1, 2, 3], [5, 4, 0]]), "length": torch.tensor([3, 2]), "next": torch.tensor([6, 8])}
     drawn = torch.tensor([[7, 6, 8], [1, 2, 3]]) # the 6 was bought later, and is no negative
     train_every_place(net)
     monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: drawn)
     losses = []
-    for row, places in ((0, [(1, 2, 7), (3, 6, 8)]), (1, [(1, 4, 1), (2, 8, 2)])): # (items seen, next item, random item)
+    for row, places in ((0, [(1, 2, 7), (2, 3, None), (3, 6, 8)]), (1, [(1, 4, 1), (2, 8, 2)])): # (items seen, next item, random item)
         for n, bought, other in places:
             h = plain.eval()(batch["seen"][row:row + 1, :n], torch.tensor([n]))[0]
-            z = torch.stack([h @ plain.item_embedding.weight[i] for i in (bought, other)])
-            losses.append(torch.nn.functional.binary_cross_entropy_with_logits(z, torch.tensor([1., 0.]), reduction="sum"))
+            scores = [h @ plain.item_embedding.weight[i] for i in range(9)]
+            if kind == "CE": losses.append(torch.stack([s.exp() for s in scores[1:]]).sum().log() - scores[bought])
+            elif other: losses.append(F.binary_cross_entropy_with_logits(torch.stack([scores[bought], scores[other]]), torch.tensor([1., 0.]), reduction="sum"))
     assert torch.isclose(net.train().calculate_loss(batch), torch.stack(losses).mean())
     assert net.eval()(batch["seen"], batch["length"]).shape == (2, 4) # scoring still looks at the last place
