@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = {"prompts": ["prompts", "equations"], "encoder": ["equations"], "scorer": ["equations", "scorer"], "recommender": ["equations", "scorer", "models"], "gather": ["equations", "study"],
+TESTS = {"prompts": ["prompts", "equations"], "encoder": ["equations"], "scorer": ["sizes", "equations", "scorer"], "recommender": ["equations", "scorer", "models"], "gather": ["equations", "study"],
          "metrics": ["metrics", "equations"], "robustness": ["robustness"], "study": ["study"]} # module -> files of tests
 SHOWN = "plot", "draw", "picture", "caption", "notes", "write", "page", "html", "markdown", "render_", "label", "colour" # what makes pictures and text is looked at, not asserted
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult,
