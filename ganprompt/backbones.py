@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['TOKENIZERS', 'BOTH_WAYS', 'MODELS', 'EVERY', 'OPTIMIZERS', 'find_model', 'weights', 'whole', 'nearest_folder',
            'to_fetch', 'resolve', 'load_tokenizer', 'load_model', 'of_kind', 'on_hub', 'is_here', 'is_model', 'pieces',
-           't5_tokenizer', 'bert_tokenizer', 'answers', 'encode', 'cross_attention', 'first_step', 'answer_logits',
-           'pocket_model', 'batches', 'train', 'plot_curves', 'adamw', 'descend', 'Reader', 'negatives', 't5_update',
-           'question_tails', 'last_logits', 'causal_update', 'mask_tokens', 'slot_targets', 'bert_update',
-           'pocket_tokenizer', 'train_pocket', 'model_faults', 'model_bytes', 'check_backbones', 'room_backbones',
-           'make_backbones', 'backbone']
+           't5_tokenizer', 'bert_tokenizer', 'follows', 'answers', 'spellings', 'log_odds', 'head_rows', 'encode',
+           'cross_attention', 'first_step', 't5_logits', 'answer_logits', 'check_t5', 'close', 'pocket_model',
+           'batches', 'train', 'plot_curves', 'adamw', 'descend', 'Reader', 'negatives', 'label_loss', 't5_update',
+           'question_tails', 'narrow_head', 'last_logits', 'check_causal', 'causal_update', 'mask_tokens',
+           'slot_targets', 'bert_update', 'pocket_tokenizer', 'train_pocket', 'model_faults', 'model_bytes',
+           'check_backbones', 'room_backbones', 'make_backbones', 'backbone']
 
 # %% ../nbs/03_backbones.ipynb #03-004
 import difflib, json, math, re, time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -108,12 +110,15 @@ def load_model(
     folder:str, # Folder from `resolve`, or a pocket model's
     kind:str, # "t5", "bert" or "causal"
 ): # Model in evaluation mode, on the CPU
-    "The model of a folder; safetensors only."
+    "The model of a folder; safetensors only. `UserError` if weights are missing, which would be drawn at random."
     import transformers as tf
     tf.utils.logging.disable_progress_bar()
     head = {"t5": tf.AutoModelForSeq2SeqLM, "bert": tf.AutoModelForMaskedLM, "causal": tf.AutoModelForCausalLM}[kind]
-    model = head.from_pretrained(folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype="float32").eval()
-    set_threads(model)
+    how = dict(local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype="float32", output_loading_info=True)
+    model, found = head.from_pretrained(folder, **how)
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"{folder} has no weights for {missing[0]} and {len(missing) - 1} more of a {type(model).__name__}; name a model that has them, or a whole copy of this one")
+    set_threads(model.eval())
     return model
 
 # %% ../nbs/03_backbones.ipynb #03-009c
@@ -219,15 +224,57 @@ def bert_tokenizer(
     return BertTokenizer(vocab={token: i for i, token in enumerate(vocab)}, do_lower_case=True)
 
 # %% ../nbs/03_backbones.ipynb #03-016
+def follows(
+    tokenizer, # Tokenizer
+    word:str, # What comes next, with the space before it if there is one
+    text:str="", # What stands before it
+)->list[int]: # Its token ids; none if the end of the text is read otherwise when it follows
+    "How a word is written where a text goes on."
+    before, whole = (tokenizer(t, add_special_tokens=False).input_ids for t in (text, text + word))
+    return whole[len(before):] if whole[:len(before)] == before else []
+
 def answers(
     tokenizer, # Tokenizer of the recommender
+    text:str="", # What the answer follows, as "?"; empty: nothing, as in a decoder
 )->list[int]: # Token ids of [no, yes]
-    "Ids of the two answers. `UserError` if one of them is not a single token."
-    ids = [tokenizer(word, add_special_tokens=False).input_ids for word in ("no", "yes")]
+    "The two answers where they are to stand. `UserError` if one of them is not a single token there."
+    gap = " " if text and not text[-1].isspace() else ""
+    ids = [follows(tokenizer, gap + word, text) for word in ("no", "yes")]
     for word, i in zip(("no", "yes"), ids):
         if len(i) != 1 or i[0] == tokenizer.unk_token_id:
             raise UserError(f"{word!r} is {len(i)} tokens ({tokenizer.convert_ids_to_tokens(i)}) for this tokenizer, but must be one; choose another model")
     return [i[0] for i in ids]
+
+def spellings(
+    tokenizer, # Tokenizer of a model that nobody taught how to spell its answer
+    text:str="", # What the answer follows
+)->list[int]: # Token ids of every no, then of every yes
+    "All pairs of no and yes that are single tokens: with a space and without, with a capital and without."
+    pairs = {}
+    for gap, write in ((gap, write) for gap in ("", " ") for write in (str.lower, str.capitalize)):
+        no, yes = (follows(tokenizer, gap + write(word), text) for word in ("no", "yes"))
+        if len(no) == len(yes) == 1 and tokenizer.unk_token_id not in no + yes: pairs[no[0], yes[0]] = None
+    return [i for side in zip(*pairs) for i in side] if pairs else answers(tokenizer, text)
+
+# %% ../nbs/03_backbones.ipynb #03-016b
+def log_odds(
+    logits, # (..., 2k): k spellings of no, then of yes
+): # (...) float32
+    "Log-odds of yes against no."
+    no, yes = logits.float().unflatten(-1, (2, -1)).logsumexp(-1).unbind(-1)
+    return yes - no
+
+def head_rows(
+    head, # Output matrix of a language model
+    h, # Last hidden states (..., width)
+    rows=slice(None), # Rows wanted
+): # (..., rows) float32
+    "Logits of some tokens, in float32 whatever the type of the weights and of the products around it. The rest of a head that is more than a matrix is computed and cut away."
+    import torch
+    with torch.autocast(h.device.type, enabled=False):
+        if type(head) is not torch.nn.Linear: return type(head).forward(head, h)[..., rows].float() # one with adapters, or in 4 bits
+        bias = None if head.bias is None else head.bias[rows].float()
+        return torch.nn.functional.linear(h.float(), head.weight[rows].float(), bias)
 
 # %% ../nbs/03_backbones.ipynb #03-017
 def encode(
@@ -271,18 +318,45 @@ def first_step(
         x = x + own.SelfAttention.o(own.SelfAttention.v(own.layer_norm(x)))
         x = x + cross_attention(other.EncDecAttention, other.layer_norm(x), states, bias)
         x = forward(x)
-    h = model.decoder.final_layer_norm(x)
-    return h*model.model_dim**-.5 if model.config.scale_decoder_outputs else h
+    return model.decoder.final_layer_norm(x)
+
+def t5_logits(
+    model, # T5
+    h, # Last hidden states of the decoder (..., width)
+    rows=slice(None), # Rows of the output matrix
+): # (..., rows) float32
+    "The end of T5: the first edition scales, those with an output matrix of their own do not, nor does mT5."
+    scale = model.model_dim**-.5 if getattr(model.config, "scale_decoder_outputs", False) else 1.
+    return head_rows(model.lm_head, h.float()*scale, rows)
 
 def answer_logits(
     model, # T5
     states, # Encoder states (n, tokens, width)
     mask, # 1 where there is a token (n, tokens)
     answers:list[int], # Token ids of [no, yes], or slice(None) for the whole vocabulary
-): # Logits (n, 2)
+): # Logits (n, 2) float32
     "One decoder step, and the rows of the output matrix that matter."
     start = model.shared.weight[model.config.decoder_start_token_id].expand(len(states), 1, -1)
-    return first_step(model, start, states, mask)[:, 0] @ model.lm_head.weight[answers].T
+    return t5_logits(model, first_step(model, start, states, mask)[:, 0], answers)
+
+def check_t5(
+    model, # Encoder-decoder of `load_model`
+):
+    "`UserError` unless our decoder step gives the logits of transformers' own."
+    import torch
+    ids, start = torch.tensor([[3, 4, 5]], device=model.device), torch.tensor([[model.config.decoder_start_token_id]], device=model.device)
+    with torch.inference_mode():
+        own = model(input_ids=ids, attention_mask=ids > 0, decoder_input_ids=start).logits[:, 0].float()
+        try: same = close(answer_logits(model, encode(model, ids, ids > 0), ids > 0, slice(None)), own)
+        except AttributeError: same = False # no T5's parts
+    if not same: raise UserError(f"{model.config.name_or_path}: a model of type {model.config.model_type} cannot carry our recommender; name a T5, as t5-small, google/flan-t5-base or google/mt5-small")
+
+def close(
+    ours, own, # Logits of one vocabulary
+)->bool:
+    "Whether logits agree but for rounding."
+    bits = 1e-3 if own.dtype.itemsize > 2 else .05
+    return bool((ours - own).abs().max() <= bits*own.abs().max())
 
 # %% ../nbs/03_backbones.ipynb #03-020
 def pocket_model(
@@ -297,10 +371,10 @@ def pocket_model(
     if width % 16: raise UserError(f"the width of a pocket model must be a multiple of 16, not {width}; set --pocket-width")
     n, heads, ff = len(tokenizer), width//16, 2*width
     if kind == "t5":
-        return tf.T5ForConditionalGeneration(tf.T5Config(
+        return tf.T5ForConditionalGeneration(tf.T5Config(pocket=True,
             vocab_size=n, d_model=width, d_kv=16, num_heads=heads, d_ff=ff, num_layers=layers, num_decoder_layers=1,
             dropout_rate=0., pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=tokenizer.pad_token_id))
-    same = dict(vocab_size=n, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=ff, pad_token_id=tokenizer.pad_token_id)
+    same = dict(vocab_size=n, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=ff, pad_token_id=tokenizer.pad_token_id, pocket=True)
     if kind == "bert":
         model = tf.BertForMaskedLM(tf.BertConfig(**same, hidden_dropout_prob=0., attention_probs_dropout_prob=0.))
         model.bert.embeddings.word_embeddings.weight.data.normal_(std=.5) # BERT's own .02 is for a width of 768: words would look alike for long
@@ -415,15 +489,22 @@ class Reader:
         title_tokens:int, # Tokens kept of a title
         history_items:int, # Items of a history, the last ones
     ):
+        self.ends = None, None
         self.titles, self.templates, self.noun = load_titles(run), load_templates(run), dataset_info(run)["item_noun"]
         self.title_tokens, self.history_items, self.tokenizer = title_tokens, history_items, None
-        pairs = [(items[:i], items[i], mine) for items in load_training(run) for mine in [set(items)] for i in range(1, len(items))]
+        bought = load_training(run)
+        pairs = [(items[:i], items[i], mine) for items in bought for mine in [set(items)] for i in range(1, len(items))]
         self.past, nexts, self.owned = map(list, zip(*pairs))
         self.nexts = np.array(nexts)
+        if full := [u for u, items in enumerate(bought) if len(set(items)) >= len(self.titles)]:
+            name = pl.read_parquet(need(run, "data")/"users.parquet")["raw_user"][full[0]]
+            raise UserError(f"user {name!r} has bought all {len(self.titles)} items of the catalogue, so nothing is left to ask about that was not bought; leave this user out, or bring more items")
 
     def encoder(self, text):
-        "A prompt encoder for a template."
-        return PromptEncoder(self.tokenizer, text, self.titles, self.title_tokens, self.history_items, dataset_item=self.noun)
+        "A prompt encoder for a template; `ends`, if set, stand around its prompts (None: the tokenizer's own)."
+        prompt = PromptEncoder(self.tokenizer, text, self.titles, self.title_tokens, self.history_items, dataset_item=self.noun)
+        prompt.start, prompt.end = (own if given is None else given for own, given in zip((prompt.start, prompt.end), self.ends))
+        return prompt
 
     def histories(self, rows, rng):
         "The rows' histories, cut to a random number of last items (one number a batch, so that little is padded): new examples for free."
@@ -448,7 +529,9 @@ def negatives(
     k:int, # Negatives a row
     rng, # numpy generator
 )->np.ndarray: # Items (rows, k), none of them in the row's set
-    "Uniform items that the user is not known to have. Valid and test purchases are not looked at, so one may be drawn."
+    "Uniform items that the user is not known to have. Valid and test purchases are not looked at, so one may be drawn. `UserError` for a user who has them all."
+    if full := [row for row, mine in enumerate(owned) if len(mine) >= n_items]:
+        raise UserError(f"row {full[0]} of {len(owned)}: the user has all {n_items} items of the catalogue, so none can be drawn; leave this user out, or bring more items")
     drawn = rng.integers(n_items, size=(len(owned), k))
     for row, mine in zip(drawn, owned):
         for j in range(k):
@@ -456,6 +539,14 @@ def negatives(
     return drawn
 
 # %% ../nbs/03_backbones.ipynb #03-035
+def label_loss(
+    model, # Language model of transformers
+    labels, # Token ids; -100 where there is none
+    **inputs, # As the model takes them
+): # Scalar float32
+    "Mean cross-entropy of the labels. Logits are float32 whatever the states are."
+    with narrow_head(model): return model(**inputs, labels=labels).loss
+
 def t5_update(
     model, # Pocket T5, in training mode
     reader:Reader, # What there is to read
@@ -470,13 +561,13 @@ def t5_update(
         seen, nexts = reader.histories(rows, rng), reader.nexts[rows]
         ids, mask = pad([plain.ids(h) for h in seen], tokenizer.pad_token_id)
         labels, used = pad([plain.titles[i] + plain.end for i in nexts], tokenizer.pad_token_id)
-        lm = model(input_ids=ids.to(dev), attention_mask=mask.to(dev), labels=labels.masked_fill(used == 0, -100).to(dev)).loss
+        lm = label_loss(model, labels.masked_fill(used == 0, -100).to(dev), input_ids=ids.to(dev), attention_mask=mask.to(dev))
         items = np.column_stack([nexts, negatives([reader.owned[r] for r in rows], len(reader.titles), k, rng)])
         words = [reader.some_word(h, rng) for h in seen]
         ids, mask = (x.to(dev) for x in pad([recommend.ids(h, i, w) for h, w, row in zip(seen, words, items) for i in row], tokenizer.pad_token_id))
         z = answer_logits(model, encode(model, ids, mask), mask, names)
         y = torch.zeros(len(rows), k + 1, device=dev); y[:, 0] = 1
-        bce = F.binary_cross_entropy_with_logits(z[:, 1] - z[:, 0], y.flatten())
+        bce = F.binary_cross_entropy_with_logits(log_odds(z), y.flatten())
         descend(lm + bce, opt, schedule)
         return {"loss": (lm + bce).item(), "lm": lm.item(), "bce": bce.item()}
     return update
@@ -490,16 +581,43 @@ def question_tails(
     prompt = PromptEncoder(tokenizer, "{title_seq} ?", reader.titles, reader.title_tokens, 1)
     return [prompt.ids([i])[len(prompt.start):][:-len(prompt.end) or None] for i in range(len(reader.titles))]
 
+@contextmanager
+def narrow_head(
+    model, # Language model of transformers
+    rows=slice(None), # Rows of the output matrix to compute
+    last=None, # The one position of each text to compute them at (n,); all if there is none
+):
+    "A context in which the model's own forward pass computes these logits only, in float32; all else it does to them, as scaling or capping, it goes on doing."
+    import torch
+    head, bias = model.get_output_embeddings(), getattr(model, "final_logits_bias", None)
+    def at(h): return h if last is None else h[torch.arange(len(h), device=h.device), last].unsqueeze(1)
+    head.forward = lambda h: head_rows(head, at(h), rows)
+    if bias is not None: model.final_logits_bias = bias[:, rows].float()
+    try: yield
+    finally:
+        del head.forward
+        if bias is not None: model.final_logits_bias = bias
+
 def last_logits(
     model, # Causal language model
     mask, # 1 where a text has a token, padded on the right (n, tokens)
     rows, # Rows of the output matrix
     **inputs, # The texts as the model takes them: input_ids or inputs_embeds, attention_mask, ...
-): # (n, rows)
+): # (n, rows) float32
     "What follows the last token of each text."
+    with narrow_head(model, rows, mask.sum(1) - 1): return model(**inputs).logits[:, 0]
+
+def check_causal(
+    model, # Of `load_model`
+):
+    "`UserError` for a model that reads what stands after a word, as an encoder does, or whose logits are not found again from its words' embeddings."
     import torch
-    h = getattr(model, model.base_model_prefix)(**inputs).last_hidden_state
-    return h[torch.arange(len(h)), mask.sum(1) - 1] @ model.get_output_embeddings().weight[rows].T
+    n, mask = model.get_input_embeddings().weight.shape[0]//2, torch.tensor([[1, 1, 1], [1, 1, 0]], device=model.device)
+    ids = torch.tensor([[n, n + 1, n + 2], [n, n + 1, n - 1]], device=model.device)
+    with torch.inference_mode():
+        own = model(input_ids=ids[:1]).logits[0, [2, 1]]
+        same = close(last_logits(model, mask, slice(None), inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask), own)
+    if not same: raise UserError(f"{model.config.name_or_path}: a model of type {model.config.model_type} does not read from left to right here, or in a way of its own; name a causal language model, as a Llama, Qwen or GPT-2")
 
 def causal_update(
     model, # Pocket Llama, in training mode
@@ -510,17 +628,17 @@ def causal_update(
     "One step on both tasks."
     import torch.nn.functional as F, torch
     plain, tokenizer, dev = reader.encoder("{title_seq}"), reader.tokenizer, model.device
-    tails, names, end = question_tails(reader, tokenizer), answers(tokenizer), len(plain.end)
+    tails, names, end = question_tails(reader, tokenizer), answers(tokenizer, "?"), len(plain.end)
     def update(rows, rng):
         seen, nexts = reader.histories(rows, rng), reader.nexts[rows]
         ids, mask = (t.to(dev) for t in pad([plain.ids([*h, i]) for h, i in zip(seen, nexts)], tokenizer.pad_token_id))
-        lm = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        lm = label_loss(model, ids.masked_fill(mask == 0, -100), input_ids=ids, attention_mask=mask)
         items = np.column_stack([nexts, negatives([reader.owned[r] for r in rows], len(reader.titles), k, rng)])
         asked = [plain.ids(h)[:-end or None] + tails[i] for h, row in zip(seen, items) for i in row]
         ids, mask = (t.to(dev) for t in pad(asked, tokenizer.pad_token_id))
         z = last_logits(model, mask, names, input_ids=ids, attention_mask=mask)
         y = torch.zeros(len(rows), k + 1, device=dev); y[:, 0] = 1
-        bce = F.binary_cross_entropy_with_logits(z[:, 1] - z[:, 0], y.flatten())
+        bce = F.binary_cross_entropy_with_logits(log_odds(z), y.flatten())
         descend(lm + bce, opt, schedule)
         return {"loss": (lm + bce).item(), "lm": lm.item(), "bce": bce.item()}
     return update
@@ -663,6 +781,7 @@ def make_backbones(
         where = {k: {"name": n, "pocket": n == "pocket", "path": found.get(k, k)} for k, n in names.items()}
         write_json(folder/"backbones.json", where | {"title_tokens": title_tokens, "history_items": history_items})
         answers(load_tokenizer(found.get("t5", folder/"t5")))
+        check_t5(load_model(found.get("t5", folder/"t5"), "t5"))
         return {kind: sum(p.numel() for p in load_model(found.get(kind, folder/kind), kind).parameters()) for kind in names}
     return stage(run, "backbones", params, make, inputs=["data", "prompts"], files=[Path(f)/"config.json" for f in found.values()])
 

@@ -18,7 +18,7 @@ from .backbones import Reader, answers, backbone, encode, load_tokenizer, plot_c
 from .baselines import attempt, finish, make_baselines, rank_rows, show_models
 from .data import load_candidates, load_sequences, load_training
 from .prompts import pad
-from .recommender import CausalLM, add_adapters, find_llm, llm_faults, load_llm, read_prefix, sample_rows, training_items, tune_on_states
+from .recommender import CausalLM, add_adapters, find_llm, llm_faults, load_llm, prefix_room, sample_rows, training_items, tune_on_states
 from .runs import UserError, below, device, fresh, manifest, need, not_positive, refuse, run_folder, seed_all, stage, write_json
 from .scorer import score_rows, square
 
@@ -84,7 +84,8 @@ class TextLM(CausalLM):
     ):
         self.peft, self.lm, self.module, self.soft = lm, lm.get_base_model(), lm, None
         self.t5, self.plain, self.pad_id = Lookup(self.lm), reader.encoder(text), reader.tokenizer.pad_token_id or 0
-        self.names, self.tails, self.tail_pad = answers(reader.tokenizer), question_tails(reader, reader.tokenizer), self.pad_id
+        self.names, self.tails, self.tail_pad = answers(reader.tokenizer, "?"), question_tails(reader, reader.tokenizer), self.pad_id
+        self.room = prefix_room(self.lm)
         if vectors is not None:
             self.peft.requires_grad_(False)
             self.soft = soft_words(self.lm.get_input_embeddings(), vectors.to(self.lm.device)).to(self.lm.device)
@@ -99,7 +100,7 @@ class TextLM(CausalLM):
 
     def read(self, states, mask):
         "Keys and values of the history."
-        return read_prefix(self.lm, states, mask)
+        return self.remember(states, mask)
 
     def save(self, folder):
         "Write what was trained: the adapters, or the mapping."

@@ -203,7 +203,7 @@ def purchase_loss(
     h, bought = place_states(model, items[:, :-1])[real], items[:, 1:][real]
     yes = (h*model["item"](bought)).sum(1) + model["bias"](bought)[:, 0]
     no = item_scores(model, h, others)[~own.repeat_interleave(real.sum(1), 0)]
-    return (softplus(-yes).mean() + softplus(no).mean())/2
+    return (softplus(-yes).mean() + softplus(no).sum()/max(1, no.numel()))/2 # there may be none, of a small catalogue
 
 # %% ../nbs/08d_ctrl.ipynb #08d-032
 def catalogue_scores(

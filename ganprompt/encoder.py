@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 
 from .attributes import load_attributes, make_attributes
-from .backbones import OPTIMIZERS, Reader, adamw, backbone, descend, encode, load_model, load_tokenizer, model_bytes, negatives, plot_curves, train
+from .backbones import OPTIMIZERS, Reader, adamw, backbone, descend, encode, label_loss, load_model, load_tokenizer, model_bytes, negatives, plot_curves, train
 from .data import load_sequences
 from .prompts import pad
 from .runs import below, device, gathered, in_processes, is_main, need, not_positive, part, possible, refuse, seed_all, shard, stage, strange, told, totals, write_json
@@ -49,9 +49,10 @@ def js(
     x, # Versions (n, k + 1, width)
 ): # Scalar, 0 to ln 2
     "Mean Jensen-Shannon divergence over the pairs, in nats (section 3.2.3)."
-    p, q = (v.softmax(-1) for v in pairs(x))
-    log_m = ((p + q)/2).log()
-    return ((p*(p.log() - log_m)).sum(-1) + (q*(q.log() - log_m)).sum(-1)).mean()/2
+    p, q = (v.float().softmax(-1) for v in pairs(x))
+    def log(t): return t.clamp(min=1.2e-38).log() # the least that float32 holds: far-apart states have probabilities of 0, which add nothing
+    log_m = log((p + q)/2)
+    return ((p*(log(p) - log_m)).sum(-1) + (q*(log(q) - log_m)).sum(-1)).mean()/2
 
 # %% ../nbs/05_encoder.ipynb #05-012
 COUPLINGS = {"cooperative": 1, "adversarial": -1, "none": 0}
@@ -152,7 +153,7 @@ def language_loss(
     share = share and sum(map(len, labels))/sum(len(label) for _, label in texts)
     ids, mask = (t.to(model.device) for t in pad(inputs, versions.tokenizer.pad_token_id))
     y, used = (t.to(model.device) for t in pad(labels, versions.tokenizer.pad_token_id))
-    return share*model(input_ids=ids, attention_mask=mask, labels=y.masked_fill(used == 0, -100)).loss
+    return share*label_loss(model, y.masked_fill(used == 0, -100), input_ids=ids, attention_mask=mask)
 
 # %% ../nbs/05_encoder.ipynb #05-023
 def adversarial_update(

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 import yaml
 
-from .backbones import adamw, backbone, cross_attention, descend, encode, load_model, load_tokenizer, model_bytes, plot_curves, train
+from .backbones import adamw, backbone, cross_attention, descend, encode, label_loss, load_model, load_tokenizer, model_bytes, plot_curves, t5_logits, train
 from .baselines import attempt, finish, rank_rows, show_models
 from .data import load_candidates, load_sequences, make_data
 from .prompts import PromptEncoder, load_titles, pad
@@ -98,17 +98,17 @@ def read_items(
     n, m, t = ids.shape
     start = torch.full_like(ids[..., :1], model.config.decoder_start_token_id)
     x = model.shared(torch.cat([start, ids[..., :-1]], -1)).view(n*m, t, -1)
-    near = model.decoder.block[0].layer[0].SelfAttention.compute_bias(t, t) + torch.full((t, t), float("-inf"), device=ids.device).triu(1)
+    after = torch.full((t, t), float("-inf"), device=ids.device).triu(1)
     hide = x.new_zeros(mask.shape).masked_fill(mask == 0, float("-inf")).unsqueeze(1)
     for block in model.decoder.block:
         own, other, forward = block.layer
         a, h = own.SelfAttention, own.layer_norm(x)
+        if a.has_relative_attention_bias: near = a.compute_bias(t, t) + after # the first layer's serves all, but umT5 has one in each
         q, k, v = (f(h).view(n*m, t, a.n_heads, -1).transpose(1, 2) for f in (a.q, a.k, a.v))
         x = x + a.o(F.scaled_dot_product_attention(q, k, v, near, scale=1.).transpose(1, 2).flatten(2))
         x = x + cross_attention(other.EncDecAttention, other.layer_norm(x).view(n, m*t, -1), states, hide).view(x.shape)
         x = forward(x)
-    h = model.decoder.final_layer_norm(x).view(n, m, t, -1)
-    return h*model.model_dim**-.5 if model.config.scale_decoder_outputs else h
+    return model.decoder.final_layer_norm(x).view(n, m, t, -1)
 
 # %% ../nbs/08b_p5.ipynb #08b-022
 def log_likelihood(
@@ -122,7 +122,7 @@ def log_likelihood(
     ids, used = (t.to(states.device) for t in pad([i for row in items for i in row], pad_id))
     h, real = read_items(model, ids.view(len(items), -1, ids.shape[1]), states, mask).flatten(0, 1), used == 1
     logp = torch.zeros(ids.shape, device=ids.device)
-    logp[real] = -F.cross_entropy(model.lm_head(h[real]).float(), ids[real], reduction="none")
+    logp[real] = -F.cross_entropy(t5_logits(model, h[real]), ids[real], reduction="none")
     return logp.sum(1).view(len(items), -1)
 
 # %% ../nbs/08b_p5.ipynb #08b-026
@@ -164,7 +164,7 @@ def train_p5(
     def update(at, rng):
         ids, mask = padded([asker.ask_somehow(past[r], rng) for r in at])
         labels, used = padded([asker.items[nexts[r]] for r in at])
-        with fast_math(): loss = model.train()(input_ids=ids, attention_mask=mask, labels=labels.masked_fill(used == 0, -100)).loss
+        with fast_math(): loss = label_loss(model.train(), labels.masked_fill(used == 0, -100), input_ids=ids, attention_mask=mask)
         descend(loss, opt, schedule)
         return {"loss": loss.item()}
     def after_epoch(epoch, curves):

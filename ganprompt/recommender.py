@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'POCKET_LINEAR', 'SCORES', 'LISTS', 'freeze_encoder', 'T5Decoder', 'T5Ranker', 'projection', 'in_four_bits',
-           'load_llm', 'read_prefix', 'answer_tails', 'CausalLM', 'add_adapters', 'new_recommender', 'linear_layers',
-           'lora_faults', 'llm_faults', 'save_recommender', 'load_recommender', 'trained_causal', 'uncached_logits',
-           'Trained', 'Best', 'rec_loss', 'list_auc', 'divergence', 'Reworded', 'worded', 'ask', 'prompts_a_row',
-           'logits_at', 'training_items', 'tune_on_states', 'sample_rows', 'tune', 'score_lists', 'find_llm',
-           'wordings_faults', 'check_recommender', 'room_recommender', 'make_recommender']
+           'load_llm', 'read_prefix', 'answer_tails', 'answer_whole', 'window', 'prefix_room', 'CausalLM',
+           'add_adapters', 'new_recommender', 'linear_layers', 'lora_faults', 'llm_faults', 'save_recommender',
+           'load_recommender', 'trained_causal', 'uncached_logits', 'Trained', 'Best', 'rec_loss', 'list_auc',
+           'divergence', 'Reworded', 'worded', 'ask', 'prompts_a_row', 'logits_at', 'training_items', 'tune_on_states',
+           'sample_rows', 'tune', 'score_lists', 'find_llm', 'wordings_faults', 'check_recommender', 'room_recommender',
+           'make_recommender']
 
 # %% ../nbs/06_recommender.ipynb #06-004
 import json, math, os
@@ -17,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from .backbones import (Reader, adamw, answer_logits, answers, backbone, descend, encode, first_step, last_logits, load_model, load_tokenizer, model_bytes, model_faults, negatives, plot_curves,
-                                 question_tails, resolve, to_fetch, train, train_pocket, weights)
+from .backbones import (Reader, adamw, answer_logits, answers, backbone, check_causal, check_t5, close, descend, encode, first_step, last_logits, load_model, load_tokenizer, model_bytes, model_faults, negatives, plot_curves,
+                                 question_tails, resolve, t5_logits, to_fetch, train, train_pocket, weights)
 from .data import load_candidates, load_sequences, load_training
 from .encoder import make_encoder, pool, reader_for
 from .prompts import nonsense as templates_of_nonsense, pad, read_templates
@@ -44,6 +45,7 @@ class T5Decoder:
     ):
         self.t5, self.tokenizer, self.pad_id = t5, reader.tokenizer, reader.tokenizer.pad_token_id
         self.names, self.module = answers(reader.tokenizer), t5.decoder
+        check_t5(t5)
         freeze_encoder(t5)
 
     def read(self, states, mask):
@@ -87,7 +89,7 @@ class T5Ranker(T5Decoder):
         "Logits (n, m, rows) of m items for each of n prompts."
         import torch
         x = self.item_vectors()[torch.from_numpy(items).to(self.t5.device)]
-        return first_step(self.t5, x, *memory) @ self.t5.lm_head.weight[rows].T
+        return t5_logits(self.t5, first_step(self.t5, x, *memory), rows)
 
 # %% ../nbs/06_recommender.ipynb #06-012
 def projection(
@@ -115,12 +117,15 @@ def load_llm(
     folder:str, # Folder of a causal language model
     four_bit:bool=False, # Load it in 4 bits
 ): # Frozen model
-    "A causal language model. `UserError` if 4 bits are asked for where they cannot be had."
+    "A causal language model. `UserError` if it is none, or if 4 bits are asked for where they cannot be had."
     import transformers as tf
-    if not four_bit: return load_model(folder, "causal").requires_grad_(False)
-    in_four_bits()
-    bits = tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
-    return tf.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, quantization_config=bits).eval()
+    if not four_bit: model = load_model(folder, "causal")
+    else:
+        in_four_bits()
+        bits = tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
+        model = tf.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, quantization_config=bits).eval()
+    check_causal(model)
+    return model.requires_grad_(False)
 
 # %% ../nbs/06_recommender.ipynb #06-015
 def read_prefix(
@@ -148,6 +153,45 @@ def answer_tails(
     places = before.sum(1)[owner, None] + torch.arange(ids.shape[1], device=ids.device)
     return last_logits(lm, mask, rows, input_ids=ids, attention_mask=torch.cat([before[owner], mask], 1), position_ids=places, past_key_values=cache)
 
+def answer_whole(
+    lm, # Causal language model
+    embeds, before, # Input embeddings of the prefixes, and 1 where there is a token
+    owner, ids, mask, rows, # As in `answer_tails`
+): # (m, rows)
+    "The same with each text read from its first token to its last."
+    import torch
+    tails = lm.get_input_embeddings()(ids)
+    texts = [torch.cat([embeds[o, :n], t[:m]]) for o, n, t, m in zip(owner.tolist(), before.sum(1)[owner].tolist(), tails, mask.sum(1).tolist())]
+    lengths = torch.tensor([len(t) for t in texts], device=mask.device)
+    x = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    seen = (torch.arange(x.shape[1], device=x.device) < lengths[:, None]).long()
+    return last_logits(lm, seen, rows, inputs_embeds=x, attention_mask=seen)
+
+# %% ../nbs/06_recommender.ipynb #06-015b
+def window(
+    config, # Of a causal language model
+)->float: # Tokens; infinite if every layer sees all
+    "How far back the layer with the shortest sight looks."
+    about = config.get_text_config()
+    if set(getattr(about, "layer_types", None) or [""]) == {"full_attention"}: return math.inf
+    return min((w for k in ("sliding_window", "attention_chunk_size", "window_size") if (w := getattr(about, k, None))), default=math.inf)
+
+def prefix_room(
+    lm, # Causal language model
+)->float: # Tokens, candidate included; 0 if it cannot be shared at all
+    "How long a text may be for its prefix to be read once for all candidates."
+    import torch
+    words = lm.get_input_embeddings()
+    n, dev = words.weight.shape[0]//2, words.weight.device
+    ids, owner = n - torch.arange(1, 6, device=dev).repeat(2, 1)%n, torch.tensor([0, 1, 1], device=dev)
+    before, mask = torch.tensor([[1]*5, [1, 1, 0, 0, 0]], device=dev), torch.tensor([[1, 1], [1, 1], [1, 0]], device=dev)
+    with torch.inference_mode():
+        embeds, tails = words(ids), (owner, ids[owner, :2], mask, slice(None))
+        whole = answer_whole(lm, embeds, before, *tails)
+        try: same = close(answer_tails(lm, read_prefix(lm, embeds, before), *tails), whole)
+        except (AttributeError, IndexError, TypeError, ValueError, RuntimeError): same = False # a model without such a past
+    return window(lm.config) if same else 0
+
 # %% ../nbs/06_recommender.ipynb #06-016
 class CausalLM:
     "The recommender of sections 3.3 and 3.4.2: projected encoder states before a causal language model with LoRA."
@@ -160,13 +204,19 @@ class CausalLM:
     ):
         import torch
         self.t5, self.peft, self.lm, self.pad_id = t5.requires_grad_(False), lm, lm.get_base_model(), reader.tokenizer.pad_token_id
-        self.names, self.tails = answers(tokenizer), question_tails(reader, tokenizer)
+        self.names, self.tails = answers(tokenizer, "?"), question_tails(reader, tokenizer)
         self.tail_lengths, self.tail_pad = np.array([len(t) for t in self.tails]), tokenizer.pad_token_id or 0
+        self.room = prefix_room(self.lm)
         self.module = torch.nn.ModuleDict({"projection": projection(t5.config.d_model, self.lm), "lm": lm})
 
     def read(self, states, mask):
         "Keys and values of the projected states."
-        return read_prefix(self.lm, self.module["projection"](states).to(self.lm.dtype), mask)
+        return self.remember(self.module["projection"](states).to(self.lm.dtype), mask)
+
+    def remember(self, embeds, mask):
+        "The prefix as `answer` goes on from it: read, or as it is if it cannot be shared."
+        shared = mask.shape[1] + self.tail_lengths.max() <= self.room
+        return read_prefix(self.lm, embeds, mask) if shared else (embeds, mask)
 
     def cost(self, mask):
         "What one more candidate for each prompt costs, in tokens: a copy of the keys and values, and its title."
@@ -177,7 +227,8 @@ class CausalLM:
         import torch
         ids, mask = (t.to(self.t5.device) for t in pad([self.tails[i] for i in items.ravel()], self.tail_pad))
         owner = torch.arange(len(items), device=ids.device).repeat_interleave(items.shape[1])
-        return answer_tails(self.lm, memory, owner, ids, mask, rows).view(*items.shape, -1)
+        known = answer_tails(self.lm, memory, owner, ids, mask, rows) if isinstance(memory[0], list) else answer_whole(self.lm, *memory, owner, ids, mask, rows)
+        return known.view(*items.shape, -1)
 
     def save(self, folder):
         "Write adapters and projection as safetensors."
@@ -286,12 +337,9 @@ def uncached_logits(
 ): # (n, rows)
     "What `CausalLM` would answer if it read the history anew for every candidate: the reference that the shared prefix is measured against."
     import torch
-    prefix, embed = model.module["projection"](states).to(model.lm.dtype), model.lm.get_input_embeddings()
-    texts = [torch.cat([p[:n], embed(torch.tensor(model.tails[i], device=p.device))]) for p, n, i in zip(prefix, mask.sum(1), items)]
-    lengths = torch.tensor([len(t) for t in texts], device=mask.device)
-    x = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-    seen = (torch.arange(x.shape[1], device=x.device) < lengths[:, None]).long()
-    return last_logits(model.lm, seen, rows, inputs_embeds=x, attention_mask=seen)
+    ids, used = (t.to(mask.device) for t in pad([model.tails[i] for i in items], model.tail_pad))
+    prefix = model.module["projection"](states).to(model.lm.dtype)
+    return answer_whole(model.lm, prefix, mask, torch.arange(len(items), device=mask.device), ids, used, rows)
 
 # %% ../nbs/06_recommender.ipynb #06-024
 class Trained:

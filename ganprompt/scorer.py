@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 
 from .attributes import make_attributes
-from .backbones import encode
+from .backbones import encode, log_odds
 from .prompts import pad, parsed, read_templates, slots
 from .runs import device, gathered, need, root, shard
 
@@ -185,20 +185,19 @@ class States:
 
 # %% ../nbs/05b_scorer.ipynb #05b-027
 def scores_of(
-    logits, # (..., 2) of no and yes; or the whole vocabulary (..., pieces)
+    logits, # (..., 2) of no and yes, or all spellings of no and then of yes; or the whole vocabulary (..., pieces)
     score:str, # yes-no or vocab
-    names:list[int], # Token ids of [no, yes]
-): # (...): larger is more likely to be bought
+    names:list[int], # Token ids of [no, yes], or of all spellings of no and then of yes
+): # (...) float32: larger is more likely to be bought
     "Log-odds of yes against no, or the log-probability of yes in the whole vocabulary."
-    logits = logits.float()
-    if score == "yes-no": return logits[..., 1] - logits[..., 0]
-    return logits.log_softmax(-1)[..., names[1]]
+    if score == "yes-no": return log_odds(logits)
+    return logits.float().log_softmax(-1)[..., names[len(names)//2:]].logsumexp(-1)
 
 def wanted(
-    names:list[int], # Token ids of [no, yes]
+    names:list[int], # As in `scores_of`
     score:str, # yes-no or vocab
 ): # Rows of the output matrix
-    "The rows that a score needs: two, or all."
+    "The rows that a score needs: those of the answers, or all."
     return names if score == "yes-no" else slice(None)
 
 # %% ../nbs/05b_scorer.ipynb #05b-028

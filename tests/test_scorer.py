@@ -36,7 +36,7 @@ def byte_level(titles):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|endoftext|>"], show_progress=False)
-    tokenizer.train_from_iterator([f" {t} ?" for t in titles] + ["yes", "no"]*1000, trainer)
+    tokenizer.train_from_iterator([f" {t} ?" for t in titles] + [" yes", " no"]*1000, trainer)
     return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 
