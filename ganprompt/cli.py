@@ -551,10 +551,11 @@ def fetch(category, to, release, base_url):
 @click.option("--users", type=click.IntRange(min=0), default=300, help="Users, drawn at random, the same for every model; 0: all  [300]")
 @click.option("--download", type=bool, default=False, help="Whether hub models may be fetched  [False]")
 @click.option("--out", metavar="FOLDER", default="", help="Where the two files go  [robustness/MODEL in the run folder]")
-def robustness(model, run, templates, users, download, out):
+@click.option("--chat", type=bool, default=True, help="Whether an untuned chat model is asked through its chat template  [True]")
+def robustness(model, run, templates, users, download, out, chat):
     "Measure how much a model minds the wording: MODEL is a recommender in a run folder, as in runs/demo/recommender/ganprompt, or any seq2seq or causal language model, by its folder or hub name."
     from ganprompt.robustness import make_report
-    path = make_report(model, absolute("run", run) if run else "", templates, users, download, out)
+    path = make_report(model, absolute("run", run) if run else "", templates, users, download, out, chat)
     for file in (path, path.with_suffix(".json")): click.echo(shown(file))
 
 # %% ../nbs/11_cli.ipynb #11-063

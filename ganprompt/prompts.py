@@ -249,7 +249,7 @@ class PromptEncoder:
     def _plan(self, text):
         "The template as a list of token lists (fixed pieces) and slot names. A new line beside a slot is part of the words, for there are tokenisers that keep it; a slot is read with a space before it."
         parts = re.split(r"[^\S\n]*\{(\w+)(?::[^{}]*)?\}[^\S\n]*", text.strip(" \t"))
-        return [p if i % 2 else self._tok(p) for i, p in enumerate(parts) if p]
+        return [p if i % 2 else self._tok(p) if i else self._raw(p) for i, p in enumerate(parts) if p]
 
     def _list(self, n):
         "How a history of n titles is written: places, and tokens of the words around them."

@@ -6,8 +6,9 @@
 __all__ = ['FIGURES', 'PALETTE', 'STYLE', 'over_templates', 'drop_rate', 'halved', 'held_out', 'pss', 'flips', 'posix', 'tau',
            'ranks', 'rbo', 'unpadded', 'agreement', 'diversity', 'by_template', 'mean_known', 'template_table',
            'measure_bank', 'user_draws', 'drawn_means', 'between', 'bank_intervals', 'chance', 'verdict', 'score_bank',
-           'Untuned', 'load_any', 'plot_templates', 'plot_heat', 'figure1', 'picture', 'plain_table', 'split_table',
-           'shown_table', 'report_page', 'test_lists', 'check_report', 'make_report']
+           'chat_ends', 'Untuned', 'load_any', 'spelled', 'whole_logits', 'plot_templates', 'plot_heat', 'figure1',
+           'picture', 'plain_table', 'split_table', 'shown_table', 'report_page', 'test_lists', 'check_report',
+           'make_report']
 
 # %% ../nbs/09_robustness.ipynb #09-004
 import base64, html, io, json, time
@@ -20,9 +21,10 @@ from tqdm import tqdm
 # %% ../nbs/09_robustness.ipynb #09-005
 from .runs import UserError, below, device, device_words, need, refuse, run_folder, told, versions, write_json
 from .data import dataset_info, load_candidates, load_sequences
-from .prompts import SPLITS, read_templates, render, slots
+from .prompts import SPLITS, pad, read_templates, render, slots
 from .attributes import make_attributes
-from .backbones import Reader, answers, backbone, is_here, last_logits, load_model, load_tokenizer, resolve
+from .backbones import (Reader, answers, backbone, check_causal, encode, is_here, last_logits, load_model, load_tokenizer, log_odds, narrow_head, resolve,
+                                 spellings)
 from .encoder import reader_for
 from .scorer import Questions, bank_for, own_attributes, score_rows
 from .recommender import T5Decoder, load_recommender, make_recommender, sample_rows
@@ -305,13 +307,24 @@ def score_bank(
     return out
 
 # %% ../nbs/09_robustness.ipynb #09-042
+def chat_ends(
+    tokenizer, # Of a chat model
+)->tuple: # (token ids before a question, token ids after it, the latter as text)
+    "What the tokenizer's chat template puts around a question, as far as the place where the answer begins."
+    said = tokenizer.apply_chat_template([{"role": "user", "content": "QUESTION"}], tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    before, after = said.split("QUESTION")
+    return *(tokenizer(t, add_special_tokens=False).input_ids for t in (before, after)), after
+
 class Untuned:
     "A language model that has not been trained for this task, with the interface of a recommender."
     joint, attributes = True, True
     def __init__(self,
         lm, # From transformers: seq2seq or causal
         tokenizer, # Its tokenizer
-    ): self.lm, self.t5, self.names, self.pad_id = lm, self, answers(tokenizer), tokenizer.pad_token_id or 0
+        text:str="", # What an answer follows; empty for a decoder
+    ):
+        self.lm, self.t5, self.pad_id = lm, self, tokenizer.pad_token_id or 0
+        self.names = (answers if getattr(lm.config, "pocket", False) else spellings)(tokenizer, text) # a pocket model was taught one spelling
 
     @property
     def device(self): return self.lm.device
@@ -328,16 +341,20 @@ class Untuned:
         import torch
         states, mask = memory
         if not self.lm.config.is_encoder_decoder: return last_logits(self.lm, mask, rows, inputs_embeds=states, attention_mask=mask)[:, None]
-        start = torch.full((len(states), 1), self.lm.config.decoder_start_token_id, device=states.device)
-        return self.lm(encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=start).logits[:, :, rows]
+        first = [self.lm.config.decoder_start_token_id, self.lm.generation_config.forced_bos_token_id] # some decoders begin with a mark of their own
+        start = torch.tensor([[i for i in first if i is not None]]*len(states), device=states.device)
+        with narrow_head(self.lm, rows, torch.full_like(start[:, 0], start.shape[1] - 1)):
+            return self.lm(encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=start).logits
 
 # %% ../nbs/09_robustness.ipynb #09-043
 def load_any(
     name:str, # Folder of a recommender of ours, a local folder, or a hub name
     reader:Reader, # Gets the model's tokenizer
     download:bool=False, # Whether hub models may be fetched
+    chat:bool=True, # Whether a chat model is asked through its template
 ): # (recommender, its name)
     "A recommender of chapter 06, or a seq2seq or causal language model as it is. `UserError` for anything else."
+    reader.ends = None, None
     if (Path(name) / "model.json").exists(): return load_recommender(Path(name), reader), Path(name).name
     path = resolve(name, download)
     config = json.loads((Path(path) / "config.json").read_text())
@@ -345,7 +362,35 @@ def load_any(
     try: model = load_model(path, kind).to(device())
     except ValueError: raise UserError(f"{name}: a {config['model_type']} neither answers nor continues a text; name a seq2seq or causal language model") from None
     reader.tokenizer = load_tokenizer(path)
-    return Untuned(model, reader.tokenizer), Path(name).name
+    if kind == "t5": return Untuned(model, reader.tokenizer), Path(name).name
+    check_causal(model)
+    *reader.ends, text = chat_ends(reader.tokenizer) if chat and reader.tokenizer.chat_template else (None, [], "?")
+    return Untuned(model, reader.tokenizer, text), Path(name).name
+
+# %% ../nbs/09_robustness.ipynb #09-043b
+def spelled(
+    model:Untuned, # Language model
+    tokenizer, # Its tokenizer
+    prompts:list, # Token ids of the questions
+    bought:np.ndarray, # bool[questions]
+) -> pl.DataFrame: # no, yes (how they are spelled), p_no, p_yes (mean probability), auc; the last row pools all spellings
+    "What each spelling of the answer is worth."
+    import torch
+    from sklearn.metrics import roc_auc_score
+    with torch.inference_mode():
+        p = torch.cat([whole_logits(model, prompts[at:at + 8]).log_softmax(-1)[:, model.names].cpu() for at in range(0, len(prompts), 8)])
+    n = p.shape[1] // 2
+    def row(words, z): return dict(no=words[0], yes=words[1], p_no=float(z[:, :z.shape[1]//2].exp().sum(1).mean()), p_yes=float(z[:, z.shape[1]//2:].exp().sum(1).mean()), auc=float(roc_auc_score(bought, log_odds(z))))
+    words = tokenizer.convert_ids_to_tokens(model.names)
+    return pl.DataFrame([*(row((words[i], words[n + i]), p[:, [i, n + i]]) for i in range(n)), row(("all", "all"), p)])
+
+def whole_logits(
+    model:Untuned, # Language model
+    prompts:list, # Token ids
+): # float32 (prompts, vocabulary)
+    "Logits of everything that could come next."
+    ids, mask = (t.to(model.device) for t in pad(prompts, model.pad_id))
+    return model.answer(model.read(encode(model, ids, mask), mask), None, slice(None))[:, 0].float()
 
 # %% ../nbs/09_robustness.ipynb #09-047
 PALETTE = ["#000000", "#0173b2", "#de8f05", "#029e73", "#cc78bc", "#d55e00", "#949494"]   # colour-blind safe
@@ -457,7 +502,7 @@ def report_page(
     sizes, floor, sure = sorted(map(len, lists)), about["chance"], about["intervals"]
     long = f"{sizes[0]} candidates each" if sizes[0] == sizes[-1] else f"{sizes[0]} to {sizes[-1]} candidates each"
     said = (f"{about['model']} on {about['dataset']}{' (synthetic)' * about['synthetic']}: {about['users']} users{f' with {len(rows)} lists' * (len(rows) > about['users'])}, {long} (uni99{', which this shop is too small for' * (sizes[-1] < 100)}), {len(bank)} templates."
-            + " A pocket model, trained from scratch on this data set's own text." * about["pocket"] + f" Clean: the template {bank[0]['id']}, which the model was trained with or is asked with first; it counts as seen.")
+            + " Asked through its chat template." * about["chat"] + " A pocket model, trained from scratch on this data set's own text." * about["pocket"] + f" Clean: the template {bank[0]['id']}, which the model was trained with or is asked with first; it counts as seen.")
     clean = spread(sure["by_template"]["hit@10"][0])
     return f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Robustness of {html.escape(about['model'])}</title><style>{STYLE}</style>
 <h1>Robustness of {html.escape(about['model'])}</h1><p>{html.escape(said)}</p>
@@ -495,6 +540,7 @@ def make_report(
     users:int=300, # Users, drawn at random, the same for every model; 0: all
     download:bool=False, # Whether hub models may be fetched
     out:str="", # Folder for the two files; empty: robustness/<model> in the run folder
+    chat:bool=True, # Whether an untuned chat model is asked through its template
 ) -> Path: # report.html; report.json lies beside it
     "Measure how much a recommender minds the wording. `UserError` for a wrong template file or model, before anything is scored."
     refuse(check_report(locals()))
@@ -503,12 +549,12 @@ def make_report(
     need(run, "attributes", make_attributes)
     (reader, _), own, (rows, lists) = reader_for(run), own_attributes(run), test_lists(run, users)
     bank, start = bank_for(reader, templates), time.time()
-    recommender, name = load_any(model, reader, download)
+    recommender, name = load_any(model, reader, download, chat)
     scores, info = score_bank(recommender, reader, own, bank, rows, lists, name), dataset_info(run)
     order, pocket = agreement(scores), own_run is not None and backbone(run, "t5")["pocket"]
     table, floor = template_table(scores, bank, order), chance(np.array(list(map(len, lists))))
     sure, each = bank_intervals(scores, bank, rows["user"], order)
-    about = dict(model=name, run=run_folder(run).name, dataset=info["dataset"], synthetic=info["synthetic"], pocket=pocket, users=rows["user"].n_unique(), lists=len(rows), candidates="uni99", templates=Path(templates).name or "templates.yaml",
+    about = dict(model=name, run=run_folder(run).name, dataset=info["dataset"], synthetic=info["synthetic"], pocket=pocket, users=rows["user"].n_unique(), lists=len(rows), candidates="uni99", templates=Path(templates).name or "templates.yaml", chat=reader.ends[0] is not None,
                  chance=floor, yes=float((scores[0, :, 0] > 0).mean()), verdict=verdict(table, floor),
                  measured=measure_bank(scores, bank, rows["user"], order), intervals=dict(by_split=sure, by_template=each), by_template=[dict(text=t["text"]) | row for t, row in zip(bank, table.to_dicts())], versions=versions(), machine=device_words(), seconds=time.time() - start)
     folder = Path(out) if out else run_folder(run) / "robustness" / name

@@ -180,8 +180,82 @@ def test_any_language_model(kind, finished, tmp_path):
     questions = R.Questions(reader, own, rows, bank[1]["text"])
     ids = torch.tensor([questions.ids(2, int(lists[2][7]))])
     with torch.no_grad(): logits = (model.eval()(ids) if kind == "causal" else model.eval()(ids, decoder_input_ids=torch.tensor([[2]]))).logits[0, -1]
-    no, yes = wrapped.names
-    assert z[1, 2, 7] == pytest.approx((logits[yes] - logits[no]).item(), abs=1e-4)
+    no, yes = logits[wrapped.names].view(2, -1).logsumexp(-1)
+    assert z[1, 2, 7] == pytest.approx((yes - no).item(), abs=1e-4)
+
+
+CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+def small_llama(folder, titles, template=None):
+    "A random Llama with a byte-level tokenizer that knows several spellings of yes and no."
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.train_from_iterator([" yes", " no", "Yes", "No"]*1000 + list(titles), trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+                                                                                                 special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]))
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>", chat_template=template)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(made), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, initializer_range=.3)).save_pretrained(folder)
+    made.save_pretrained(folder)
+    return made
+
+
+@pytest.mark.parametrize("template, chat", [(CHAT, True), (CHAT, False), (None, True)])
+def test_a_chat_model_is_asked_through_its_template(template, chat, finished, tmp_path):
+    "The whole conversation, turned into tokens in one piece; and the pooled log-odds of a plain forward pass."
+    import torch
+    reader, _ = R.reader_for(str(finished))
+    tokenizer = small_llama(tmp_path/"lm", reader.titles, template)
+    model, _ = R.load_any(str(tmp_path/"lm"), reader, chat=chat)
+    rows, lists = R.test_lists(str(finished), 3)
+    questions = R.Questions(reader, {}, rows, attributes=False)
+    item, kept = int(lists[1][4]), [reader.titles[i] for i in rows["history"][1][-reader.history_items:]]
+    ids, talk = questions.ids(1, item), template and chat
+    said = tokenizer.decode(ids)
+    start, end = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n") if talk else ("", "")
+    assert said.startswith(f"{start}The user has") and said.endswith(f"next ?{end}") and kept[-1][:5] in said
+    assert ids == tokenizer(said, add_special_tokens=False).input_ids
+    if talk: assert said == tokenizer.apply_chat_template([{"role": "user", "content": said[len(start):-len(end)]}], tokenize=False, add_generation_prompt=True)
+    assert set(tokenizer.convert_ids_to_tokens(model.names)) == {"yes", "no", "Yes", "No", "Ġyes", "Ġno"}
+    with torch.no_grad(): p = model.lm(torch.tensor([ids])).logits[0, -1].softmax(-1)
+    def all_of(word): return sum(p[i].item() for i in model.names if tokenizer.decode(i).strip().lower() == word)
+    z = R.score_rows(model, questions, np.array([1]), [None, np.array([item])])[0][0]
+    assert z == pytest.approx(np.log(all_of("yes")/all_of("no")), abs=1e-4)
+    table = R.spelled(model, tokenizer, [ids, questions.ids(1, 0)], np.array([True, False]))
+    assert table.row(-1, named=True)["yes"] == "all" and table["p_yes"][-1] == pytest.approx(table["p_yes"][:-1].sum(), rel=1e-5)
+    R.load_any(R.reader_for(str(finished))[1], reader)
+    assert reader.ends == (None, None) # the next model's own
+
+
+def test_a_pocket_model_answers_as_it_was_taught(finished):
+    reader, path = R.reader_for(str(finished))
+    assert len(R.load_any(path, reader)[0].names) == len(R.load_any(str(finished/"recommender/llm"), reader)[0].names) == 2
+
+
+def test_a_decoder_that_begins_with_a_mark_of_its_own(finished, tmp_path):
+    import torch
+    from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
+    reader, path = R.reader_for(str(finished))
+    torch.manual_seed(0)
+    model = BartForConditionalGeneration(BartConfig(vocab_size=len(reader.tokenizer), d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_attention_heads=2,
+                                                    decoder_attention_heads=2, pad_token_id=0, decoder_start_token_id=2, max_position_embeddings=512)).eval()
+    model.generation_config.forced_bos_token_id = 7
+    model.final_logits_bias.normal_()
+    model.save_pretrained(tmp_path); AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path)
+    wrapped, (rows, lists) = R.load_any(str(tmp_path), reader)[0], R.test_lists(str(finished), 1)
+    questions = R.Questions(reader, {}, rows, attributes=False)
+    with torch.no_grad(): z = model(torch.tensor([questions.ids(0, 1)]), decoder_input_ids=torch.tensor([[2, 7]])).logits[0, -1, wrapped.names].view(2, -1).logsumexp(-1)
+    assert R.score_rows(wrapped, questions, np.array([0]), [np.array([1])])[0][0] == pytest.approx((z[1] - z[0]).item(), abs=1e-4)
+
+
+def test_an_encoder_is_refused(finished, tmp_path):
+    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+    reader, path = R.reader_for(str(finished))
+    BertForMaskedLM(BertConfig(vocab_size=len(reader.tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="bert does not read from left to right|has no weights"): R.load_any(str(tmp_path), reader)
 
 
 def test_a_model_that_does_not_answer(finished, tmp_path):
