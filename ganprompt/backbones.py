@@ -484,12 +484,12 @@ def descend(
 # %% ../nbs/03_backbones.ipynb #03-031
 class Reader:
     "The training part as a language model reads it: (history, next item) pairs, titles and templates."
+    ends = None, None # What stands around a prompt in the place of the tokenizer's own
     def __init__(self,
         run:str, # Run with stages data and prompts
         title_tokens:int, # Tokens kept of a title
         history_items:int, # Items of a history, the last ones
     ):
-        self.ends = None, None
         self.titles, self.templates, self.noun = load_titles(run), load_templates(run), dataset_info(run)["item_noun"]
         self.title_tokens, self.history_items, self.tokenizer = title_tokens, history_items, None
         bought = load_training(run)

@@ -49,7 +49,8 @@ def js(
     x, # Versions (n, k + 1, width)
 ): # Scalar, 0 to ln 2
     "Mean Jensen-Shannon divergence over the pairs, in nats (section 3.2.3)."
-    p, q = (v.float().softmax(-1) for v in pairs(x))
+    import torch
+    p, q = (v.to(torch.promote_types(v.dtype, torch.float32)).softmax(-1) for v in pairs(x))
     def log(t): return t.clamp(min=1.2e-38).log() # the least that float32 holds: far-apart states have probabilities of 0, which add nothing
     log_m = log((p + q)/2)
     return ((p*(log(p) - log_m)).sum(-1) + (q*(log(q) - log_m)).sum(-1)).mean()/2
