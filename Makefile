@@ -3,6 +3,7 @@
 # make readme  README.md from nbs/index.ipynb
 # make mutants plant faults in the modules that compute and count those that tests and chapters notice (half an hour)
 # make busy    the demo on idle cores and beside busy processes, timed and compared (ten minutes or more)
+# make soak    kill the demo again and again, and compare what it ends with with a run left alone (an hour or two; SMALL=1: less)
 # Needs Python 3.11 or later; another interpreter: make demo PYTHON=/path/to/python
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -19,7 +20,7 @@ same = @echo "$(firstword $(notdir $(1)))"; before=$$($(STATE)); $(1) >/dev/null
 HALF := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 1 ? n/2 : 1)))
 LATE := tests/test_processes.py
 
-.PHONY: demo test chapters tests readme mutants busy
+.PHONY: demo test chapters tests readme mutants busy soak
 demo: .venv/.demo-stamp
 	$(BIN)/ganprompt run
 
@@ -45,6 +46,9 @@ mutants: .venv/.dev-stamp
 
 busy: .venv/.demo-stamp
 	$(BIN)/python tests/busy.py
+
+soak: .venv/.dev-stamp
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --out runs/soak $(if $(SMALL),--small) $(SOAK)
 
 .venv/.demo-stamp: $(META)
 	$(PYTHON) -m venv .venv

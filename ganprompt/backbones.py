@@ -23,8 +23,8 @@ import polars as pl
 
 from .data import dataset_info, load_training
 from .prompts import PromptEncoder, fixed_words, load_templates, load_titles, make_prompts, pad
-from .runs import (UserError, below, device, finite, is_main, load_checkpoint, need, not_positive, refuse, save_checkpoint, seed_all, set_threads, stage, strange, summed,
-                                 told, write_json)
+from .runs import (UserError, below, device, finite, is_main, load_checkpoint, need, not_positive, once, refuse, save_checkpoint, seed_all,
+                            set_threads, stage, strange, summed, told, write_json)
 
 # %% ../nbs/03_backbones.ipynb #03-007
 def find_model(
@@ -706,19 +706,21 @@ def train_pocket(
     seed:int, # Seed
     size:int=16, # Histories a batch
 )->list[dict]: # Learning curves
-    "Train a model from scratch on the run's training part and save it; a model that is there already is kept."
-    folder.mkdir(exist_ok=True)
-    reader.tokenizer = tokenizer = pocket_tokenizer(kind, reader)
-    seed_all(seed)
-    model = pocket_model(kind, tokenizer, width, layers).to(device()).train()
-    set_threads(model)
-    opt, schedule = adamw(model.parameters(), lr, epochs*math.ceil(len(reader.nexts)/size))
-    update = {"t5": t5_update, "bert": bert_update, "causal": causal_update}[kind](model, reader, opt, schedule)
-    lengths = np.array([min(len(h), reader.history_items) for h in reader.past])
-    parts = {"model": model, "opt": opt, "schedule": schedule}
-    curves = train(update, parts, len(reader.nexts), epochs, size, folder, seed, f"pocket {kind}", lengths)
-    model.save_pretrained(folder); tokenizer.save_pretrained(folder)
-    return [{"model": kind, **row} for row in curves]
+    "Train a model from scratch on the run's training part and save it; one that is whole already is kept."
+    params = dict(kind=kind, width=width, layers=layers, epochs=epochs, lr=lr, seed=seed, size=size, title_tokens=reader.title_tokens, history_items=reader.history_items)
+    def make(folder):
+        reader.tokenizer = tokenizer = pocket_tokenizer(kind, reader)
+        seed_all(seed)
+        model = pocket_model(kind, tokenizer, width, layers).to(device()).train()
+        set_threads(model)
+        opt, schedule = adamw(model.parameters(), lr, epochs*math.ceil(len(reader.nexts)/size))
+        update = {"t5": t5_update, "bert": bert_update, "causal": causal_update}[kind](model, reader, opt, schedule)
+        lengths = np.array([min(len(h), reader.history_items) for h in reader.past])
+        parts = {"model": model, "opt": opt, "schedule": schedule}
+        curves = train(update, parts, len(reader.nexts), epochs, size, folder, seed, f"pocket {kind}", lengths)
+        model.save_pretrained(folder); tokenizer.save_pretrained(folder)
+        return [{"model": kind, **row} for row in curves]
+    return once(folder, params, make)
 
 # %% ../nbs/03_backbones.ipynb #03-044b
 def model_faults(

@@ -6,8 +6,8 @@
 __all__ = ['COUNTED', 'RECENT', 'VALID_ROWS', 'VALID_METRIC', 'rank_rows', 'figures', 'short_message', 'attempt', 'finish',
            'show_models', 'popularity', 'last_item', 'prefixes', 'title_words', 'write_rows', 'write_atomic',
            'has_recbole', 'recbole', 'open_data', 'their_ids', 'questions', 'ask_pairs', 'ask', 'Trimmed', 'bce',
-           'cross_entropy', 'train_every_place', 'ndcg', 'pretrain', 'fit', 'known_models', 'search', 'sampled',
-           'rank_all', 'train_model', 'serve', 'trainer_process', 'count_model', 'id_model', 'searched',
+           'cross_entropy', 'train_every_place', 'resumable', 'ndcg', 'pretrain', 'fit', 'known_models', 'search',
+           'sampled', 'rank_all', 'train_model', 'serve', 'trainer_process', 'count_model', 'id_model', 'searched',
            'chosen_settings', 'named', 'check_baselines', 'make_baselines']
 
 # %% ../nbs/08_baselines.ipynb #08-004
@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,10 +25,12 @@ import polars as pl
 import yaml
 
 from .attributes import usable
+from .backbones import EVERY
 from .data import dataset_info, load_candidates, load_sequences, load_training, make_data
 from .metrics import figures_of, gains, ranking
 from .recommender import sample_rows
-from .runs import UserError, _die_with, below, listed, manifest, need, refuse, root, run_folder, set_threads, stage, strange, told, write_json
+from .runs import (Killed, UserError, _die_with, below, digest, listed, load_checkpoint, manifest, need, once, refuse, root, run_folder,
+                            save_checkpoint, set_threads, stage, strange, told, write_json)
 
 # %% ../nbs/08_baselines.ipynb #08-006
 def rank_rows(
@@ -64,13 +67,21 @@ def attempt(
     name:str, # Model
     family:str, # simple, id or text
     work, # Function without arguments; returns frames of `rank_rows` and a dict for models.json
+    folder:Path|None=None, # The stage's folder, to keep the ranks in until it is whole
 )->pl.DataFrame|None: # The ranks; None if it failed
     "Run one model's work; record what it says about itself, or why it failed."
-    try:
+    def make(home):
         frames, about = work()
-        models[name] = {"family": family, **about}
-        print(f"{name}: validation {about['valid']:.3f}, {sum(about['seconds'].values()):.1f} s")
-        return pl.concat(frames)
+        pl.concat(frames).write_parquet(home/"ranks.parquet")
+        return about
+    try:
+        with TemporaryDirectory() as temporary:
+            home = Path(folder or temporary)/".ranked"/name
+            about = once(home, None, make)
+            models[name] = {"family": family, **about}
+            print(f"{name}: validation {about['valid']:.3f}, {sum(about['seconds'].values()):.1f} s")
+            return pl.read_parquet(home/"ranks.parquet", memory_map=False)
+    except Killed: raise
     except Exception as e:
         models[name] = {"family": family, "failed": short_message(e)}
         print(f"{name} failed: {models[name]['failed']}")
@@ -340,7 +351,33 @@ def train_every_place(
         return bce((h*table(nexts[fair])).sum(1), (h*table(drawn[fair])).sum(1))
     net.calculate_loss = loss
 
-
+# %% ../nbs/08_baselines.ipynb #08-042d
+def resumable(
+    trainer, # RecBole's, with its model
+    train, # Its batches
+    folder:Path, # Where its checkpoint goes
+    best:dict, # The best so far; changed in place
+    every:float=EVERY, # Seconds between checkpoints, which are written between epochs
+):
+    "Let a trainer go on from its last checkpoint, and end as if it had never stopped."
+    import torch
+    loader, order, epoch_of, last = getattr(train, "loader", train), getattr(train, "rng", None), trainer._train_epoch, [time.time()]
+    def keep(epoch):
+        state = dict(weights=trainer.model.state_dict(), opt=trainer.optimizer.state_dict(), waited=trainer.cur_step, value=float(trainer.best_valid_score), best=best,
+                     drawn=loader.generator.get_state(), order=json.dumps(order.bit_generator.state) if order else "")
+        save_checkpoint(folder, epoch, state)
+        last[0] = time.time()
+    def train_epoch(data, epoch, *args, **kwargs):
+        if time.time() - last[0] > every: keep(epoch)
+        return epoch_of(data, epoch, *args, **kwargs)
+    folder.mkdir(exist_ok=True)
+    if saved := load_checkpoint(folder):
+        trainer.start_epoch, s = saved
+        trainer.model.load_state_dict(s["weights"]); trainer.optimizer.load_state_dict(s["opt"]); best.update(s["best"])
+        trainer.cur_step, trainer.best_valid_score = s["waited"], s["value"]
+        loader.generator.set_state(s["drawn"])
+        if order: order.bit_generator.state = json.loads(s["order"])
+    trainer._train_epoch = train_epoch
 
 # %% ../nbs/08_baselines.ipynb #08-043
 VALID_ROWS, VALID_METRIC = 2000, "ndcg@10, uni99"
@@ -362,7 +399,9 @@ def pretrain(
     rows = pl.DataFrame({"user": range(len(training)), "history": training}).filter(pl.col("history").list.len() > 1)
     whole = train._dataset.copy(questions(rb, dataset, rows, config["MAX_ITEM_LIST_LENGTH"]))
     net = rb.get_model(config["model"])(config, whole).to(config["device"])
-    rb.get_trainer(config["MODEL_TYPE"], config["model"])(config, net).fit(rb.TrainDataLoader(config, whole, None, shuffle=True), verbose=False)
+    trainer, batches = rb.get_trainer(config["MODEL_TYPE"], config["model"])(config, net), rb.TrainDataLoader(config, whole, None, shuffle=True)
+    resumable(trainer, batches, Path(f".{job['name']} before"), {}, job["every"])
+    trainer.fit(batches, verbose=False)
     torch.save({"state_dict": net.state_dict()}, "pretrained.pt")
 
 # %% ../nbs/08_baselines.ipynb #08-044
@@ -388,7 +427,9 @@ def fit(
         if value > best["valid"]: best.update(valid=value, weights=deepcopy(net.state_dict()), other=net.other_parameter())
         return value, {"ndcg@10": value}
     trainer._valid_epoch = after_epoch
-    trainer.fit(Trimmed(train, job["seed"]) if job["trim"] else train, valid, verbose=False, saved=False)
+    batches = Trimmed(train, job["seed"]) if job["trim"] else train
+    resumable(trainer, batches, Path(f".{job['name']} {digest(settings)[:8]}"), best, job["every"])
+    trainer.fit(batches, valid, verbose=False, saved=False)
     net.load_state_dict(best["weights"]); net.load_other_parameter(best["other"])
     return best["valid"], best["epochs"], scores, dataset, net
 
@@ -441,7 +482,7 @@ def rank_all(
 
 # %% ../nbs/08_baselines.ipynb #08-050
 def train_model(
-    job:dict, # name, recbole, data, rows, settings (list), trim, pretrain; run, folder, atomic, lengths; seed, epochs, patience, test_users
+    job:dict, # name, recbole, data, rows, settings (list), trim, pretrain; run, folder, atomic, lengths; seed, epochs, patience, every, test_users
 )->dict: # What models.json says
     "Search, train and rank one model; writes <name>.parquet and <name>.json, for MF also the embeddings."
     from safetensors.numpy import save_file
@@ -470,7 +511,8 @@ def serve():
         pid = os.fork()
         if pid == 0: _one_job(json.loads(line), replies)
         status = os.waitpid(pid, 0)[1]
-        if status: replies.write(json.dumps({"failed": f"its process ended with status {os.waitstatus_to_exitcode(status)}; is there enough memory?"}) + "\n")
+        code = os.waitstatus_to_exitcode(status)
+        if code: replies.write(json.dumps({"killed" if code < 0 else "failed": f"its process ended with status {code}"}) + "\n")
 
 def _one_job(job, replies):
     "In a fork: do the job, reply, end."
@@ -482,14 +524,21 @@ def _one_job(job, replies):
     os._exit(0)
 
 # %% ../nbs/08_baselines.ipynb #08-053
+def _silence(process):
+    "Why a process says nothing more."
+    code = process.wait()
+    return {"killed": f"its process ended with status {code}"} if code < 0 else {"failed": "RecBole could not be loaded; its message is above"}
+
 @contextmanager
 def trainer_process():
     "A process that runs `serve`; yields a function that hands it a job and waits for what models.json says."
     if not importlib.util.find_spec("recbole"): recbole()
     process = subprocess.Popen([sys.executable, "-c", "from ganprompt.baselines import serve; serve()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
     def train(job):
-        process.stdin.write(json.dumps(job) + "\n"); process.stdin.flush()
-        reply = json.loads(process.stdout.readline() or '{"failed": "RecBole could not be loaded; its message is above"}')
+        try: process.stdin.write(json.dumps(job) + "\n"); process.stdin.flush()
+        except BrokenPipeError: pass # then it does not answer either
+        reply = json.loads(process.stdout.readline() or json.dumps(_silence(process)))
+        if "killed" in reply: raise Killed(f"{job['name']}: {reply['killed']}, perhaps for lack of memory; run again to go on, or leave it out of --models")
         if "failed" in reply: raise UserError(reply["failed"])
         return reply
     try: yield train
@@ -520,7 +569,6 @@ def id_model(
     if not job["settings"]: raise UserError("search_run names no settings of this model; add it there, or search")
     if job["pretrain"] and not dataset_info(job["run"])["has_titles"]: raise UserError(f"{job['name']} learns from words of titles, and this data set has none")
     about = json.loads(path.read_text()) if path.exists() else train(job)
-    (path.parent/"checkpoint.pt").touch() # from here on there is something to go on from
     return [pl.read_parquet(path.with_suffix(".parquet"))], about
 
 # %% ../nbs/08_baselines.ipynb #08-057
@@ -544,7 +592,6 @@ def chosen_settings(
     if not search_run: return {name: m["settings"][:trials] for name, m in models.items()}, {}
     found = {name: f for name, f in searched(search_run).items() if name in models}
     return {name: [settings] for name, (settings, _) in found.items()}, {name: path for name, (_, path) in found.items()}
-
 
 # %% ../nbs/08_baselines.ipynb #08-058
 def named(
@@ -570,18 +617,16 @@ def make_baselines(
     settings, taken = chosen_settings(search_run, trials)
     need(run, "data", make_data)
     def make(folder):
-        jobs, about = folder/"jobs", {}
+        jobs, about = folder/".jobs", {}
         jobs.mkdir(exist_ok=True)
         common = dict(run=str(run_folder(run)), folder=str(jobs), atomic=str(folder/"atomic"), lengths=write_atomic(run, folder/"atomic"),
-                      seed=seed, epochs=id_epochs, patience=id_patience, test_users=test_users)
+                      seed=seed, epochs=id_epochs, patience=id_patience, every=EVERY, test_users=test_users)
         def work(name, train): # on (frames, about) of a model
             if name in COUNTED: return count_model(name, run, test_users)
             return id_model(known[name] | common | dict(name=name, settings=settings.get(name, [])), train)
         with trainer_process() if set(names) - set(COUNTED) else nullcontext() as train:
-            ranks = [attempt(about, name, "simple" if name in COUNTED else "id", partial(work, name, train)) for name in names]
+            ranks = [attempt(about, name, "simple" if name in COUNTED else "id", partial(work, name, train), folder) for name in names]
         for table in jobs.glob("*.safetensors"): table.rename(folder/table.name)
-        merits = finish(folder, ranks, about)
-        shutil.rmtree(jobs)
-        return merits
+        return finish(folder, ranks, about)
     files = [root()/"data/baselines.yaml", *dict.fromkeys(taken[name] for name in names if name in taken)]
     return stage(run, "baselines", params, make, inputs=["data"], files=files)

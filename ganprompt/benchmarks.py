@@ -23,7 +23,8 @@ from .data import load_candidates, load_sequences
 from .encoder import make_encoder, reader_for
 from .prompts import pad
 from .recommender import CausalLM, T5Decoder, T5Ranker, add_adapters, freeze_encoder, load_recommender, rec_loss, uncached_logits
-from .runs import UserError, below, device, device_words, listed, manifest, need, refuse, root, run_folder, seed_all, stage, strange, versions, write_json
+from .runs import (UserError, below, device, device_words, listed, manifest, need, once, refuse, root, run_folder, seed_all, stage, strange,
+                            versions, write_json)
 from .scorer import Questions, States, bf16_pays, fast_math, own_attributes, score_contexts, score_prompts, score_rows, scores_of, token_batches
 
 # %% ../nbs/10b_benchmarks.ipynb #10b-007
@@ -483,12 +484,9 @@ def measure_part(
     folder:Path, # Where its result goes, and the files it needs
 )->dict: # What was measured, or {"failed": why}
     "One part; measured once."
-    file = folder/f"{name}.json"
-    if file.exists(): return json.loads(file.read_text())
-    try: found = bench_data(rows, 1 if rows > 5e6 else repeats, folder) if name == "data" else PARTS[name](bench, repeats, folder)
+    def measure(home): return bench_data(rows, 1 if rows > 5e6 else repeats, folder) if name == "data" else PARTS[name](bench, repeats, folder)
+    try: return once(folder/".measured"/name, None, measure)
     except UserError as e: return {"failed": str(e)}
-    write_json(file, found)
-    return found
 
 def asked_parts(
     bench_parts:str, # As in the parameters

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Parameter', 'read_parameters', 'Chapter', 'read_chapter', 'chapters', 'parameters', 'convert', 'unknown',
-           'read_config', 'read_preset', 'absolute', 'resolve', 'ask_first', 'duration', 'Progress', 'execute',
-           'current', 'run_chapter', 'write_report', 'launch', 'RunCommand', 'cli', 'shown', 'choose', 'run',
+           'read_config', 'read_preset', 'absolute', 'resolve', 'ask_first', 'duration', 'Progress', 'job_of',
+           'execute', 'current', 'run_chapter', 'write_report', 'launch', 'RunCommand', 'cli', 'shown', 'choose', 'run',
            'stage_row', 'as_table', 'show', 'read_plan', 'fill', 'home_of', 'check_home', 'keep', 'plan_of', 'tables',
            'compare', 'fetch', 'robustness', 'main']
 
@@ -215,28 +215,42 @@ class Progress:
         return self.spinner
 
 # %% ../nbs/11_cli.ipynb #11-032
+def job_of(
+    chapter:Chapter, # A chapter
+): # Notebook
+    "A chapter without its lesson: what defines something, the parameters, and what makes the stage."
+    import nbformat
+    nb = nbformat.read(chapter.path, as_version=4)
+    at = next(i for i, c in enumerate(nb.cells) if c.cell_type == "markdown" and "## Run this stage" in c.source)
+    before, after = ([c for c in cells if c.cell_type == "code"] for cells in (nb.cells[:at], nb.cells[at:]))
+    makes = next((i for i, c in enumerate(after) if f"make_{chapter.stage}(" in c.source), len(after))
+    nb.cells = [c for c in before if c.source.startswith("#| export") or "parameters" in c.metadata.get("tags", [])] + after[:makes + 1]
+    return nb
+
 def execute(
     chapter:Chapter, # What to run
     values:dict, # Name → value, for each of its parameters
     out:Path, # Where the executed notebook goes
     log:Path, # Where the output of its cells goes
     console, # A rich console
+    job=None, # From `job_of`, to leave the lesson out
 ):
     "Execute a chapter in a process of its own. Raises `UserError` if it fails."
-    import logging, papermill
+    import logging, nbformat, papermill
     from nbclient.exceptions import DeadKernelError
     from rich.live import Live
     logging.getLogger("papermill").setLevel(logging.ERROR)
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1" # the kernel of this environment, not one in the user's home
-    with open(log, "w", encoding="utf-8") as file:
+    if job: nbformat.write(job, out)
+    with open(log, "a", encoding="utf-8") as file:
         line = Progress(chapter.stage, file)
         with Live(line, console=console, transient=True) if console.is_terminal else nullcontext():
             try:
-                papermill.execute_notebook(chapter.path, out, values, kernel_name="python3", language="python", cwd=chapter.path.parent, progress_bar=False,
+                papermill.execute_notebook(out if job else chapter.path, out, values, kernel_name="python3", language="python", cwd=chapter.path.parent, progress_bar=False,
                                            stdout_file=line, stderr_file=line, extra_arguments=["--log-level=CRITICAL"])
             except papermill.PapermillExecutionError as e:
                 file.write("\n".join(e.traceback))
-                if e.ename == "UserError": raise UserError(f"{chapter.stage}: {e.evalue}\n(log: {log})") from None
+                if e.ename in ("UserError", "Killed"): raise UserError(f"{chapter.stage}: {e.evalue}\n(log: {log})") from None
                 raise UserError(f"{chapter.stage}: {e.ename}: {e.evalue}\n(log: {log}; with the whole traceback: {out})") from None
             except DeadKernelError:
                 raise UserError(f"{chapter.stage}: its process died, perhaps for lack of memory; run again to go on\n(log: {log})") from None
@@ -266,7 +280,8 @@ def run_chapter(
     executes = not (now and record.exists() and out.exists() and json.loads(record.read_text()) == now)
     start = time.time()
     if executes:
-        record.unlink(missing_ok=True)
+        for path in record, log: path.unlink(missing_ok=True)
+        if (run_folder(run)/f"{chapter.stage}.partial").exists(): execute(chapter, values, out, log, console, job_of(chapter))
         execute(chapter, values, out, log, console)
         if not (now := current(chapter, values, run)): raise UserError(f"{chapter.stage}: the chapter has run, but its stage is not complete\n(log: {log})")
         write_json(record, now)
@@ -288,8 +303,9 @@ def write_report(
             page.cells.append(cell)
     html, _ = HTMLExporter(embed_images=True).from_notebook_node(page, {"metadata": {"name": f"GANPrompt, run {Path(run).name}"}})
     report = run_folder(run)/"report.html"
-    report.write_text(html, encoding="utf-8")
-    return report
+    half = report.with_suffix(".half")
+    half.write_text(html, encoding="utf-8")
+    return half.replace(report)
 
 # %% ../nbs/11_cli.ipynb #11-038
 def launch(
@@ -303,8 +319,8 @@ def launch(
     console, run = console or Console(), values["run"]
     with lock(run, "run", wait=0):
         executed = [run_chapter(c, values, console) for c in chapters]
-        report = run_folder(run)/"report.html"
-        if any(executed) or not report.exists(): write_report(run, [run_folder(run)/"notebooks"/c.path.name for c in chapters])
+        report, notebooks = run_folder(run)/"report.html", [run_folder(run)/"notebooks"/c.path.name for c in chapters]
+        if any(executed) or not report.exists() or report.stat().st_mtime < max(p.stat().st_mtime for p in notebooks): write_report(run, notebooks)
     return report
 
 # %% ../nbs/11_cli.ipynb #11-046

@@ -18,8 +18,9 @@ from .backbones import Reader, answers, backbone, encode, load_tokenizer, plot_c
 from .baselines import attempt, finish, make_baselines, rank_rows, show_models
 from .data import load_candidates, load_sequences, load_training
 from .prompts import pad
-from .recommender import CausalLM, add_adapters, find_llm, llm_faults, load_llm, prefix_room, sample_rows, training_items, tune_on_states
-from .runs import UserError, below, device, fresh, manifest, need, not_positive, refuse, run_folder, seed_all, stage, write_json
+from .recommender import (CausalLM, add_adapters, find_llm, llm_faults, load_llm, prefix_room, sample_rows, training_items, tune_on_states,
+                                   weight_files)
+from .runs import UserError, begun, below, device, fresh, manifest, need, not_positive, once, refuse, run_folder, seed_all, stage, write_json
 from .scorer import score_rows, square
 
 # %% ../nbs/08c_collm.ipynb #08c-009
@@ -154,7 +155,7 @@ def new_text_lm(
     start = json.loads((folder/"start.json").read_text())
     llm, adapter = str((folder/start["llm"]).resolve()), folder/"TALLRec/adapter"
     if name == "TALLRec": lm = add_adapters(load_llm(llm), start["lora_rank"], start["lora_modules"])
-    elif not adapter.exists(): raise UserError("CoLLM starts from TALLRec, which failed")
+    elif not adapter.exists() or begun(folder/"TALLRec"): raise UserError("CoLLM starts from TALLRec, which failed")
     else: lm = PeftModel.from_pretrained(load_llm(llm), adapter)
     return TextLM(text_reader(run, llm), lm.to(device()).eval(), start["text"], collaborative(run) if name == "CoLLM" else None)
 
@@ -179,19 +180,20 @@ def tune_text(
     p:dict, # The stage's parameters
 )->dict: # curves, and the seconds that training took
     "One step of training, saved; one that is whole already is kept."
-    home, began = folder/name, time.time()
-    done = home/"curves.json"
-    if done.exists(): return json.loads(done.read_text())
-    home.mkdir(exist_ok=True)
-    seed_all(p["seed"])
-    model, rows, lists = new_text_lm(run, folder, name), load_sequences(run, "train"), load_sequences(run, "valid")
-    items = training_items(run, rows, len(model.tails), p["negatives_per_positive"], p["seed"])
-    at, kept = sample_rows(lists["user"], p["valid_users"], p["seed"]), load_candidates(run, "uni99", "valid")[1]
-    sets = (Texts(model, rows), items), (Texts(model, lists[at]), square([kept[i][:21] for i in at]))
-    curves = tune_on_states(model, *sets, home, p | {"score": "yes-no"}, name)
-    model.save(home)
-    write_json(done, {"curves": [row | {"model": name} for row in curves], "seconds": round(time.time() - began, 2)})
-    return tune_text(run, name, folder, p)
+    start = json.loads((folder/"start.json").read_text())
+    def make(home):
+        began = time.time()
+        seed_all(p["seed"])
+        model, rows, lists = new_text_lm(run, folder, name), load_sequences(run, "train"), load_sequences(run, "valid")
+        items = training_items(run, rows, len(model.tails), p["negatives_per_positive"], p["seed"])
+        at, kept = sample_rows(lists["user"], p["valid_users"], p["seed"]), load_candidates(run, "uni99", "valid")[1]
+        sets = (Texts(model, rows), items), (Texts(model, lists[at]), square([kept[i][:21] for i in at]))
+        curves = tune_on_states(model, *sets, home, p | {"score": "yes-no"}, name)
+        model.save(home)
+        return {"curves": [row | {"model": name} for row in curves], "seconds": round(time.time() - began, 2)}
+    known = {k: p[k] for k in ("seed", "negatives_per_positive", "recommender_lr", "recommender_batch", "recommender_epochs", "patience", "valid_users")}
+    about = {k: start[k] for k in ("text", "lora_rank", "lora_modules")}
+    return once(folder/name, known | about | {"name": name}, make, weight_files(folder/start["llm"]) + (weight_files(folder/"TALLRec/adapter") if name == "CoLLM" else []))
 
 # %% ../nbs/08c_collm.ipynb #08c-028
 def run_model(
@@ -233,10 +235,11 @@ def make_collm(
     found = "" if llm == "pocket" else resolve(llm, download)
     def make(folder):
         made, models = run_folder(run)/"recommender/llm", {}
-        if not found and made.exists() and fresh(run, "recommender") and manifest(run, "recommender")["seed"] == seed: shutil.copytree(made, folder/"llm", dirs_exist_ok=True)
-        find_llm(run, p, folder/"llm")
+        if not found and made.exists() and fresh(run, "recommender") and manifest(run, "recommender")["seed"] == seed:
+            once(folder/"llm", {}, lambda home: shutil.copytree(made, home, dirs_exist_ok=True) and None, weight_files(made))
+        else: find_llm(run, p, folder/"llm")
         write_json(folder/"start.json", {"llm": found or "llm", "text": INSTRUCTION if found else "{title_seq}", "lora_rank": lora_rank, "lora_modules": lora_modules})
-        ranks = [attempt(models, name, "text", lambda: run_model(run, name, folder, params)) for name in ("TALLRec", "CoLLM")]
+        ranks = [attempt(models, name, "text", lambda: run_model(run, name, folder, params), folder) for name in ("TALLRec", "CoLLM")]
         merits = finish(folder, ranks, models)
         curves = [row for name, about in models.items() if "failed" not in about for row in tune_text(run, name, folder, params)["curves"]]
         table = pl.DataFrame(curves, infer_schema_length=None)

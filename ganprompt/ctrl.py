@@ -21,7 +21,7 @@ from .data import load_candidates, load_sequences, load_training
 from .encoder import pool, reader_for
 from .prompts import load_titles, pad
 from .recommender import Best, Trained, list_auc, sample_rows
-from .runs import below, device, not_positive, refuse, seed_all, stage, write_json
+from .runs import below, device, not_positive, once, refuse, seed_all, stage, write_json
 
 # %% ../nbs/08d_ctrl.ipynb #08d-007
 def collaborative_model(
@@ -275,10 +275,10 @@ def load_ctrl(
 def step_1(
     run:str, # Run
     model, # From `collaborative_model`; trained in place
-    folder:Path, # Gets similarities and their picture
+    folder:Path, # Gets the model, similarities and their picture
     p:dict, # The stage's parameters
-)->list[dict]: # One row a step
-    "Align the model with the run's T5, and show the alignment on validation samples, from which nothing is learned."
+):
+    "Align the model with the run's T5, and show the alignment on validation samples, from which nothing is learned. Writes the aligned model, its curves and similarities."
     aligner, valid = Aligner(model, *reader_for(run), p["ctrl_spaces"]), load_sequences(run, "valid")
     shown = valid[sample_rows(valid["user"], p["valid_users"], p["seed"])]
     found = {"before": similarities(aligner, shown)}
@@ -290,7 +290,8 @@ def step_1(
     weights = sum(w.numel() for w in aligner.t5.encoder.parameters())
     about = {moment: {"first": matched(s), "nearer": nearer(s)} for moment, s in found.items()}
     write_json(folder/"alignment.json", {"samples": len(shown), "language_parameters": weights, **about})
-    return curves
+    pl.DataFrame(curves).write_parquet(folder/"curves.parquet")
+    save_model(model, folder/"model.safetensors")
 
 # %% ../nbs/08d_ctrl.ipynb #08d-037
 MODELS = {"CTRL": "text", "CTRL (no alignment)": "id"} # Name -> family: what it was trained on
@@ -311,15 +312,15 @@ def train_ctrl(
     p:dict, # The stage's parameters
 )->tuple: # Frames of ranks, and what is known about the model
     "Train, save and rank one model."
-    began, model, work, aligned = time.time(), new_model(run, p), folder/name, name == "CTRL"
-    work.mkdir(exist_ok=True)
-    if aligned:
-        (folder/"alignment").mkdir(exist_ok=True)
-        pl.DataFrame(step_1(run, model, folder/"alignment", p)).write_parquet(folder/"alignment/curves.parquet")
-    seed_all(p["seed"])
-    curves = pl.DataFrame(fine_tune(run, model, work, p), infer_schema_length=None)
-    curves.write_parquet(work/"curves.parquet")
-    save_model(model, work/"model.safetensors")
+    began, aligned, work = time.time(), name == "CTRL", folder/name
+    if aligned: once(folder/"alignment", None, lambda home: step_1(run, new_model(run, p), home, p))
+    def make(home):
+        model = load_ctrl(folder/"alignment/model.safetensors").to(device()) if aligned else new_model(run, p)
+        seed_all(p["seed"])
+        pl.DataFrame(fine_tune(run, model, home, p), infer_schema_length=None).write_parquet(home/"curves.parquet")
+        save_model(model, home/"model.safetensors")
+    once(work, None, make)
+    curves, model = pl.read_parquet(work/"curves.parquet"), load_ctrl(work/"model.safetensors").to(device())
     trained, rows = time.time(), sample_rows(load_sequences(run, "test")["user"], p["test_users"], 0)
     frames = [rank_rows(name, users, kind, z) for kind in ("uni99", "full") for users, z in [score_run(run, model, "test", rows, kind)]]
     t5 = backbone(run, "t5") if aligned else {"pocket": False, "name": None}
@@ -347,6 +348,6 @@ def make_ctrl(
     backbone(run, "t5")
     def make(folder):
         models = {}
-        frames = [attempt(models, name, family, lambda: train_ctrl(run, name, folder, params)) for name, family in MODELS.items()]
+        frames = [attempt(models, name, family, lambda: train_ctrl(run, name, folder, params), folder) for name, family in MODELS.items()]
         return finish(folder, frames, models)
     return stage(run, "ctrl", params, make, inputs=["data", "prompts", "backbones"])

@@ -1004,7 +1004,9 @@ def _sound(file, name):
     if mark.exists() and mark.read_text().split()[0] != now:
         raise UserError(f"{name}: its SHA-256 is {now[:12]}…, but {mark.name} records {mark.read_text()[:12]}…; "
                         f"if the release itself has changed, delete {mark.name} and fetch again")
-    mark.write_text(f"{now}  {name.name}\n")
+    half = mark.with_suffix(".half")
+    half.write_text(f"{now}  {name.name}\n")
+    half.replace(mark)
 
 # %% ../nbs/01_data.ipynb #01-085
 def download(

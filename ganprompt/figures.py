@@ -9,13 +9,14 @@ __all__ = ['COLORS', 'MARKERS', 'align', 'principal', 'load_umap', 'embed', 'lay
 
 # %% ../nbs/10_figures.ipynb #10-003
 import json, shutil
+from functools import partial
 from pathlib import Path
 
 # %% ../nbs/10_figures.ipynb #10-004
 import numpy as np, polars as pl
 
 # %% ../nbs/10_figures.ipynb #10-005
-from .runs import UserError, below, listed, manifest, need, refuse, root, run_folder, stage, told
+from .runs import UserError, below, kept, listed, manifest, need, refuse, root, run_folder, stage, told
 from .data import dataset_info
 from .encoder import make_encoder
 
@@ -89,12 +90,15 @@ def layout_points(
     states:pl.DataFrame, # stage, user, version, x
     users:int, # How many users to show
     seed:int=0, # Of the choice and the layouts
+    keep:Path|None=None, # Folder to keep each method's layout in until all are there
 ) -> pl.DataFrame: # method, stage, user, version, x, y
     "The data behind Figure 3."
     who, before, after = pick_states(states, users, seed)
+    def both(method): return np.stack(layouts(before, after, method, seed))
+    def laid_out(method): return kept(keep / f"{method}.npy", partial(both, method)) if keep else both(method)
     return pl.concat([who.select(pl.lit(method).alias("method"), pl.lit(name).alias("stage"), "user", "version",
                                  pl.Series("x", xy[:, 0], pl.Float64), pl.Series("y", xy[:, 1], pl.Float64))
-                      for method in ("UMAP", "t-SNE") for name, xy in zip(("before", "after"), layouts(before, after, method, seed))])
+                      for method in ("UMAP", "t-SNE") for name, xy in zip(("before", "after"), laid_out(method))])
 
 # %% ../nbs/10_figures.ipynb #10-023
 COLORS = "#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#F0E442"
@@ -199,7 +203,7 @@ def make_figures(
     states, others = need(run, "encoder", make_encoder) / "states.parquet", listed(with_runs)
     files = [need(other, "figures") / "points.parquet" for other in others]
     def make(folder):
-        points = layout_points(pl.read_parquet(states), figure_users, seed)
+        points = layout_points(pl.read_parquet(states), figure_users, seed, folder / ".layouts")
         points.write_parquet(folder / "points.parquet")
         rows = [(about_run(run), points)] + [(about_run(other), pl.read_parquet(file)) for other, file in zip(others, files)]
         save_figure(draw_figure3(rows), folder / "figure3.png", folder / "figure3.pdf")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'PIECES', 'VARIANTS', 'RATE', 'Asker', 'add_tokens', 'prompt_words', 'random_numbers', 'spell',
-           'read_items', 'log_likelihood', 'score_items', 'train_p5', 'item_texts', 'asker_for', 'tune_p5', 'run_p5',
-           'check_p5', 'room_p5', 'make_p5', 'InBlank', 'likelier']
+           'read_items', 'log_likelihood', 'score_items', 'train_p5', 'tuned', 'item_texts', 'asker_for', 'tune_p5',
+           'run_p5', 'check_p5', 'room_p5', 'make_p5', 'InBlank', 'likelier']
 
 # %% ../nbs/08b_p5.ipynb #08b-004
 import json, math, time
@@ -19,8 +19,8 @@ from .backbones import adamw, backbone, cross_attention, descend, encode, label_
 from .baselines import attempt, finish, rank_rows, show_models
 from .data import load_candidates, load_sequences, make_data
 from .prompts import PromptEncoder, load_titles, pad
-from .recommender import Best, Trained, list_auc, sample_rows
-from .runs import below, device, need, not_positive, refuse, root, seed_all, stage, write_json
+from .recommender import Best, Trained, list_auc, sample_rows, weight_files
+from .runs import below, device, need, not_positive, once, refuse, root, seed_all, stage
 from .scorer import fast_math
 
 # %% ../nbs/08b_p5.ipynb #08b-007
@@ -181,6 +181,12 @@ def train_p5(
 VARIANTS = {"P5 (titles)": "titles", "P5 (ids)": "ids"}
 RATE = 3 # times recommender_lr
 
+def tuned(
+    p:dict, # Parameters of a stage
+)->dict:
+    "The same, with the learning rate of P5."
+    return p | {"recommender_lr": RATE*p["recommender_lr"]}
+
 def item_texts(
     run:str, # Run
     variant:str, # titles or ids
@@ -210,20 +216,20 @@ def tune_p5(
     text:str="", # One prompt in the place of P5's own, in words that the tokenizer knows
 )->dict: # curves, and the seconds that training took
     "Train and save one variant; one that is whole already is kept."
-    done = folder/"curves.json"
-    if done.exists(): return json.loads(done.read_text())
-    folder.mkdir(exist_ok=True)
-    began, path = time.time(), backbone(run, "t5")["path"]
-    seed_all(p["seed"])
-    tokenizer, model = load_tokenizer(path), load_model(path, "t5")
-    add_tokens(model, tokenizer, ([] if text else prompt_words(tokenizer)) + (PIECES if variant == "ids" else []))
-    valid = load_sequences(run, "valid")
-    at = sample_rows(valid["user"], p["valid_users"], p["seed"])
-    lists = [load_candidates(run, "uni99", "valid")[1][i][:21] for i in at]
-    curves = train_p5(model.to(device()), asker_for(run, variant, p["seed"], tokenizer, text), load_sequences(run, "train"), (valid["history"][at].to_list(), lists), folder, p, f"P5, {variant}")
-    model.save_pretrained(folder); tokenizer.save_pretrained(folder)
-    write_json(done, {"curves": curves, "seconds": time.time() - began})
-    return json.loads(done.read_text())
+    path = backbone(run, "t5")["path"]
+    def make(folder):
+        began = time.time()
+        seed_all(p["seed"])
+        tokenizer, model = load_tokenizer(path), load_model(path, "t5")
+        add_tokens(model, tokenizer, ([] if text else prompt_words(tokenizer)) + (PIECES if variant == "ids" else []))
+        valid = load_sequences(run, "valid")
+        at = sample_rows(valid["user"], p["valid_users"], p["seed"])
+        lists = [load_candidates(run, "uni99", "valid")[1][i][:21] for i in at]
+        curves = train_p5(model.to(device()), asker_for(run, variant, p["seed"], tokenizer, text), load_sequences(run, "train"), (valid["history"][at].to_list(), lists), folder, p, f"P5, {variant}")
+        model.save_pretrained(folder); tokenizer.save_pretrained(folder)
+        return {"curves": curves, "seconds": time.time() - began}
+    known = {k: p[k] for k in ("seed", "recommender_lr", "recommender_batch", "recommender_epochs", "patience", "valid_users")}
+    return once(folder, known | {"variant": variant, "text": text}, make, [root()/PROMPTS, *weight_files(path)])
 
 # %% ../nbs/08b_p5.ipynb #08b-032
 def run_p5(
@@ -234,7 +240,7 @@ def run_p5(
 )->tuple[list[pl.DataFrame], dict]: # Ranks, and what is known of the model
     "Train, score, rank."
     variant, about = VARIANTS[name], backbone(run, "t5")
-    p = p | {"recommender_lr": RATE*p["recommender_lr"]}
+    p = tuned(p)
     fit = tune_p5(run, variant, folder/variant, p)
     began, model = time.time(), load_model(str(folder/variant), "t5").to(device())
     test, (users, lists) = load_sequences(run, "test"), load_candidates(run, "uni99")
@@ -268,9 +274,9 @@ def make_p5(
     need(run, "backbones")
     def make(folder):
         models = {}
-        ranks = [attempt(models, name, "text", lambda: run_p5(run, name, folder, params)) for name in VARIANTS]
+        ranks = [attempt(models, name, "text", lambda: run_p5(run, name, folder, params), folder) for name in VARIANTS]
         merits = finish(folder, ranks, models)
-        curves = {name: json.loads((folder/variant/"curves.json").read_text())["curves"] for name, variant in VARIANTS.items() if "failed" not in models[name]}
+        curves = {name: tune_p5(run, variant, folder/variant, tuned(params))["curves"] for name, variant in VARIANTS.items() if "failed" not in models[name]}
         pl.DataFrame([row | {"model": name} for name, rows in curves.items() for row in rows], infer_schema_length=None).write_parquet(folder/"curves.parquet")
         return merits
     return stage(run, "p5", params, make, inputs=["data", "prompts", "backbones"], files=[root()/PROMPTS])

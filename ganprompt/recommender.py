@@ -8,12 +8,13 @@ __all__ = ['KINDS', 'POCKET_LINEAR', 'SCORES', 'LISTS', 'freeze_encoder', 'T5Dec
            'add_adapters', 'new_recommender', 'linear_layers', 'lora_faults', 'llm_faults', 'save_recommender',
            'load_recommender', 'trained_causal', 'uncached_logits', 'Trained', 'Best', 'rec_loss', 'list_auc',
            'divergence', 'Reworded', 'worded', 'ask', 'prompts_a_row', 'logits_at', 'training_items', 'tune_on_states',
-           'sample_rows', 'tune', 'score_lists', 'find_llm', 'wordings_faults', 'check_recommender', 'room_recommender',
-           'make_recommender']
+           'sample_rows', 'weight_files', 'tune', 'tune_kind', 'score_lists', 'find_llm', 'wordings_faults',
+           'check_recommender', 'room_recommender', 'make_recommender']
 
 # %% ../nbs/06_recommender.ipynb #06-004
 import json, math, os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import polars as pl
@@ -23,8 +24,8 @@ from .backbones import (Reader, adamw, answer_logits, answers, backbone, check_c
 from .data import load_candidates, load_sequences, load_training
 from .encoder import make_encoder, pool, reader_for
 from .prompts import nonsense as templates_of_nonsense, pad, read_templates
-from .runs import (UserError, below, device, gathered, in_processes, is_main, listed, need, not_positive, part, possible, refuse, root, seed_all, shard, stage,
-                            strange, told, totals, write_json)
+from .runs import (UserError, below, device, gathered, in_processes, is_main, kept, listed, need, not_positive, once, part, possible, refuse,
+                            root, seed_all, shard, stage, strange, told, totals, write_json)
 from .scorer import Questions, States, bank_for, fast_math, own_attributes, score_rows, scores_of, square, token_batches, wanted
 
 # %% ../nbs/06_recommender.ipynb #06-007
@@ -461,7 +462,6 @@ def training_items(
     drawn = negatives([mine[u] for u in rows["user"].to_list()], n_items, k, np.random.default_rng(seed))
     return np.column_stack([rows["target"].to_numpy(), drawn])
 
-
 # %% ../nbs/06_recommender.ipynb #06-028
 def tune_on_states(
     model, # Recommender; trained in place, ends with the best weights
@@ -509,6 +509,12 @@ def sample_rows(
     return np.flatnonzero(np.isin(users, each[chosen]))
 
 # %% ../nbs/06_recommender.ipynb #06-031
+def weight_files(
+    folder:str, # Folder of a model
+)->list[Path]: # Its safetensors files
+    "What a model knows."
+    return sorted(Path(folder).glob("*.safetensors"))
+
 def tune(
     run:str, # Run with stages up to attributes
     kind:str, # One of `KINDS`
@@ -518,32 +524,35 @@ def tune(
     p:dict, # The stage's parameters
     how:dict, # processes, cache_gb, cache_file_gb
 )->pl.DataFrame: # Learning curves
-    "Train and save one recommender; one that is whole already is kept."
-    done = folder/"curves.json"
-    if done.exists(): return pl.DataFrame(json.loads(done.read_text()), infer_schema_length=None)
-    folder.mkdir(exist_ok=True)
+    "Train and save one recommender; one that is whole already is kept, and what only other kinds mind may change meanwhile."
+    others = {"run", "recommender", "test_users", "processes", "cache_gb", "cache_file_gb", "download", "llm"} | (set() if kind == "causal-lm" else {"lora_rank", "lora_modules", "four_bit"})
+    files = weight_files(path) + (weight_files(llm) if kind == "causal-lm" else []) + [root()/"data/templates.yaml"]*(p["wordings"] > 1)
+    rows = once(folder, {"kind": kind} | {k: v for k, v in p.items() if k not in others}, lambda folder: tune_kind(run, kind, path, llm, folder, p, how), files)
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+def tune_kind(run, kind, path, llm, folder, p, how): # as for `tune`
+    "Train and save one recommender. Returns the rows of its learning curves."
     (reader, _), own, rows, lists = reader_for(run), own_attributes(run), load_sequences(run, "train"), load_sequences(run, "valid")
     items = training_items(run, rows, len(reader.titles), p["negatives_per_positive"], p["seed"])
     at = sample_rows(lists["user"], p["valid_users"], p["seed"])
     kept_lists = load_candidates(run, "uni99" if p["candidates"] == "full" else p["candidates"], "valid")[1]
     others = square([kept_lists[i][:21] for i in at])
     width = json.loads((Path(path)/"config.json").read_text())["d_model"]
-    def kept(name, wordings, items):
+    def states(name, wordings, items):
         prompts = [prompt for questions in wordings for prompt in ask(KINDS[kind], questions, items)]
         return States(prompts, width, reader.tokenizer.pad_token_id, folder/name, how["cache_gb"], how["cache_file_gb"], how["processes"] > 1), items
-    sets = kept("train.bin", worded(reader, own, rows, p), items), kept("valid.bin", [Questions(reader, own, lists[at], attributes=p["attributes"])], others)
+    sets = states("train.bin", worded(reader, own, rows, p), items), states("valid.bin", [Questions(reader, own, lists[at], attributes=p["attributes"])], others)
     print(f"{folder.name}: {sets[0][0]}")
     def fit():
         seed_all(p["seed"])
         model = new_recommender(kind, path, reader, llm, p["lora_rank"], p["lora_modules"], p["four_bit"])
         for states, _ in sets: states.fill(model.t5)
         curves = tune_on_states(model, *sets, folder, p, f"stage 2, {folder.name}")
-        if is_main():
-            save_recommender(model, folder, dict(kind=kind, t5=path, llm=llm, **{k: p[k] for k in ("four_bit", "attributes")}))
-            write_json(done, [row | {"model": folder.name} for row in curves])
-    in_processes(how["processes"], fit)
+        if is_main(): save_recommender(model, folder, dict(kind=kind, t5=path, llm=llm, **{k: p[k] for k in ("four_bit", "attributes")}))
+        return [row | {"model": folder.name} for row in curves]
+    curves = in_processes(how["processes"], fit)
     for states, _ in sets: states.drop()
-    return tune(run, kind, path, llm, folder, p, how)
+    return curves
 
 # %% ../nbs/06_recommender.ipynb #06-032
 def score_lists(
@@ -554,21 +563,24 @@ def score_lists(
     score:str, # yes-no or vocab
     processes:int=1, # Processes; each takes a share of the users
     chunk:int=200, # Users at a time
+    keep:Path|None=None, # Where scores are kept until all are there; by default a folder that goes with them
 )->pl.DataFrame: # model, row, user, scores (list, as the candidates are listed)
     "Score the candidate lists of some test rows."
     from tqdm import tqdm
-    (reader, _), out = reader_for(run), folder/"scores.npy"
-    users, lists = load_candidates(run, candidates)
+    reader, (users, lists) = reader_for(run)[0], load_candidates(run, candidates)
     own, past = own_attributes(run), load_sequences(run, "test") # here, since polars stands still in a forked process
-    def score_share():
-        model, mine = load_recommender(folder, reader), at[shard(len(at))]
+    ends = np.cumsum([len(lists[r]) for r in at])
+    def score_share(home):
+        model, mine = load_recommender(folder, reader), shard(len(at))
         questions = Questions(reader, own, past, attributes=model.attributes)
-        parts = tqdm(np.array_split(mine, max(1, math.ceil(len(mine)/chunk))), desc=f"scoring, {folder.name}", mininterval=5, ncols=90, disable=not is_main())
-        z = gathered([z for rows in parts if len(rows) for z in score_rows(model, questions, rows, lists, score)])
-        if is_main(): np.save(out, np.concatenate([x for share in z for x in share]))
-    in_processes(processes, score_share)
-    z = np.split(np.load(out), np.cumsum([len(lists[r]) for r in at])[:-1])
-    out.unlink()
+        chunks = {f"{c[0]}-{c[-1]}.npy": c for c in np.array_split(mine, max(1, math.ceil(len(mine)/chunk))) if len(c)}
+        for file, c in tqdm(chunks.items(), desc=f"scoring, {folder.name}", mininterval=5, ncols=90, disable=not is_main()):
+            kept(home/file, lambda: np.concatenate(score_rows(model, questions, at[c], lists, score)))
+        return [file for share in gathered(list(chunks)) for file in share]
+    with TemporaryDirectory() as temporary:
+        home = Path(keep or temporary)/folder.name
+        files = in_processes(processes, lambda: score_share(home))
+        z = np.split(np.concatenate([np.load(home/file) for file in files]), ends[:-1])
     return pl.DataFrame({"model": folder.name, "row": past["row"].gather(at), "user": users[at], "scores": [x.tolist() for x in z]}, schema_overrides={"scores": pl.List(pl.Float32)})
 
 # %% ../nbs/06_recommender.ipynb #06-033
@@ -579,10 +591,9 @@ def find_llm(
 )->str: # Folder of a causal language model
     "The causal language model by name, or a pocket Llama trained here on the run's training part, as wide as the pocket T5."
     if p["llm"] != "pocket": return resolve(p["llm"], p["download"])
-    if not (folder/"config.json").exists():
-        reader, path = reader_for(run)
-        width = json.loads((Path(path)/"config.json").read_text())["d_model"]
-        train_pocket("causal", reader, folder, min(128, width), 2, 3, 2e-3, p["seed"])
+    reader, path = reader_for(run)
+    width = json.loads((Path(path)/"config.json").read_text())["d_model"]
+    train_pocket("causal", reader, folder, min(128, width), 2, 3, 2e-3, p["seed"])
     return str(folder)
 
 # %% ../nbs/06_recommender.ipynb #06-033b
@@ -631,7 +642,7 @@ def make_recommender(
         names = {name if kind == "t5-decoder" else f"{name}, {kind}": (kind, path) for kind in kinds for name, path in starts.items()}
         curves = [tune(run, kind, path, lm, folder/name, params, how) for name, (kind, path) in names.items()]
         at = sample_rows(load_sequences(run, "test")["user"], test_users, 0) # the same users for every seed
-        pl.concat([score_lists(run, folder/name, candidates, at, score, processes) for name in names]).write_parquet(folder/"scores.parquet")
+        pl.concat([score_lists(run, folder/name, candidates, at, score, processes, keep=folder/".scores") for name in names]).write_parquet(folder/"scores.parquet")
         table = pl.concat(curves, how="diagonal")
         table.write_parquet(folder/"curves.parquet")
         plot_curves(table, ["loss", "valid_auc"]).savefig(folder/"curves.png", dpi=110)

@@ -12,6 +12,7 @@ __all__ = ['FIGURES', 'PALETTE', 'STYLE', 'over_templates', 'drop_rate', 'halved
 
 # %% ../nbs/09_robustness.ipynb #09-004
 import base64, html, io, json, time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ import numpy as np, polars as pl
 from tqdm import tqdm
 
 # %% ../nbs/09_robustness.ipynb #09-005
-from .runs import UserError, below, device, device_words, need, refuse, run_folder, told, versions, write_json
+from .runs import UserError, below, device, device_words, kept, need, refuse, run_folder, told, versions, write_json
 from .data import dataset_info, load_candidates, load_sequences
 from .prompts import SPLITS, pad, read_templates, render, slots
 from .attributes import make_attributes
@@ -298,13 +299,16 @@ def score_bank(
     rows:pl.DataFrame, # user, history
     lists:list, # Candidates of each row
     say:str="", # What is scored, for the progress bar
+    keep:Path|None=None, # Folder to keep each template's scores in until all are there
 ) -> np.ndarray: # f32[templates, rows, candidates], NaN behind the end of a shorter list
     "Scores of the same candidates under every template. `UserError` if the model answers with NaN."
-    at, out = np.arange(len(rows)), np.full((len(bank), len(rows), max(map(len, lists))), np.nan, np.float32)
-    for t, about in enumerate(tqdm(bank, desc=say or "templates", mininterval=5, ncols=90)):
-        for row, z in enumerate(score_rows(model, Questions(reader, own, rows, about["text"], model.attributes), at, lists)): out[t, row, :len(z)] = z
-        if np.isnan(out[t]).sum() > sum(out.shape[2] - len(x) for x in lists): raise UserError(f"{say or 'the model'}: scores under template {about['id']} are NaN; its training has diverged, lower its learning rate")
-    return out
+    at, longest = np.arange(len(rows)), max(map(len, lists))
+    def under(about):
+        out = np.full((len(rows), longest), np.nan, np.float32)
+        for row, z in zip(out, score_rows(model, Questions(reader, own, rows, about["text"], model.attributes), at, lists)): row[:len(z)] = z
+        if np.isnan(out).sum() > sum(longest - len(x) for x in lists): raise UserError(f"{say or 'the model'}: scores under template {about['id']} are NaN; its training has diverged, lower its learning rate")
+        return out
+    return np.stack([kept(keep / f"{t}.npy", partial(under, about)) if keep else under(about) for t, about in enumerate(tqdm(bank, desc=say or "templates", mininterval=5, ncols=90))])
 
 # %% ../nbs/09_robustness.ipynb #09-042
 def chat_ends(

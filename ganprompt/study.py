@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np, polars as pl, yaml
 
 # %% ../nbs/10c_study.ipynb #10c-005
-from .runs import UserError, below, device, digest, listed, manifest, need, refuse, root, run_folder, stage, strange, told, write_json
+from .runs import UserError, below, device, digest, listed, manifest, need, once, refuse, root, run_folder, stage, strange, told, write_json
 from .data import dataset_info
 from .prompts import read_templates
 from .attributes import make_attributes
@@ -82,12 +82,13 @@ def encoder_for(
     "The backbone, or what a stage 1 makes of it; one that is whole already is kept."
     if name == "backbone": return backbone(run, "t5")["path"], {}
     home, values = folder/slug(name), dict(values)
-    if not (home/"merits.json").exists():
-        home.mkdir(parents=True, exist_ok=True)
-        make, tune = FIRST[values.pop("stage", "spread")]
-        p = {k: v for k, v in defaults(make).items() if k not in ("run", "processes")} | values | {"seed": seed}
-        write_json(home/"merits.json", tune(run, home, p))
-    return str(home/"model"), json.loads((home/"merits.json").read_text())
+    make, tune = FIRST[values.pop("stage", "spread")]
+    p = {k: v for k, v in defaults(make).items() if k not in ("run", "processes")} | values | {"seed": seed}
+    def train(home):
+        merits = tune(run, home, p)
+        write_json(home/"merits.json", merits)
+        return merits
+    return str(home/"model"), once(home, p | {"stage": tune.__name__}, train, [root()/"data/templates.yaml"])
 
 # %% ../nbs/10c_study.ipynb #10c-012
 def other_form(
@@ -99,7 +100,7 @@ def other_form(
 ): # (recommender, reader with its tokenizer, validation AUC)
     "TALLRec (chapter 08c) or P5 (chapter 08b), trained in the words of the clean template, with a blank for the item."
     text = blanked(reader.templates["recommendation"])
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if form == "P5":
         fit = tune_p5(run, "titles", folder/"P5", q | {"recommender_lr": RATE*q["recommender_lr"]}, text)
         model = InBlank(load_model(str(folder/"P5"), "t5").to(device()), asker_for(run, "titles", q["seed"], reader.tokenizer, text))
@@ -126,7 +127,6 @@ def tuned_model(
     lm = find_llm(run, q, folder/"llm") if p["study_recommender"] == "causal-lm" else ""
     curves = tune(run, p["study_recommender"], path, lm, folder/slug(name), q, q)
     return load_recommender(folder/slug(name), reader), reader, curves["valid_auc"].max(), merits
-
 
 # %% ../nbs/10c_study.ipynb #10c-012b
 SHOWN = 60 # users of whom more is kept: the log-odds of the target, and the places in the list of the first three candidates (0 is the target)
@@ -155,7 +155,7 @@ def run_entry(
     "Tune and ask."
     start, (rows, lists), (model, reader, valid, merits) = time.time(), test_lists(run, p["study_users"]), tuned_model(run, name, folder, p)
     bank, tuned = bank_for(reader, bank_file(p)), time.time()
-    scores = score_bank(model, reader, own_attributes(run), bank, rows, lists, name)
+    scores = score_bank(model, reader, own_attributes(run), bank, rows, lists, name, folder/".scores"/slug(name))
     if isinstance(model, InBlank): scores = likelier(scores)
     table = template_table(scores, bank).select("id", "group", "split", "drop", "flips", "tau", "rbo")
     ranks = [pack(pl.DataFrame(ranking(unpadded(z)))) for z in scores]
@@ -215,18 +215,13 @@ def make_study(
     need(run, "attributes", make_attributes)
     unseen_in(bank, params, bank_for(reader_for(run)[0], bank))
     def one(folder, name):
-        path = folder/f"{slug(name)}.json"
-        if not path.exists():
-            try: write_json(path, run_entry(run, name, folder, params) | {"settings": known[name], "stage_1": first_stage(known[name])})
-            except UserError as e: return {"failed": short_message(e)}
-            (folder/"checkpoint.pt").touch() # from here on there is something to go on from
-        return json.loads(path.read_text())
+        try: return once(folder/".entries"/slug(name), None, lambda home: run_entry(run, name, folder, params) | {"settings": known[name], "stage_1": first_stage(known[name])})
+        except UserError as e: return {"failed": short_message(e)}
     def make(folder):
         found = {name: one(folder, name) for name in names}
         if all("failed" in about for about in found.values()): raise UserError("; ".join(f"{name}: {about['failed']}" for name, about in found.items()))
         write_json(folder/"study.json", {"entries": found, "recommender": study_recommender, "pocket": backbone(run, "t5")["pocket"]})
         (folder/"table.md").write_text(to_md(stage_page(found, f"{study_recommender}, {dataset_info(run)['dataset']}, {len(test_lists(run, study_users)[0])} users")), encoding="utf-8")
-        for name in names: (folder/f"{slug(name)}.json").unlink(missing_ok=True)
         return {f"{name} {k}": v for name, about in found.items() if "failed" not in about for k, v in (("clean hit@10", about["measured"]["clean"]["hit@10"]), ("unseen cps", about["measured"]["unseen"]["hit@10"]["cps"]))}
     return stage(run, "study", params, make, inputs=["data", "prompts", "backbones", "attributes"], files=[root()/"data/study.yaml", *dict.fromkeys([root()/"data/templates.yaml", bank])])
 
@@ -479,7 +474,6 @@ def plot_figure1(
     ax.set_xlim(-7, 6); ax.set_ylim(len(shown) - .4, -1); ax.axis("off")
     fig.suptitle(f"{data_name(mine[0])}: the first three candidates and the rank of what was bought, under other words; of {heads[BEFORE_AFTER[0]].shape[1]} users the one whose head changes most under {BEFORE_AFTER[0]!r}", fontsize=9)
     return fig
-
 
 # %% ../nbs/10c_study.ipynb #10c-020b
 VIEWS = [("", plot_study_groups, "HR@10 under every template"), ("_heat", plot_study_heat, "P(yes) for the target, users by templates"), ("_figure1", plot_figure1, "Figure 1: one user before and after")]

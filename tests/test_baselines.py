@@ -1,5 +1,6 @@
 "The id models: figures by hand and by another library, no leak, one message for what is missing, a failure that stays alone."
-import json, sys
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -9,7 +10,7 @@ from ganprompt import baselines
 from ganprompt.baselines import COUNTED, figures, known_models, make_baselines, rank_rows, trainer_process, write_atomic
 from ganprompt.data import load_candidates, load_sequences, load_training, make_data
 from ganprompt.metrics import bootstrap
-from ganprompt.runs import UserError, run_folder
+from ganprompt.runs import Killed, UserError, run_folder
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +106,43 @@ def test_failure_resume_and_reuse(small, shop, monkeypatch, tmp_path):
         return train(job, process)
     monkeypatch.setattr(baselines, "id_model", killed)
     with pytest.raises(KeyboardInterrupt): make_baselines(again, seed=1, models="MF,HGN", id_epochs=2, search_run=small)
-    first = json.loads((run_folder(again)/"baselines.partial/jobs/MF.json").read_text())
+    first = json.loads((run_folder(again)/"baselines.partial/.jobs/MF.json").read_text())
     monkeypatch.undo()
     make_baselines(again, seed=1, models="MF,HGN", id_epochs=2, search_run=small)
     found = about(again)
     assert found["MF"] == {"family": "id", **first} and found["MF"]["settings"] == about(small)["MF"]["settings"] and len(found["MF"]["search"]) == 1
     assert "no settings" in found["HGN"]["failed"]
+
+
+def test_a_killed_job_is_no_failed_model(small):
+    "It would be noted for ever; the stage stops instead, and goes on when it is run again."
+    with baselines.trainer_process() as train:
+        children = [int(p) for p in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()]
+        serving = [p for p in children if b"serve()" in Path(f"/proc/{p}/cmdline").read_bytes()]
+        os.kill(serving[0], signal.SIGKILL)
+        models = {}
+        with pytest.raises(Killed, match="MF: .*run again to go on"): baselines.attempt(models, "MF", "id", lambda: train({"name": "MF"}))
+    assert models == {}
+
+
+@pytest.mark.parametrize("model", ["SASRec-CE", "BERT4Rec", "MF"])
+def test_a_killed_training_ends_with_the_same_ranks(model, small, tmp_path):
+    "The whole tree of processes is killed between epochs, twice, with a checkpoint at each; batches, negatives, dropout and early stopping go on as if nothing had been."
+    runs = {name: str(tmp_path/name) for name in ("calm", "killed")}
+    for run in runs.values(): shutil.copytree(run_folder(small)/"data", Path(run)/"data")
+    def start(run):
+        code = f"from ganprompt import baselines; baselines.EVERY = 0; baselines.make_baselines({run!r}, models={model!r}, id_epochs=40)"
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def kept(run): return [p.stat().st_mtime_ns for p in (Path(run)/"baselines.partial").rglob("checkpoint.pt")]
+    assert start(runs["calm"]).wait() == 0
+    for _ in range(2):
+        before, process = kept(runs["killed"]), start(runs["killed"])
+        while kept(runs["killed"]) in (before, []): assert process.poll() is None; time.sleep(.005)
+        process.kill(); process.wait(); time.sleep(1)
+    assert kept(runs["killed"]) and start(runs["killed"]).wait() == 0
+    assert ranks(runs["calm"]).equals(ranks(runs["killed"]))
+    one, other = (about(run)[model]["search"] for run in runs.values())
+    assert one == other and one[0]["epochs"] > 3 and not list((Path(runs["killed"])/"baselines").rglob("checkpoint*"))
 
 
 def test_without_recbole(small, monkeypatch):
@@ -129,7 +161,7 @@ def test_misspelt(small):
 def trained(demo, tmp_path_factory):
     "AUC and HR@10 of MF and SASRec-CE by RecBole, two seeds each."
     folder = tmp_path_factory.mktemp("trained")
-    common = dict(run=demo, folder=str(folder), atomic=str(folder/"atomic"), lengths=write_atomic(demo, folder/"atomic"), patience=99, test_users=0)
+    common = dict(run=demo, folder=str(folder), atomic=str(folder/"atomic"), lengths=write_atomic(demo, folder/"atomic"), patience=99, every=10, test_users=0)
     def one(train, name, seed, epochs, **other):
         model = known_models()[name]
         train(model | common | dict(name=name, seed=seed, epochs=epochs, settings=[model["settings"][0] | other]))

@@ -8,7 +8,7 @@ import pytest
 from conftest import SMALL, make, start
 
 from ganprompt import runs
-from ganprompt.runs import UserError, gathered, in_processes, is_main, manifest, part, rank, root, shard, summed, totals
+from ganprompt.runs import Killed, UserError, gathered, in_processes, is_main, manifest, part, rank, root, save_checkpoint, shard, stage, summed, totals
 
 TOLERANCE = 1e-4 # Largest difference of an encoder state, of a point of a curve, or of a score, between one process and two
 DRIFT = 1e-2 # The same of scores after training: where a gradient is almost zero, AdamW makes a step of what is rounding; .002 was seen while the losses began 1e-7 apart
@@ -18,7 +18,7 @@ DRIFT = 1e-2 # The same of scores after training: where a gradient is almost zer
 def ready(finished, tmp_path_factory):
     "A run with all that stage 1 needs."
     run = copy(finished, tmp_path_factory.mktemp("runs")/"ready")
-    for stage in "encoder", "recommender": shutil.rmtree(run/stage)
+    for made in "encoder", "recommender": shutil.rmtree(run/made)
     return run
 
 
@@ -117,7 +117,6 @@ def test_a_mistake_in_a_process_is_the_same_mistake_here(ready, shop, tmp_path):
     run, began = copy(ready, tmp_path/"wrong"), time.time()
     with pytest.raises(UserError, match="^the loss is nan in stage 1, step .*learning rate"): make(run, "encoder", shop, processes=2, encoder_lr=1e30)
     assert time.time() - began < 20
-    assert not (run/"encoder.partial").exists()
 
 
 def work():
@@ -156,8 +155,31 @@ def test_this_process_stays_as_it_was():
     assert not AcceleratorState._shared_state and rank() == (0, 1) and is_main()
 
 
-def test_a_process_that_dies_is_noticed():
-    with pytest.raises(UserError, match="died"): in_processes(2, lambda: os.kill(os.getpid(), signal.SIGKILL) if rank()[0] else gathered(0))
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("others", ["wait for it", "compute"])
+def test_a_killed_process_is_no_mistake_and_costs_no_checkpoint(victim, others, tmp_path):
+    "The message says to run again to go on: then there must be something to go on from, and no one left who is at work on it."
+    from ganprompt.runs import load_checkpoint
+    def work():
+        (tmp_path/f"{rank()[0]}.pid").write_text(str(os.getpid()))
+        gathered(0)
+        if rank()[0] == victim: os.kill(os.getpid(), signal.SIGKILL)
+        if others == "compute": time.sleep(60)
+        gathered(0)
+    def make(folder):
+        found = load_checkpoint(folder)
+        if found: return {"step": found[0]}
+        save_checkpoint(folder, 7, {})
+        in_processes(2, work)
+    began = time.time()
+    with pytest.raises(Killed, match="(killed .SIGKILL.|died).*run again to go on"): stage(tmp_path/"run", "toy", {}, make)
+    assert time.time() - began < 20 and not any(alive(int(p.read_text())) for p in tmp_path.glob("*.pid"))
+    stage(tmp_path/"run", "toy", {}, make)
+    assert manifest(tmp_path/"run", "toy")["metrics"] == {"step": 7}
+
+
+def test_a_process_killed_before_the_others_have_joined():
+    with pytest.raises(Killed): in_processes(2, lambda: os.kill(os.getpid(), signal.SIGKILL) if rank()[0] else time.sleep(60))
 
 
 def test_a_signal_ends_all_of_them(tmp_path):

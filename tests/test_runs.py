@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from ganprompt import runs
-from ganprompt.runs import (UserError, commit, complete, finite, fresh, load_checkpoint, lock, manifest, need, replacing, root, run_folder, save_checkpoint,
-                            seed_all, sources, stage, stale, write_json)
+from ganprompt.runs import (UserError, commit, complete, finite, fresh, kept, load_checkpoint, lock, manifest, need, once, replacing, root, run_folder,
+                            save_checkpoint, seed_all, sources, stage, stale, write_json)
 
 WALK = '''
 import os, random, signal, sys, numpy as np, torch
@@ -106,11 +106,125 @@ def test_failure_leaves_nothing_half_written(tmp_path, error):
     toy(tmp_path/"r", [], 1)
     def fail(folder):
         write_json(folder/"value.json", 2)
-        if error is UserError: save_checkpoint(folder, 1, {})
         raise error("no")
     with pytest.raises(error, match="^no$"), replacing(True): stage(tmp_path/"r", "toy", {"value": 2}, fail)
     assert sorted(p.name for p in (tmp_path/"r").iterdir()) == [".locks", "toy"]
     assert json.loads((tmp_path/"r"/"toy"/"value.json").read_text()) == 1
+
+
+@pytest.mark.parametrize("error", [ValueError, UserError, KeyboardInterrupt])
+def test_failure_keeps_what_a_rerun_can_use(tmp_path, error):
+    made = []
+    def work(folder, fails=False):
+        once(folder/"first", {}, lambda home: made.append("first") or write_json(home/"first.json", 1))
+        assert (load_checkpoint(folder) is None) == fails
+        if fails: save_checkpoint(folder, 7, {}); raise error("no")
+    with pytest.raises(error): stage(tmp_path/"r", "toy", {}, lambda folder: work(folder, True))
+    folder = stage(tmp_path/"r", "toy", {}, work)
+    assert made == ["first"]
+    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*")) == ["first", "first/first.json", "manifest.json"]
+
+
+def two_parts(run, made, seed=0, rank=8, fails=False):
+    "A stage of a model that does not mind the rank, and one that does."
+    def train(name):
+        def make(home):
+            made.append(name)
+            if fails and name == "second": raise UserError(f"no rank {rank}")
+            write_json(home/"weights.json", [name, seed])
+            return {"loss": .1 + .2}
+        return make
+    def make(folder):
+        both = once(folder/"first", {"seed": seed}, train("first")), once(folder/"second", {"seed": seed, "rank": rank}, train("second"))
+        write_json(folder/"both.json", both)
+    with replacing(True): return stage(run, "two", {"seed": seed, "rank": rank}, make)
+
+
+def test_parts_outlive_a_change_that_does_not_concern_them(tmp_path):
+    made = []
+    for rank in 8, 16:
+        with pytest.raises(UserError): two_parts(tmp_path/"r", made, rank=rank, fails=True)
+    two_parts(tmp_path/"r", made, rank=4)
+    assert made == ["first", "second", "second", "second"]
+    assert json.loads((tmp_path/"r/two/both.json").read_text()) == [{"loss": .1 + .2}]*2
+    with pytest.raises(UserError): two_parts(tmp_path/"r", made, seed=1, fails=True)
+    assert made[4:] == ["first", "second"] and manifest(tmp_path/"r", "two")["parameters"] == {"seed": 0, "rank": 4}
+
+
+def test_a_part_depends_on_what_its_stage_reads(tmp_path):
+    made = []
+    def second(fails=False):
+        def work(folder):
+            once(folder/"part", {}, lambda home: made.append(1))
+            if fails: raise ValueError
+        return stage(tmp_path/"r", "second", {}, work, inputs=["toy"])
+    toy(tmp_path/"r", [], 1)
+    with pytest.raises(ValueError): second(fails=True)
+    with replacing(True): toy(tmp_path/"r", [], 2)
+    second()
+    assert made == [1, 1]
+
+
+def test_a_half_written_part_is_made_again(tmp_path):
+    "Whatever files lie there: only the mark that is written last says that a part is whole."
+    made = []
+    def work(folder, dies=False):
+        def train(home):
+            made.append(1)
+            (home/"config.json").write_text("{}")
+            if dies: os._exit(9)
+            (home/"weights").write_text("all of them")
+        once(folder/"llm", {}, train)
+    if not (pid := os.fork()): stage(tmp_path/"r", "toy", {}, lambda folder: work(folder, dies=True))
+    os.waitpid(pid, 0)
+    assert (tmp_path/"r/toy.partial/llm/config.json").exists()
+    assert (stage(tmp_path/"r", "toy", {}, work)/"llm/weights").read_text() == "all of them" and made == [1]
+
+
+def killed_at(n, function):
+    "Call it in a fork that is killed before the n-th time that it changes the name of a file or removes one; whether it got so far."
+    if not (pid := os.fork()):
+        left = [n]
+        def deadly(do):
+            def done(*args, **kwargs):
+                left[0] -= 1
+                if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)
+                return do(*args, **kwargs)
+            return done
+        for name in "rename", "replace", "unlink", "rmdir", "mkdir": setattr(os, name, deadly(getattr(os, name)))
+        try: function()
+        finally: os._exit(0)
+    return os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+
+def test_a_kill_at_any_step_loses_no_stage_and_no_part(tmp_path):
+    "The old stage stands until the new one does, and what was whole is not made again."
+    for n in range(100):
+        run = tmp_path/str(n)
+        two_parts(run, [], rank=8)
+        log = run/"log"
+        class Made(list):
+            def append(self, name): log.open("a").write(f"{name}\n")
+        died = killed_at(n, lambda: two_parts(run, Made(), rank=4))
+        old, new = run/"two", run/"two.partial"
+        standing = [json.loads((p/"manifest.json").read_text())["parameters"]["rank"] for p in (old, new) if complete(p)]
+        assert standing, f"killed at step {n}: neither the old stage nor the new one is there"
+        before, whole = log.read_text().split() if log.exists() else [], {p.parent.name for p in run.rglob(".part.json")}
+        again = []
+        two_parts(run, again, rank=4)
+        assert not whole & set(again) and (4 not in standing or again == []) and len(before) == len(set(before))
+        assert sorted(p.name for p in (run/"two").iterdir()) == ["both.json", "first", "manifest.json", "second"] and manifest(run, "two")["parameters"]["rank"] == 4
+        assert not [p for p in run.iterdir() if p.name not in (".locks", "log", "two")]
+        if not died: break
+    assert 10 < n < 99
+
+
+def test_kept_arrays(tmp_path):
+    import numpy as np
+    calls, x = [], np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    compute = lambda: calls.append(1) or x
+    for _ in range(2): assert np.array_equal(kept(tmp_path/".scores/a/0-2.npy", compute), x)
+    assert calls == [1]
 
 
 def test_two_processes_do_not_make_one_stage(tmp_path):

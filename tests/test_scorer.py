@@ -8,7 +8,7 @@ import torch
 import transformers as tf
 from conftest import make
 
-from ganprompt import scorer
+from ganprompt import backbones, scorer
 from ganprompt.backbones import answer_logits, encode, load_model, resolve
 from ganprompt.data import load_candidates, load_sequences
 from ganprompt.encoder import reader_for
@@ -176,8 +176,11 @@ def test_a_wrong_recommender_is_named(bad, said, finished, shop, tmp_path):
     assert not list((tmp_path/"run").glob("*.partial"))
 
 
-def test_a_pocket_llama_is_trained_once(finished, tmp_path):
-    shutil.copytree(finished/"recommender/llm", tmp_path/"llm")
-    before = (tmp_path/"llm/model.safetensors").stat().st_mtime_ns
-    assert find_llm(str(finished), {"llm": "pocket", "seed": 0}, tmp_path/"llm") == str(tmp_path/"llm")
-    assert (tmp_path/"llm/model.safetensors").stat().st_mtime_ns == before
+def test_a_pocket_llama_is_trained_once_and_whole(finished, tmp_path, monkeypatch):
+    "A folder with a configuration and no weights, as a kill while it is saved leaves it, is no model."
+    trainings = []
+    monkeypatch.setattr(backbones, "train", lambda *args: trainings.append(args[-2]) or [])
+    (tmp_path/"llm").mkdir()
+    shutil.copy(finished/"recommender/llm/config.json", tmp_path/"llm")
+    for _ in range(2): assert find_llm(str(finished), {"llm": "pocket", "seed": 0}, tmp_path/"llm") == str(tmp_path/"llm")
+    assert trainings == ["pocket causal"] and load_model(str(tmp_path/"llm"), "causal").num_parameters() > 0
