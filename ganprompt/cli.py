@@ -145,6 +145,11 @@ def read_preset(
     return _mapping(found[name], path.name, known)
 
 # %% ../nbs/11_cli.ipynb #11-025
+def _own(dataset):
+    "Whether a data set is a file of the user's."
+    from ganprompt.data import OWN
+    return bool(OWN.search(dataset))
+
 def absolute(
     name:str, # Parameter
     value, # Its value
@@ -154,7 +159,7 @@ def absolute(
     if not isinstance(value, str) or not value: return value
     if name == "with_runs": return ",".join(absolute("run", run.strip()) for run in value.split(","))
     is_model = "local folder" in help and value != "pocket" and Path(value).expanduser().is_dir()
-    is_path = (name.endswith(("_dir", "_file")) or name == "templates" or value.startswith((".", "~")) or value.endswith((".csv", ".parquet"))
+    is_path = (name.endswith(("_dir", "_file")) or name == "templates" or value.startswith((".", "~")) or (name == "dataset" and _own(value))
                or (name in ("run", "search_run") and "/" in value) or is_model)
     return str(Path(value).expanduser().absolute()) if is_path else value
 
@@ -286,6 +291,8 @@ def run_chapter(
         if not (now := current(chapter, values, run)): raise UserError(f"{chapter.stage}: the chapter has run, but its stage is not complete\n(log: {log})")
         write_json(record, now)
     console.print(f"{chapter.stage:12} {'done  ' + duration(time.time() - start) if executes else 'up to date'}", highlight=False)
+    summary = run_folder(run)/chapter.stage/"summary.txt" # what a stage wants to be read at once
+    if executes and summary.exists(): console.print(summary.read_text(encoding="utf-8"), end="", highlight=False, markup=False, soft_wrap=True)
     return executes
 
 # %% ../nbs/11_cli.ipynb #11-037

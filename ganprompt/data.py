@@ -851,7 +851,8 @@ LITTLE = .1, 100 # Warn below this share of the ratings, or this number of users
 def _notes(source, drops, tested, sizes, titles, **how):
     "What a reader of the results must know: little is left, short lists, no titles."
     read, kept = drops[0]["rows_out"], next(d["rows_out"] for d in drops if d["step"] == "core")
-    few = f"little is left: {kept:,} of {read:,} ratings ({kept/max(1, read):.1%}) and {tested:,} users to test on, with rating {how['rating']:g} and core {how['core']}"
+    head = "little is left" if kept < LITTLE[0]*read else "few users"
+    few = f"{head}: {kept:,} of {read:,} ratings ({kept/max(1, read):.1%}) and {tested:,} users to test on, with rating {how['rating']:g} and core {how['core']}"
     notes = ["\n".join([few, *_advice(source, tested, **how)])] if kept < LITTLE[0]*read or tested < LITTLE[1] else []
     for least, most, chance in dict.fromkeys(sizes.values()):
         names = " and ".join(name for name, size in sizes.items() if size == (least, most, chance))

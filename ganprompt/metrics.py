@@ -323,6 +323,7 @@ def notes(
     lines = [f"Data set {result['dataset']}" + (" (synthetic)" if result["synthetic"] else "") + f", {result['users']} users, candidate lists "
              f"{result['candidates']}, ties against the model."]
     if result.get("rows", 0) > result["users"]: lines.append(f"{result['rows']} lists, for some users have several; the mean is over lists, and users are drawn with all of theirs.")
+    lines += [f"**{note.splitlines()[0]}**" for note in result.get("notes", [])]
     lines += standing(result.get("standing", {}))
     if result["pocket"]: lines.append("Pocket models: small networks trained from scratch on this data set's own text.")
     if result["reported"]: lines.append("Reported: printed in the paper for its own cut and candidates, not measured here and not a target; "
@@ -384,7 +385,7 @@ def evaluate(
     kinds = [model.removeprefix("ganprompt") for model in metrics if model.startswith("ganprompt")] # "" is the T5 decoder
     pairs = [(f"ganprompt{kind}", other) for kind in kinds for other in (f"no-stage-1{kind}", "popularity", *(["ganprompt"] if kind and "" in kinds else [])) if other in metrics]
     def to(model): return {other: difference(people, model, other, resamples, seed) for other in TRIVIAL if other in metrics}
-    return dict(dataset=info["dataset"], synthetic=info["synthetic"], pocket=made["pocket"], candidates=made["candidates"],
+    return dict(dataset=info["dataset"], synthetic=info["synthetic"], notes=info.get("notes", []), pocket=made["pocket"], candidates=made["candidates"],
                 users=people["user"].n_unique(), rows=people["row"].n_unique(), metrics=metrics, standing={model: to(model) for model in metrics if model not in TRIVIAL}, reported=reported(info["dataset"]),
                 differences={f"{a} - {b}": difference(people, a, b, resamples, seed) for a, b in pairs})
 

@@ -8,7 +8,7 @@ __all__ = ['BLANK', 'blanked', 'Questions', 'wordless', 'somebody_elses', 'own_a
            'square', 'score_rows']
 
 # %% ../nbs/05b_scorer.ipynb #05b-004
-import math, os, re
+import math, os
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import polars as pl
 
 from .attributes import make_attributes
 from .backbones import encode, log_odds
-from .prompts import pad, parsed, read_templates, slots
+from .prompts import pad, parsed, put, read_templates, slots
 from .runs import device, gathered, need, root, shard
 
 # %% ../nbs/05b_scorer.ipynb #05b-007
@@ -24,7 +24,7 @@ BLANK = "<extra_id_0>" # T5's first sentinel: something is missing here
 
 def blanked(text:str)->str:
     "A template with a blank for the item in question."
-    return re.sub(r"\{target_item[^{}]*\}", BLANK, text)
+    return put(text, target_item=BLANK)
 
 class Questions:
     "Recommendation prompts of some rows: a history, the row's own attribute, and an item in question or a blank."

@@ -8,11 +8,11 @@ __all__ = ['FORMS', 'FIRST', 'SHOWN', 'STATISTICS', 'SEPARABILITY', 'CONTROLS', 
            'first_places', 'bank_file', 'run_entry', 'stage_page', 'asked_entries', 'unseen_in', 'check_study',
            'room_study', 'make_study', 'keep_study', 'read_study_entries', 'table_of', 'by_entry', 'unseen_at',
            'drawn_cps', 'drawn', 'ahead', 'epochs_of', 'separated', 'costliest', 'study_notes', 'study_page',
-           'plot_study_groups', 'plot_study_heat', 'plot_separated', 'heads_of', 'plot_figure1', 'kind_of',
+           'plot_study_groups', 'plot_study_heat', 'plot_separated', 'in_words', 'heads_of', 'plot_figure1', 'kind_of',
            'draw_study']
 
 # %% ../nbs/10c_study.ipynb #10c-004
-import inspect, json, re, textwrap, time
+import inspect, json, string, textwrap, time
 from pathlib import Path
 
 import numpy as np, polars as pl, yaml
@@ -443,6 +443,13 @@ def plot_separated(
 BEFORE_AFTER = "one template", "gathered amid nonsense"
 WORDS = {"purchase_history": "[history{}]", "target_item": "[item{}]", "user_entity": "The user", "attribute": "[attribute{}]"}
 
+def in_words(
+    text:str, # Template
+)->str: # The same with its slots in words
+    "A template for people."
+    pieces = string.Formatter().parse(text)
+    return "".join(before + ("" if name is None else WORDS[name].format(spec and f":{spec}")) for before, name, spec, _ in pieces)
+
 def heads_of(
     e:dict, # Kept entry
 )->np.ndarray: # i64[templates, users, 3]: places in the candidate list, 0 is the target
@@ -464,7 +471,7 @@ def plot_figure1(
     fig, ax = plt.subplots(figsize=(12, .6 + .62*len(shown)), layout="constrained")
     for y, i in enumerate(shown):
         ax.text(-7, y, bank[i]["group"], va="center", fontsize=8)
-        ax.text(-5.9, y, textwrap.fill(re.sub(r"\{(\w+)([^{}]*)\}", lambda m: WORDS[m[1]].format(m[2]), texts.get(bank[i]["id"], "the clean template, the one that the run trains with")), 90), va="center", fontsize=7)
+        ax.text(-5.9, y, textwrap.fill(in_words(texts.get(bank[i]["id"], "the clean template, the one that the run trains with")), 90), va="center", fontsize=7)
         for x, (name, h) in enumerate(heads.items()):
             for place, c in enumerate(h[i, user]):
                 face = "#0173b2" if c == 0 else "#eeeeee"

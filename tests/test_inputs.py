@@ -294,7 +294,7 @@ def test_little_is_left_and_lists_are_short(tmp_path):
     sizes = pl.read_parquet(folder/"candidates_uni99.parquet")["items"].list.len()
     assert info["candidates"]["uni99"] == dict(least=sizes.min(), most=sizes.max()) and sizes.max() < 31
     little, short = info["notes"]
-    assert little.startswith("little is left: ") and "60 users to test on, with rating 4 and core 3" in little
+    assert little.startswith("few users: 420 of 600 ratings (70.0%) and 60 users") and "60 users to test on, with rating 4 and core 3" in little
     assert f"hold {sizes.min()} to {sizes.max()} candidates, not 100" in short and f"HR@10 is {(10/sizes).mean():.3f}" in short
     assert "     rating       600 ->       420  rating below 4" in summary and summary.count("WARNING") == 2
 

@@ -34,7 +34,10 @@ def whole(tokenizer, text):
     return tokenizer(" "*(tokenizer.eos_token is None and tokenizer.cls_token is None) + text).input_ids
 
 @pytest.mark.parametrize("raw, clean", [
-    ("A &amp; B", "A & B"), ("A &amp;amp; B", "A & B"), ("&lt;b&gt;", "<b>"), ("caf&eacute;", "café"), ("a\x00b\x1fc\x85d", "a b c d"),
+    ("A &amp; B", "A & B"), ("A &amp;amp; B", "A & B"), ("&lt;b&gt;", ""), ("&lt;b&gt;Rug&lt;/b&gt;", "Rug"), ('<span class="x"\n id="y">Oak kettle</span>', "Oak kettle"), ("<b>Rug</b> <br/>thick &amp;amp; soft", "Rug thick & soft"),
+    ("var aPageStart = (new Date()).getTime();\nvar ue_t0=ue_t0||+new Date();", ""), ("<script>window.x = 1</script>", ""), ("Oak<style>.a{color:red}</style> hook", "Oak hook"), (".tb_1 { color: red; }", ""), ("<!-- x -->Tray", "Tray"),
+    ("function (a) { return a; }", ""), ("Cable < 2 m", "Cable < 2 m"), ("I <3 mugs > cups", "I <3 mugs > cups"), ("Window cleaner, function test set", "Window cleaner, function test set"), ("<unisex> scarf", "<unisex> scarf"),
+    ("Let it be, var. 2", "Let it be, var. 2"), ("caf&eacute;", "café"), ("a\x00b\x1fc\x85d", "a b c d"),
     ("  a \n\t b ", "a b"), ("a\u200bb\ufeff", "ab"), ("AT&T", "AT&T"), ("", ""), (None, ""), (" \t", "")])
 def test_clean_title(raw, clean): assert clean_title(raw) == clean
 
@@ -59,8 +62,11 @@ def test_pieces_equal_whole_text(tokenizer, attribute):
 QUESTIONS, FRESH = [t for t in BANK if t["task"] == "recommendation"], read_templates(root()/"data/templates-fresh.yaml")
 
 LINES = [{"id": f"lines-{i + 1}", "text": text} for i, text in enumerate(["Bought: {purchase_history} \n {target_item} ?", "Bought: {purchase_history:sep=\n} next {target_item} ?", "\nBought: {purchase_history} next\n\n {target_item} ?\n"])]
+BRACED = [{"id": f"braces-{i + 1}", "text": text} for i, text in enumerate([
+    '{{"user": {{"bought": [ {purchase_history:sep=;&mark=1.} ]}}, "item": " {target_item} "}}', "{{ {purchase_history} }} {{{{x}}}} {target_item} {{purchase_history}}",
+    "{{user_entity}} {user_entity} {purchase_history} a{{b {target_item}", "}}{{ {target_item:case=upper} }}\n {purchase_history} {{attribute}} {attribute}"])]
 
-@pytest.mark.parametrize("t", QUESTIONS + FRESH + LINES, ids=[t["id"] for t in QUESTIONS + FRESH + LINES])
+@pytest.mark.parametrize("t", QUESTIONS + FRESH + LINES + BRACED, ids=[t["id"] for t in QUESTIONS + FRESH + LINES + BRACED])
 def test_pieces_equal_whole_text_for_the_bank(tokenizer, t):
     names, rng = titles(60, 1), random.Random(2)
     enc = PromptEncoder(tokenizer, t["text"], names, title_tokens=999)
@@ -104,7 +110,7 @@ def test_a_slip_shows():
             for seed in range(20): assert prompts.slip(word, kind, random.Random(seed)) != word
 
 def test_slips_leave_slots_alone():
-    for t in QUESTIONS + FRESH:
+    for t in QUESTIONS + FRESH + BRACED:
         for kind in prompts.NOISES: assert prompts.slots(prompts.noisy(t["text"], kind)) == prompts.slots(t["text"])
 
 def test_cut_at_a_word_equals_text_of_cut_titles(tokenizer):
@@ -144,25 +150,57 @@ def test_pad():
 GOOD = "- {id: a, task: adversarial, group: g, split: seen, text: '{attribute} : {title_seq}'}\n"
 
 @pytest.mark.parametrize("text, message", [
-    (GOOD + GOOD, "line 2: the id 'a' is used twice"),
-    (GOOD.replace("{title_seq}", "{titles}"), "line 1: .*needs the slot {title_seq}"),
-    (GOOD.replace("{title_seq}", "{title_seq} {item_id}"), "line 1: unknown slot {item_id}"),
-    (GOOD.replace("adversarial", "chat"), "line 1: unknown task 'chat'"),
-    (GOOD.replace("{title_seq}", "{title_seq}."), "line 1: .*white space"),
-    (GOOD.replace("{title_seq}", "{title_seq"), "line 1: braces"),
-    (GOOD.replace("{title_seq}", "{title_seq} {title_seq}"), "line 1: a slot stands twice"),
-    (GOOD.replace("seen", "maybe"), "line 1: split"),
-    (GOOD.replace("seq}", "seq:sort=up}"), "line 1: slot {title_seq} has no option 'sort'; it has: sep, mark"),
-    (GOOD.replace("seq}", "seq:case=big}"), "line 1: slot {title_seq}: case=big is unknown; one of lower"),
-    (GOOD.replace("seq}", "seq:sep=;}."), "line 1: .*white space"),
-    (GOOD.replace("seen,", "seen, noise: rain,"), "line 1: noise must be one of drop"),
-    (GOOD.replace(", group: g", ""), "line 1: the fields must be"),
-    ("# words\n\n- [1, 2]\n", "line 3: the fields must be"),
+    (GOOD + GOOD, "line 2, column 8: the id 'a' is used twice"),
+    (GOOD.replace("{title_seq}", "{titles}"), "2 faults.*line 1, column 59: .*needs the slot {title_seq}.*line 1, column 59: unknown slot {titles}"),
+    (GOOD.replace("{title_seq}", "{title_seq} {item_id}"), "line 1, column \\d+: unknown slot {item_id}"),
+    (GOOD.replace("adversarial", "chat"), "line 1, column \\d+: unknown task 'chat'"),
+    (GOOD.replace("{title_seq}", "{title_seq}."), "line 1, column \\d+: .*white space"),
+    (GOOD.replace("{title_seq}", "{title_seq"), "line 1, column \\d+: braces"),
+    (GOOD.replace("{title_seq}", "{title_seq} {title_seq}"), "line 1, column \\d+: a slot stands twice"),
+    (GOOD.replace("seen", "maybe"), "line 1, column \\d+: split"),
+    (GOOD.replace("seq}", "seq:sort=up}"), "line 1, column \\d+: slot {title_seq} has no option 'sort'; it has: sep, mark"),
+    (GOOD.replace("seq}", "seq:case=big}"), "line 1, column \\d+: slot {title_seq}: case=big is unknown; one of lower"),
+    (GOOD.replace("seq}", "seq:sep=;}."), "line 1, column \\d+: .*white space"),
+    ("- {id: b, task: adversarial, group: g, split: seen, text: '{\"a\": {title_seq} , \"b\": {attribute} }'}\n", "line 1, column 59: .*is no slot; a brace that is no slot's is doubled"),
+    (GOOD.replace("{attribute} :", "{\"a\" {attribute} :"), "line 1, column 59: .*doubled: write {{ and }}"),
+    (GOOD.replace("seen,", "seen, noise: rain,"), "line 1, column \\d+: noise must be one of drop"),
+    (GOOD.replace(", group: g", ""), "line 1, column \\d+: the fields must be"),
+    ("# words\n\n- [1, 2]\n", "line 3, column 3: the fields must be"),
     ("a: b\n", "line 1: a list of templates"), ("", "line 1: a list of templates"),
     ("- {id: a\n  task", "not YAML.*line 2")])
 def test_faults_of_a_template_file(tmp_path, text, message):
     (tmp_path/"t.yaml").write_text(text)
     with pytest.raises(UserError, match=r"(?s)t\.yaml.*" + message): read_templates(tmp_path/"t.yaml")
+
+def test_all_faults_are_told_at_once(tmp_path):
+    rows = [GOOD, GOOD.replace("id: a", "id: b").replace("seen", "sen"), "\n", GOOD.replace("adversarial", "chat"), GOOD.replace("id: a", "id: c").replace("{title_seq}", "{title_seq:sort=up}. {x}")]
+    (tmp_path/"t.yaml").write_text("".join(rows))
+    with pytest.raises(UserError, match="t.yaml has 6 faults:") as e: read_templates(tmp_path/"t.yaml")
+    found = [line.strip().split(": ")[0] for line in str(e.value).splitlines()[1:]]
+    assert found == ["line 2, column 47", "line 4, column 8", "line 4, column 17", *["line 5, column 59"]*3]
+
+def test_braces_go_through_every_path(tmp_path):
+    "Words, slips, nonsense, a blank, the words of Figure 1, and the file a run keeps."
+    import string, yaml
+    from ganprompt.scorer import BLANK, blanked
+    from ganprompt.study import in_words
+    for t in BRACED:
+        assert {n for n in prompts.slots(t["text"])} >= {"purchase_history", "target_item"}
+        plain = string.Formatter().vformat(in_words(t["text"]), (), {}) if "{" not in in_words(t["text"]) else in_words(t["text"])
+        assert "[history" in plain and "[item" in plain and "{{" not in in_words(t["text"]).replace("{{x}}", "")
+        filled = dict(user_entity="The user", purchase_history=["a", "b"], attribute="oat")
+        assert render(blanked(t["text"]), **filled) == render(t["text"].replace("{target_item:case=upper}", "{target_item}"), target_item=BLANK, **filled)
+    made = prompts.nonsense(sorted(prompts.fixed_words(BRACED[0]["text"])), 200)
+    bank = [dict(zip(prompts.FIELDS, (t["id"], "recommendation", "g", "seen", t["text"]))) for t in BRACED] + made
+    (tmp_path/"t.yaml").write_text(yaml.safe_dump(bank, sort_keys=False))
+    assert read_templates(tmp_path/"t.yaml") == bank and any("{{" in t["text"] for t in made)
+
+def test_titles_with_tags_or_scripts_are_counted(monkeypatch, tmp_path):
+    run = fake_data(monkeypatch, tmp_path, ["<b>Rug</b>", "var a = 1;", "Oak <3", None])
+    folder = prompts.make_prompts(run)
+    import json
+    assert prompts.load_titles(run) == ["Rug", "unknown item", "Oak <3", "unknown item"]
+    assert json.loads((folder/"manifest.json").read_text())["metrics"] == {"items": 4, "without_title": 2, "titles_with_tags_or_scripts": 2}
 
 def test_missing_template_file(tmp_path):
     with pytest.raises(UserError, match="no template file"): read_templates(tmp_path/"none.yaml")
@@ -172,18 +210,18 @@ def fake_data(monkeypatch, tmp_path, rows):
     from ganprompt.runs import stage
     make = lambda folder: pl.DataFrame({"item": range(len(rows)), "title": rows}, schema={"item": pl.Int32, "title": pl.String}).write_parquet(folder/"items.parquet")
     stage(tmp_path/"r", "data", {}, make)
-    monkeypatch.setattr(prompts, "dataset_info", lambda run: {"dataset": "sports"})
+    monkeypatch.setattr(prompts, "dataset_info", lambda run: {"dataset": "sports", "titles_missing": "name the column"})
     return tmp_path/"r"
 
 def test_no_titles_says_why(monkeypatch, tmp_path):
     run = fake_data(monkeypatch, tmp_path, [None, ""])
-    with pytest.raises(UserError, match="'sports' has no item titles.*fetch sports"): prompts.make_prompts(run)
+    with pytest.raises(UserError, match="'sports' has no item titles.*name the column"): prompts.make_prompts(run)
     assert sorted(p.name for p in run.iterdir() if not p.name.startswith(".")) == ["data"]
 
 def test_stage(monkeypatch, tmp_path):
     run = fake_data(monkeypatch, tmp_path, ["A &amp; B", None, " C"])
     folder = prompts.make_prompts(run)
     assert prompts.load_titles(run) == ["A & B", "unknown item", "C"] and prompts.load_templates(run) == TEXT
-    assert json.loads((folder/"manifest.json").read_text())["metrics"] == {"items": 3, "without_title": 1}
+    assert json.loads((folder/"manifest.json").read_text())["metrics"] == {"items": 3, "without_title": 1, "titles_with_tags_or_scripts": 0}
     when = (folder/"manifest.json").stat().st_mtime_ns
     assert prompts.make_prompts(run) == folder and (folder/"manifest.json").stat().st_mtime_ns == when
