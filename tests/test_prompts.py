@@ -29,9 +29,9 @@ def tokenizer(request):
     bpe.train_from_iterator(text, vocab_size=400, show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, unk_token="<unk>")
 
-def whole(tokenizer, text):
-    "The text in one go; a byte-level tokeniser tells a word at the very start, where no space stands, from the same word elsewhere."
-    return tokenizer(" "*(tokenizer.eos_token is None and tokenizer.cls_token is None) + text).input_ids
+def whole(tokenizer, text, slot_first=False):
+    "The text in one go; a byte-level tokeniser tells a word at the very start, where no space stands, from the same word elsewhere, and slots are filled as elsewhere."
+    return tokenizer(" "*(slot_first and tokenizer.eos_token is None and tokenizer.cls_token is None) + text).input_ids
 
 @pytest.mark.parametrize("raw, clean", [
     ("A &amp; B", "A & B"), ("A &amp;amp; B", "A & B"), ("&lt;b&gt;", ""), ("&lt;b&gt;Rug&lt;/b&gt;", "Rug"), ('<span class="x"\n id="y">Oak kettle</span>', "Oak kettle"), ("<b>Rug</b> <br/>thick &amp;amp; soft", "Rug thick & soft"),
@@ -73,7 +73,7 @@ def test_pieces_equal_whole_text_for_the_bank(tokenizer, t):
     for _ in range(5):
         history, target = rng.choices(range(60), k=rng.randint(1, 5)), rng.randrange(60)
         text = render(t["text"], user_entity="The user", purchase_history=[names[i] for i in history], target_item=names[target], attribute="rose")
-        assert enc.ids(history, target, "rose") == whole(tokenizer, text)
+        assert enc.ids(history, target, "rose") == whole(tokenizer, text, t["text"].startswith("{attribute"))
 
 def test_the_bank():
     "At least 40 recommendation templates, none twice, and at least 12 unseen in each of three splits."
@@ -123,11 +123,11 @@ def test_cut_at_a_word_equals_text_of_cut_titles(tokenizer):
     for i in range(0, len(same) - 5, 5):
         history = same[i:i + 5]
         text = render(TEXT["adversarial"], attribute="oat", title_seq=[texts[j].strip() for j in history[-3:]])
-        assert enc.ids(history, attribute="oat") == whole(tokenizer, text)
+        assert enc.ids(history, attribute="oat") == whole(tokenizer, text, True)
 
 def test_empty_history_and_mask(tokenizer):
     enc = PromptEncoder(tokenizer, TEXT["adversarial"], titles(3))
-    assert enc.ids([], attribute="oat") == whole(tokenizer, "oat :")
+    assert enc.ids([], attribute="oat") == whole(tokenizer, "oat :", True)
     if tokenizer.mask_token:
         ids = PromptEncoder(tokenizer, TEXT["attribute"], ["a [MASK] b"], dataset_item="soap").ids([0], attribute=tokenizer.mask_token)
         assert ids.count(tokenizer.mask_token_id) == 1
