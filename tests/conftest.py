@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ganprompt.runs import root
+from ganprompt.runs import replacing, root
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +34,7 @@ def make(run, last, shop, **more):
     values = SMALL | {"dataset": str(shop)} | more
     for stage in data.make_data, prompts.make_prompts, backbones.make_backbones, attributes.make_attributes, encoder.make_encoder, recommender.make_recommender:
         known = inspect.signature(stage).parameters
-        folder = stage(str(run), **{k: v for k, v in values.items() if k in known})
+        with replacing(True): folder = stage(str(run), **{k: v for k, v in values.items() if k in known})
         if stage.__name__ == f"make_{last}": return folder
 
 
