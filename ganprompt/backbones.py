@@ -785,7 +785,7 @@ def make_backbones(
         answers(load_tokenizer(found.get("t5", folder/"t5")))
         check_t5(load_model(found.get("t5", folder/"t5"), "t5"))
         return {kind: sum(p.numel() for p in load_model(found.get(kind, folder/kind), kind).parameters()) for kind in names}
-    return stage(run, "backbones", params, make, inputs=["data", "prompts"], files=[Path(f)/"config.json" for f in found.values()])
+    return stage(run, "backbones", params, make, inputs=["data", "prompts"], models=list(found.values()))
 
 # %% ../nbs/03_backbones.ipynb #03-046
 def backbone(

@@ -629,4 +629,4 @@ def make_baselines(
         for table in jobs.glob("*.safetensors"): table.rename(folder/table.name)
         return finish(folder, ranks, about)
     files = [root()/"data/baselines.yaml", *dict.fromkeys(taken[name] for name in names if name in taken)]
-    return stage(run, "baselines", params, make, inputs=["data"], files=files)
+    return stage(run, "baselines", params, make, inputs=["data"], files=files, grows=["models"])

@@ -246,4 +246,4 @@ def make_collm(
         table.write_parquet(folder/"curves.parquet")
         plot_curves(table, ["loss", "valid_auc"]).savefig(folder/"curves.png", dpi=110)
         return merits
-    return stage(run, "collm", params, make, inputs=["data", "prompts", "backbones", "baselines"], files=[Path(found)/"config.json"] if found else [])
+    return stage(run, "collm", params, make, inputs=["data", "prompts", "backbones", "baselines"], models=[found] if found else [])

@@ -941,7 +941,9 @@ def make_data(
                max_sequence=max_sequence, split_seed=split_seed)
     files = list(dict.fromkeys(f.path for f in (source.reviews, source.meta) if f))
     if source.name == "demo": files.append(source.reviews.path.parent/"truth.json")
-    return stage(run, "data", dict(dataset=source.name, **{k: p[k] for k in FORM}, **how), lambda folder: _make(folder, source, **how), files=files)
+    given = {k: str(Path(v).expanduser().absolute()) if v and is_path else v for k, v, is_path in (("dataset", dataset, source.own), ("data_dir", data_dir, True), ("items_file", items_file, True))}
+    return stage(run, "data", dict(dataset=source.name, **{k: p[k] for k in FORM}, **how), lambda folder: _make(folder, source, **how),
+                 files=[*files, root()/"data/sources.yaml", root()/"data/paper_table1.csv"], given=given)
 
 # %% ../nbs/01_data.ipynb #01-080
 def dataset_info(

@@ -648,4 +648,5 @@ def make_recommender(
         plot_curves(table, ["loss", "valid_auc"]).savefig(folder/"curves.png", dpi=110)
         write_json(folder/"recommender.json", {"candidates": candidates, "pocket": about["pocket"], "t5": about["name"], "test_users": len(at)} | ({"llm": llm} if lm else {}))
         return {f"valid_auc {name}": c["valid_auc"].max() for name, c in zip(names, curves)} | ({"processes": processes} if processes > 1 else {})
-    return stage(run, "recommender", params, make, inputs=["data", "prompts", "backbones", "attributes", "encoder"], files=[*([Path(found)/"config.json"] if found else []), *([root()/"data/templates.yaml"] if wordings > 1 else [])])
+    return stage(run, "recommender", params, make, inputs=["data", "prompts", "backbones", "attributes", "encoder"], files=[root()/"data/templates.yaml"],
+                 models=[found] if found else [], grows=["recommender"])

@@ -6,9 +6,10 @@
 __all__ = ['PLUMBING', 'PACKAGES', 'SIGNALS', 'LARGE', 'UserError', 'Killed', 'listed', 'strange', 'below', 'not_positive',
            'told', 'refuse', 'root', 'run_folder', 'write_json', 'sha256', 'digest', 'model_files', 'sources',
            'complete', 'manifest', 'contents', 'fingerprint', 'differing', 'changes', 'stale', 'fresh', 'existing_runs',
-           'lock', 'versions', 'device_words', 'commit', 'replacing', 'remembered', 'grown', 'begun', 'stage', 'once',
-           'kept', 'seed_all', 'save_checkpoint', 'load_checkpoint', 'device', 'finite', 'need', 'rank', 'is_main',
-           'shard', 'part', 'Lost', 'summed', 'totals', 'gathered', 'possible', 'in_processes', 'set_threads']
+           'lock', 'versions', 'device_words', 'commit', 'replacing', 'remembered', 'grown', 'covered', 'begun',
+           'stage', 'once', 'kept', 'seed_all', 'save_checkpoint', 'load_checkpoint', 'device', 'finite', 'need',
+           'rank', 'is_main', 'shard', 'part', 'Lost', 'summed', 'totals', 'gathered', 'possible', 'in_processes',
+           'set_threads']
 
 # %% ../nbs/00_runs.ipynb #00-002
 import ast, difflib, fcntl, hashlib, inspect, io, json, logging, math, os, pickle, platform, random, re, resource, shutil, signal, socket, subprocess, sys, tempfile, threading, time, traceback
@@ -430,13 +431,24 @@ def remembered(
     try: return json.loads((run_folder(run)/"run.json").read_text(encoding="utf-8"))["parameters"]
     except (OSError, ValueError, KeyError): return {}
 
+def _wider(was, now, grows, larger):
+    "`now`, with the old value of every list that holds more parts than the old one (or fewer, if that is not wanted `larger`)."
+    def within(a, b): return b == "all" or {s.strip() for s in str(a).split(",")} <= {s.strip() for s in str(b).split(",")}
+    return now | {k: was[k] for k in grows if k in was and k in now and within(*((was[k], now[k]) if larger else (now[k], was[k])))}
+
 def grown(
     was:dict, now:dict, # Name → value
-    grows, # Names of parameters that are lists with commas
+    grows, # Names of parameters that list parts with commas
 ) -> dict: # `now`, with the old value of every list that has only got longer
-    "Parameters without those in which a stage only has more parts than before."
-    split = lambda text: {part.strip() for part in str(text).split(",")}
-    return now | {k: was[k] for k in grows if k in was and (now[k] == "all" or split(was[k]) <= split(now[k]))}
+    "Parameters without those in which a stage only gets more parts than before."
+    return _wider(was, now, grows, True)
+
+def covered(
+    was:dict, now:dict, # Name → value
+    grows, # Names of parameters that list parts with commas
+) -> dict: # `now`, with the old value of every list whose parts are all there
+    "Parameters without those in which a stage has all that is asked for, and more."
+    return _wider(was, now, grows, False)
 
 # %% ../nbs/00_runs.ipynb #00-026c
 def _check(run, name, params, inputs, given, grows):
@@ -521,17 +533,21 @@ def stage(
     files=(), # Files it reads
     models=(), # Folders of the models it reads
     given:dict|None=None, # Parameters as they were given, where that is not what decides the result
-    grows=(), # Names of parameters that list parts with commas: more parts replace nothing
+    grows=(), # Names of parameters that list parts with commas: more parts replace nothing, and fewer are there already
 ) -> Path: # The stage's folder, complete
     "Make a stage unless it is there already. `UserError` if it would replace one with other parameters. If `make` fails, nothing stays behind but what a rerun can use: checkpoints and whole parts."
     folder = run_folder(run)
+    if not folder.is_dir(): print(f"a new run: {folder}")
     final, partial = folder/name, folder/f"{name}.partial"
     with lock(run, name):
         _stand(partial, final)
         for other in inputs:
             if why := stale(run, other): raise _missing(run, other, why)
+        was = manifest(run, name) if complete(final) else {"fingerprint": "", "parameters": {}}
+        for asked in (params, covered(was["parameters"], params, grows)):
+            key = fingerprint(run, name, asked, inputs, files, models, make)
+            if was["fingerprint"] == key["fingerprint"]: return final
         key = fingerprint(run, name, params, inputs, files, models, make)
-        if complete(final) and manifest(run, name)["fingerprint"] == key["fingerprint"]: return final
         _check(run, name, params, inputs, given or {}, grows)
         resumed, start, state = _begin(partial, key["fingerprint"]), time.time(), commit()
         _making.append((partial, key))

@@ -22,14 +22,14 @@ from .runs import UserError, below, device, digest, listed, manifest, need, once
 from .data import dataset_info
 from .prompts import read_templates
 from .attributes import make_attributes
-from .backbones import backbone, load_model, model_bytes
+from .backbones import backbone, load_model, resolve, model_bytes
 from .encoder import make_encoder, reader_for, tune_encoder
 from .gather import make_gather, tune_gather
 from .scorer import bank_for, blanked, own_attributes
 from .recommender import KINDS, find_llm, load_recommender, make_recommender, tune
 from .metrics import data_name, ends, figures_of, label, ranking, redrawn, scope, short, spread
 from .baselines import short_message
-from .p5 import RATE, InBlank, asker_for, likelier, tune_p5
+from .p5 import PROMPTS, RATE, InBlank, asker_for, likelier, tune_p5
 from .collm import load_text_lm, text_reader, tune_text
 from .robustness import FIGURES, PALETTE, drop_rate, halved, held_out, load_any, measure_bank, plot_heat, score_bank, template_table, test_lists, unpadded, user_draws
 from .tables import Block, Page, by_dataset, entry_path, owners_of, pack, per_owner, read_json, slug, to_md, unpack, without_folders, write_page
@@ -210,8 +210,11 @@ def make_study(
 )->Path: # Folder with study.json and the tuned models
     "Stage `study`. An entry that fails is noted, and the others go on; a stage that was killed goes on after the last whole entry."
     refuse(check_study(locals()))
-    params, known = {k: v for k, v in locals().items() if k != "run"}, read_entries()[1]
+    asked = dict(study_users=study_users, recommender_epochs=recommender_epochs)
+    if run == "demo" and (study_users, recommender_epochs) == (300, 6): study_users, recommender_epochs = 20, 1 # a look, and not a measurement
+    params, known = {k: v for k, v in locals().items() if k not in ("run", "asked")}, read_entries()[1]
     names, bank = asked_entries(study_entries), bank_file(params)
+    llms = dict.fromkeys(known[name].get("llm", "pocket") for name in names)
     need(run, "attributes", make_attributes)
     unseen_in(bank, params, bank_for(reader_for(run)[0], bank))
     def one(folder, name):
@@ -223,7 +226,8 @@ def make_study(
         write_json(folder/"study.json", {"entries": found, "recommender": study_recommender, "pocket": backbone(run, "t5")["pocket"]})
         (folder/"table.md").write_text(to_md(stage_page(found, f"{study_recommender}, {dataset_info(run)['dataset']}, {len(test_lists(run, study_users)[0])} users")), encoding="utf-8")
         return {f"{name} {k}": v for name, about in found.items() if "failed" not in about for k, v in (("clean hit@10", about["measured"]["clean"]["hit@10"]), ("unseen cps", about["measured"]["unseen"]["hit@10"]["cps"]))}
-    return stage(run, "study", params, make, inputs=["data", "prompts", "backbones", "attributes"], files=[root()/"data/study.yaml", *dict.fromkeys([root()/"data/templates.yaml", bank])])
+    return stage(run, "study", params, make, inputs=["data", "prompts", "backbones", "attributes"], grows=["study_entries"], given=asked,
+                 files=[root()/"data/study.yaml", root()/PROMPTS, *dict.fromkeys([root()/"data/templates.yaml", bank])], models=[resolve(llm) for llm in llms if llm != "pocket"])
 
 # %% ../nbs/10c_study.ipynb #10c-016
 def keep_study(

@@ -386,9 +386,13 @@ def test_other_parameters_replace_nothing_unasked(tmp_path):
 
 def test_more_parts_replace_nothing(tmp_path):
     def go(parts, n=1): return stage(tmp_path/"r", "toy", {"parts": parts, "n": n}, lambda folder: write_json(folder/"x.json", parts), grows=["parts"])
-    go("a"); go("b, a"); go("a,b,c")
-    for parts, n in ("a", 1), ("a,d", 1), ("a,b,c,d", 2):
+    saved = lambda: json.loads((tmp_path/"r/toy/x.json").read_text())
+    go("a"); go("b, a"); go("a,b,c"); go("b"); go("c,a")
+    assert saved() == "a,b,c" # fewer are there already
+    for parts, n in ("a,d", 1), ("a,b,c,d", 2), ("b", 2):
         with pytest.raises(UserError, match="made with other values"): go(parts, n)
+    with replacing(True): go("d")
+    assert saved() == "d"
     go("all")
     assert json.loads((tmp_path/"r/toy/x.json").read_text()) == "all"
 
