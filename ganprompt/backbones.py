@@ -398,7 +398,7 @@ def batches(
     return [cut[i] for i in rng.permutation(len(cut))]
 
 # %% ../nbs/03_backbones.ipynb #03-027
-EVERY = 10. # Seconds between checkpoints, or 20 times what one takes if that is more
+EVERY = 5. # Seconds between checkpoints, or 20 times what one takes if that is more
 
 def train(
     update, # (row numbers, numpy generator) -> dict of floats with the key "loss"

@@ -562,7 +562,7 @@ def score_lists(
     at:np.ndarray, # Test rows to score
     score:str, # yes-no or vocab
     processes:int=1, # Processes; each takes a share of the users
-    chunk:int=200, # Users at a time
+    chunk:int=50, # Users at a time
     keep:Path|None=None, # Where scores are kept until all are there; by default a folder that goes with them
 )->pl.DataFrame: # model, row, user, scores (list, as the candidates are listed)
     "Score the candidate lists of some test rows."

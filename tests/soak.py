@@ -18,14 +18,14 @@ SMALL = dict(pocket_width=32, pocket_layers=1, pocket_epochs=1, recommender_epoc
 MAY_DIFFER = "wall_seconds", "peak_memory_mb", "finished", "resumed", "device", "versions", "commit", "seconds" # of a manifest: when and where, not what
 
 
-def command(folder, processes, values):
-    values = {"run": folder, "recommender": "t5-decoder,causal-lm", "processes": processes} | values
+def command(folder, processes, values, only=""):
+    values = ({"only": only} if only else {}) | {"run": folder, "recommender": "t5-decoder,causal-lm", "processes": processes} | values
     return [GANPROMPT, "run", *(x for name, value in values.items() for x in (f"--{name.replace('_', '-')}", str(value)))]
 
 
-def start(folder, processes, values, log):
+def start(folder, processes, values, log, only=""):
     "The command in a session of its own; what it says is added to a file."
-    with open(log, "a") as out: return subprocess.Popen(command(folder, processes, values), stdout=out, stderr=out, start_new_session=True)
+    with open(log, "a") as out: return subprocess.Popen(command(folder, processes, values, only), stdout=out, stderr=out, start_new_session=True)
 
 
 def offspring(pid):
@@ -61,9 +61,9 @@ def progress(folder):
     return parts[-1].name.removesuffix(".partial") + (f", whole: {', '.join(whole)}" if whole else "")
 
 
-def soak(folder, processes, values, rng, kills, between, deadline):
+def soak(folder, processes, values, rng, kills, between, deadline, only=""):
     "Start, kill, start again; after the last kill let it end. Returns the kills, how often it was started, and whether it ended."
-    log, done, starts, process = folder.with_suffix(".log"), [], 1, start(folder, processes, values, folder.with_suffix(".log"))
+    log, done, starts, process = folder.with_suffix(".log"), [], 1, start(folder, processes, values, folder.with_suffix(".log"), only)
     began = time.time()
     while True:
         wait = rng.uniform(*between) if len(done) < kills and time.time() < deadline else 10**6
@@ -89,7 +89,7 @@ def soak(folder, processes, values, rng, kills, between, deadline):
             print(f"ended with {process.returncode}: {said}", flush=True)
             if time.time() > deadline: return done, starts, False
         starts += 1
-        process = start(folder, processes, values, log)
+        process = start(folder, processes, values, log, only)
 
 
 def table(path): return pl.read_parquet(path)
@@ -128,6 +128,7 @@ def main():
     parser.add_argument("--processes", default="1,2", help="a run for each of these [1,2]")
     parser.add_argument("--between", type=float, nargs=2, default=(6, 45), help="seconds between a start and a kill [6 45]")
     parser.add_argument("--seed", type=int, default=0, help="of the draws [0]")
+    parser.add_argument("--only", default="", help="stages to make and kill, with commas; the others are copied from the undisturbed run  [all]")
     parser.add_argument("--small", action="store_true", help="small models, few users")
     parser.add_argument("--runs", type=int, default=1, help="killed runs for each number of processes [1]")
     args = parser.parse_args()
@@ -137,12 +138,13 @@ def main():
     for processes in map(int, args.processes.split(",")):
         calm = args.out/f"{kind}-{processes}-calm"
         began = time.time()
-        if start(calm, processes, values, calm.with_suffix(".log")).wait(): sys.exit(f"the undisturbed run failed; see {calm.with_suffix('.log')}")
+        if start(calm, processes, values | ({"until": args.only.split(",")[-1]} if args.only else {}), calm.with_suffix(".log")).wait(): sys.exit(f"the undisturbed run failed; see {calm.with_suffix('.log')}")
         seconds = time.time() - began
         for i in range(args.runs):
             killed, rng, began = args.out/f"{kind}-{processes}-killed-{args.seed + i}", random.Random(args.seed + i), time.time()
             shutil.rmtree(killed, ignore_errors=True); killed.mkdir()
-            done, starts, ended = soak(killed, processes, values, rng, args.kills, args.between, began + 60*args.minutes)
+            if args.only: [shutil.copytree(p.parent, killed/p.parent.name) for p in calm.glob("*/manifest.json") if p.parent.name not in args.only.split(",")]
+            done, starts, ended = soak(killed, processes, values, rng, args.kills, args.between, began + 60*args.minutes, args.only)
             found = compare(calm, killed) if ended else {"differ": ["it did not end"]}
             entry = dict(kind=kind, processes=processes, seed=args.seed + i, between=args.between, kills=len(done), starts=starts, ended=ended, undisturbed_seconds=round(seconds),
                          seconds=round(time.time() - began), killed={k: sum(d["killed"] == k for d in done) for k in ("launcher", "kernel", "rank")},
