@@ -161,7 +161,7 @@ def draw_figure3(
 ): # Matplotlib figure
     "Figure 3, one row a data set."
     from matplotlib import pyplot as plt
-    fig = plt.figure(figsize=(11.5, 3.95 * len(rows)), layout="constrained")
+    fig = plt.figure(figsize=(11.5, 4.3 * len(rows)), layout="constrained")
     for part, (about, points) in zip(np.atleast_1d(fig.subfigures(len(rows), 1)), rows): draw_row(part, about, points)
     return fig
 
@@ -227,7 +227,7 @@ def draw_couplings(
 ): # Matplotlib figure
     "The common state before stage 1, then each run's after it."
     from matplotlib import pyplot as plt
-    fig = plt.figure(figsize=(3 * len(rows) + 3, 3.95), layout="constrained")
+    fig = plt.figure(figsize=(3 * len(rows) + 3, 4.3), layout="constrained")
     shown = [("before stage 1", "before", *rows[0])] + [(f"after, coupling {about['coupling']}", "after", about, points) for about, points in rows]
     for ax, (title, when, about, points) in zip(fig.subplots(1, len(shown)), shown):
         part = points.filter((pl.col("method") == method) & (pl.col("stage") == when))

@@ -561,6 +561,6 @@ def summary(
     parts = [f"# Results: {study}", said, "Mean and standard deviation over trainings.", means_table(kept),
              "Over trainings. \"> random\": the whole interval lies above that of random scores; the same for popularity.", methods_table(kept),
              "Paired differences, the same users on both sides, over trainings.", pairs_table(records),
-             f"Each training by itself, with its interval {scope(1)}.", seeds_table(kept), f"![AUC and HR@10 of every training]({study}.png)"]
+             "Each training by itself. Its interval is over users and says nothing of the method.", seeds_table(kept), f"![AUC and HR@10 of every training]({study}.png)"]
     path.write_text("\n\n".join(parts) + "\n")
     return path
