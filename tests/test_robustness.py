@@ -260,7 +260,7 @@ def test_an_encoder_is_refused(finished, tmp_path):
 
 def test_a_model_that_does_not_answer(finished, tmp_path):
     from safetensors.numpy import save_file
-    (tmp_path/"config.json").write_text('{"model_type": "vit"}'); save_file({"w": np.zeros(1)}, tmp_path/"model.safetensors")
+    (tmp_path/"config.json").write_text('{"model_type": "vit"}'); save_file({"w": np.zeros(1)}, tmp_path/"model.safetensors"); (tmp_path/"tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="vit neither answers nor continues"): R.load_any(str(tmp_path), R.reader_for(str(finished))[0])
 
 
