@@ -324,12 +324,12 @@ def ahead(
 
 def epochs_of(
     e:dict, # Kept entry
-)->tuple: # (epochs of stage 1, of stage 2, wordings a question is asked in), as text
+)->tuple: # (epochs of stage 1, of stage 2, wordings a question is asked in, nonsense templates, weight of agreement), as text
     "How long an entry was trained: what a comparison must hold equal, or name."
     how = e["settings"]
-    if not how["tuned"]: return "–", "–", "–"
+    if not how["tuned"]: return ("–",)*5
     first = e["stage_1"] if "stage_1" in e else first_stage(how)
-    return f"{first['epochs']} ({first['stage']})" if first else "–", str(e["parameters"]["recommender_epochs"]), str(how.get("wordings", 1))
+    return f"{first['epochs']} ({first['stage']})" if first else "–", str(e["parameters"]["recommender_epochs"]), *(str(how.get(k, default)) for k, default in (("wordings", 1), ("nonsense", 0), ("consistency", 0)))
 
 SEPARABILITY = {"silhouette": "silhouette", "knn_purity": "kNN purity", "linear_probe": "linear probe", "d_accuracy": "D"}
 
@@ -384,7 +384,7 @@ def study_page(
     blocks += [Block(f"Difference to {one}, paired over trainings, users and templates", ["entry", *draws], [differences(one)]) for one in against if one in seeds and len(seeds) > 1]
     if all("settings" in e for e in mine):
         budget = [[name, *epochs_of(next(e for e in mine if e["model"] == name))] for name in seeds]
-        blocks.append(Block("What each entry was trained with", ["entry", "epochs of stage 1", "epochs of stage 2", "wordings a question"], [budget]))
+        blocks.append(Block("What each entry was trained with", ["entry", "epochs of stage 1", "epochs of stage 2", "wordings a question", "nonsense templates", "weight of agreement"], [budget]))
     worst = [[name, *(f"{template} {short(x)}" for template, x in found)] for name, found in costliest(mine).items()]
     blocks.append(Block("The unseen templates that cost most, and the part of the clean HR@10 that they cost", ["entry", *map(str, range(1, len(worst[0])))], [worst]))
     if apart := separated(mine): blocks.append(Block("Versions of held-out histories after stage 1: how far apart", ["entry", *SEPARABILITY.values()], [[[name, *map(short, x.values())] for name, x in apart.items()]]))
