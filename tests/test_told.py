@@ -231,3 +231,16 @@ def test_own_results_stay_out_of_the_repository(shop, tmp_path, monkeypatch):
     done = CliRunner().invoke(cli.cli, ["tables", "./mine"])
     assert done.output.split() == ["mine/mine.md"] and (mine/"mine.png").exists() and "mine.png" in (mine/"mine.md").read_text()
     assert before == {p: p.stat().st_mtime_ns for folder in ("figures", "data") for p in (root()/folder).rglob("*")}
+
+
+def test_the_study_prints_what_it_found():
+    import numpy as np
+
+    from ganprompt import study as S
+    from ganprompt.prompts import read_templates
+    from ganprompt.robustness import measure_bank
+    bank = [t for t in read_templates(root()/"data/templates.yaml") if t["task"] == "recommendation"]
+    scores = np.random.default_rng(0).normal(size=(len(bank), 6, 21))
+    measured = measure_bank(scores, bank)
+    page = S.to_md(S.stage_page({"agreement": {"measured": measured}, "P5": {"failed": "no titles"}}, "t5-ranker, demo, 6 users"))
+    assert f"{measured['clean']['hit@10']:.3f}" in page and f"{measured['unseen']['hit@10']['avg']:.3f}" in page and "no titles" in page and "6 users" in page
