@@ -887,6 +887,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ganprompt.tables.published_rows': ('tables.html#published_rows', 'ganprompt/tables.py'),
                                   'ganprompt.tables.read_json': ('tables.html#read_json', 'ganprompt/tables.py'),
                                   'ganprompt.tables.read_tables': ('tables.html#read_tables', 'ganprompt/tables.py'),
+                                  'ganprompt.tables.ready': ('tables.html#ready', 'ganprompt/tables.py'),
                                   'ganprompt.tables.reordering': ('tables.html#reordering', 'ganprompt/tables.py'),
                                   'ganprompt.tables.reported_block': ('tables.html#reported_block', 'ganprompt/tables.py'),
                                   'ganprompt.tables.reported_figures': ('tables.html#reported_figures', 'ganprompt/tables.py'),

@@ -534,7 +534,7 @@ def keep_benchmarks(
     path = root()/"data/results/benchmarks"/f"{run_folder(run).name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     made = manifest(run, "benchmarks")
-    write_json(path, found | {k: made[k] for k in ("fingerprint", "parameters", "wall_seconds", "peak_memory_mb")})
+    write_json(path, found | {k: made[k] for k in ("fingerprint", "commit", "dirty", "parameters", "wall_seconds", "peak_memory_mb")})
     return path
 
 def draw_benchmarks()->list[Path]: # figures/benchmarks-<entry>.png

@@ -576,7 +576,8 @@ def check_home(
     if not (root()/"data/results"/study).is_dir(): raise UserError(f"--study: the project has no study {study!r}; for one of your own name a folder, as in --study ./{study}")
     for run in runs:
         name = data.dataset_info(run)["dataset"]
-        if told(data.categories, name): raise UserError(f"{name} is data of your own, and data/results/{study} is the project's; name a folder of your own, as in --study ./{study}")
+        what = "made up" if name == "demo" and study != "benchmarks" else "data of your own" if told(data.categories, name) else ""
+        if what: raise UserError(f"{name} is {what}, and data/results/{study} is the project's, about real data that others can get; nothing was kept. Name a folder of your own, as in --study ./{study}: results and pages go there")
 
 @cli.command()
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)

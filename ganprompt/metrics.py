@@ -432,7 +432,7 @@ def keep(
     record = dict(entry=entry or run_folder(run).name, study=Path(study).name, kept_from=run_folder(run).name) | result
     record |= dict(seed=made["metrics"]["parameters"]["seed"], parameters=each("parameters"), versions=made["metrics"]["versions"],
                    machine=made["recommender"]["device"], wall_seconds=each("wall_seconds"), peak_memory_mb=each("peak_memory_mb"),
-                   separability=made.get("encoder", {}).get("metrics"), fingerprints=each("fingerprint"))
+                   separability=made.get("encoder", {}).get("metrics"), fingerprints=each("fingerprint"), commits=each("commit"), dirty=each("dirty"))
     del record["reported"]
     path = root() / "data/results" / study / f"{record['entry']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -235,6 +235,7 @@ def keep_study(
     study:str|Path="robustness", # Folder under data/results, or a path
 )->list[Path]: # One JSON an entry
     "Keep the entries of a run."
+    need(run, "study")
     made, info = manifest(run, "study"), dataset_info(run)
     said, paths = json.loads((run_folder(run)/"study/study.json").read_text()), []
     for name, about in said["entries"].items():
@@ -242,7 +243,7 @@ def keep_study(
         paths.append(entry_path(study, info["dataset"], name, made["seed"]))
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         write_json(paths[-1], without_folders(dict(model=name, dataset=info["dataset"], synthetic=info["synthetic"], seed=made["seed"], recommender=said["recommender"], pocket=said["pocket"]) | about | dict(
-            parameters=made["parameters"], versions=made["versions"], machine=made["device"], fingerprint=made["fingerprint"], data=made["inputs"]["data"], backbone=made["inputs"]["backbones"], kept_from=run_folder(run).name)))
+            parameters=made["parameters"], versions=made["versions"], machine=made["device"], fingerprint=made["fingerprint"], commit=made["commit"], dirty=made["dirty"], data=made["inputs"]["data"], backbone=made["inputs"]["backbones"], kept_from=run_folder(run).name)))
     return paths
 
 def read_study_entries(

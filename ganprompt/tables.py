@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'NUMBERS', 'PARTS', 'TEX', 'FORMATS', 'STYLE', 'FAMILIES', 'COUNTS', 'pack', 'unpack', 'owners_of',
-           'per_owner', 'slug', 'entry_path', 'lacking', 'without_folders', 'baseline_models', 'own_models', 'entry',
-           'keep_data', 'keep_models', 'base', 'place', 'read_json', 'read_tables', 'people', 'by_model', 'trainings',
-           'statistics', 'marked', 'against', 'paired_gaps', 'reordering', 'sampling_table', 'by_dataset', 'time_table',
-           'Cell', 'Block', 'Page', 'escape_md', 'escape_tex', 'written', 'to_md', 'to_fragment', 'to_html', 'to_tex',
-           'shown_as', 'line_up', 'grouped', 'measured_block', 'against_block', 'interval_block', 'reported_figures',
-           'reported_block', 'sampling_block', 'sampling_note', 'time_block', 'missing_notes', 'Results', 'results',
-           'page_of', 'long_rows', 'plot_models', 'published_rows', 'write_published', 'table1_page', 'write_page',
-           'write_sampling', 'make_tables']
+           'per_owner', 'slug', 'entry_path', 'lacking', 'without_folders', 'ready', 'baseline_models', 'own_models',
+           'entry', 'keep_data', 'keep_models', 'base', 'place', 'read_json', 'read_tables', 'people', 'by_model',
+           'trainings', 'statistics', 'marked', 'against', 'paired_gaps', 'reordering', 'sampling_table', 'by_dataset',
+           'time_table', 'Cell', 'Block', 'Page', 'escape_md', 'escape_tex', 'written', 'to_md', 'to_fragment',
+           'to_html', 'to_tex', 'shown_as', 'line_up', 'grouped', 'measured_block', 'against_block', 'interval_block',
+           'reported_figures', 'reported_block', 'sampling_block', 'sampling_note', 'time_block', 'missing_notes',
+           'Results', 'results', 'page_of', 'long_rows', 'plot_models', 'published_rows', 'write_published',
+           'table1_page', 'write_page', 'write_sampling', 'make_tables']
 
 # %% ../nbs/10a_tables.ipynb #10a-003
 import html, itertools, json, re
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np, polars as pl
 
 # %% ../nbs/10a_tables.ipynb #10a-005
-from .runs import UserError, complete, digest, manifest, root, run_folder, write_json
+from .runs import UserError, complete, digest, manifest, root, run_folder, stale, write_json
 from .data import dataset_info
 from .metrics import (METRICS, check_tables, collect_scores, data_name, figures_of, interval, label, markdown, notes, paper_tables,
                                scope, short, spread)
@@ -101,12 +101,21 @@ def without_folders(
     return re.sub(r"(?<![\w.:/])/(?:[^\s/]+/)+", "", x) if isinstance(x, str) else x
 
 # %% ../nbs/10a_tables.ipynb #10a-019
+def ready(
+    run:str, # Run
+    stage:str, # Name of a stage
+) -> bool: # Whether it is complete and up to date; says so if it is only complete
+    "Whether a stage's results may be kept."
+    if not complete(run_folder(run) / stage): return False
+    if why := stale(run, stage): print(f"stage {stage!r} of run {run} is out of date ({why}) and is not kept; make it again: ganprompt run --run {run} --until {stage}")
+    return not why
+
 def baseline_models(
     run:str, # Run
 ): # (stage, model, what is known of it, its ranks) of each
     "The models of every stage that leaves ranks."
     for path in sorted(run_folder(run).glob("*/models.json")):
-        if complete(path.parent):
+        if ready(run, path.parent.name):
             ranks = pl.read_parquet(path.parent / "ranks.parquet")
             for model, about in json.loads(path.read_text()).items(): yield path.parent.name, model, about, ranks.filter(model=model)
 
@@ -114,7 +123,7 @@ def own_models(
     run:str, # Run
 ): # (stage, model, what is known of it, its ranks) of each
     "The run's recommenders, and random and popularity on the same lists; nothing if it has no recommender."
-    if not complete(run_folder(run) / "recommender"): return
+    if not ready(run, "recommender"): return
     made, said = manifest(run, "recommender"), json.loads((run_folder(run) / "recommender/recommender.json").read_text())
     rows, scores = collect_scores(run, made["seed"])
     for model, lists in scores.items():
@@ -142,7 +151,7 @@ def entry(
                 backbone=about.get("backbone"), users=len(users), users_digest=digest(users), lists={name: pack(part) for name, part in parts.items()},
                 settings=about.get("settings", {}), search=about.get("search", []), valid=about.get("valid"), valid_metric=about.get("valid_metric"),
                 weights=about.get("parameters"), seconds=about.get("seconds", {}), stage=stage, parameters=made["parameters"], versions=made["versions"],
-                machine=made["device"], fingerprint=made["fingerprint"], data=made["inputs"]["data"], kept_from=run_folder(run).name) | owners_of(users)
+                machine=made["device"], fingerprint=made["fingerprint"], commit=made["commit"], dirty=made["dirty"], data=made["inputs"]["data"], kept_from=run_folder(run).name) | owners_of(users)
 
 # %% ../nbs/10a_tables.ipynb #10a-021
 def keep_data(
