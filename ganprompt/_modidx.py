@@ -721,6 +721,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ganprompt.runs._outcome': ('runs.html#_outcome', 'ganprompt/runs.py'),
                                 'ganprompt.runs._part_key': ('runs.html#_part_key', 'ganprompt/runs.py'),
                                 'ganprompt.runs._plain': ('runs.html#_plain', 'ganprompt/runs.py'),
+                                'ganprompt.runs._reach': ('runs.html#_reach', 'ganprompt/runs.py'),
                                 'ganprompt.runs._remember': ('runs.html#_remember', 'ganprompt/runs.py'),
                                 'ganprompt.runs._remove': ('runs.html#_remove', 'ganprompt/runs.py'),
                                 'ganprompt.runs._rng_state': ('runs.html#_rng_state', 'ganprompt/runs.py'),

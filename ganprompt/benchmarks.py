@@ -523,7 +523,7 @@ def make_benchmarks(
         plot_benchmarks(about | {"parts": found}).savefig(folder/"benchmarks.png", dpi=110, metadata={"Software": None})
         return {f"{part}, {other}": ratio for part, of in found.items() for other, ratio in of.get("ratios", {}).items()}
     inputs = ["data", "prompts", "backbones", "attributes", "encoder", *(["recommender"] if "catalogue" in parts else [])]
-    return stage(run, "benchmarks", params, make, inputs=inputs, files=[root()/"data/templates.yaml"], grows=["bench_parts"])
+    return stage(run, "benchmarks", params, make, inputs=inputs, files=[root()/"data"/file for file in ("templates.yaml", "sources.yaml")], grows=["bench_parts"])
 
 # %% ../nbs/10b_benchmarks.ipynb #10b-043
 def keep_benchmarks(

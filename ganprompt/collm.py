@@ -20,7 +20,7 @@ from .data import load_candidates, load_sequences, load_training
 from .prompts import pad
 from .recommender import (CausalLM, add_adapters, find_llm, llm_faults, load_llm, prefix_room, sample_rows, training_items, tune_on_states,
                                    weight_files)
-from .runs import UserError, begun, below, device, fresh, manifest, need, not_positive, once, refuse, run_folder, seed_all, stage, write_json
+from .runs import UserError, begun, below, device, fresh, manifest, need, not_positive, once, refuse, root, run_folder, seed_all, stage, write_json
 from .scorer import score_rows, square
 
 # %% ../nbs/08c_collm.ipynb #08c-009
@@ -246,4 +246,4 @@ def make_collm(
         table.write_parquet(folder/"curves.parquet")
         plot_curves(table, ["loss", "valid_auc"]).savefig(folder/"curves.png", dpi=110)
         return merits
-    return stage(run, "collm", params, make, inputs=["data", "prompts", "backbones", "baselines"], models=[found] if found else [])
+    return stage(run, "collm", params, make, inputs=["data", "prompts", "backbones", "baselines"], files=[root()/"data/templates.yaml"], models=[found] if found else [])

@@ -205,11 +205,8 @@ def _typed():
 PLUMBING = {"UserError", "root", "run_folder", "stage", "need", "stale", "fresh", "manifest", "complete", "lock", "versions", "device_words",
             "once", "kept", "begun", "strange", "below", "not_positive", "told", "refuse", "possible"} # of this chapter: decides no number
 
-def sources(
-    name:str, # Stage
-    make=None, # The function that fills its folder; if it was defined in a notebook, that notebook's cells count in place of the exported module
-) -> dict: # File of this package → hash of the definitions in it that the stage reaches
-    "What the function `make_<name>` of the module `<name>` consists of; empty if there is no such function."
+def _reach(name, make=None):
+    "(module, name) → (its hash, its `_Definition`) of all that the function `make_<name>` of the module `<name>` reaches."
     @cache
     def module(m):
         path = _source(f"{m}.py")
@@ -223,12 +220,20 @@ def sources(
         defined, imported = module(m)
         if (m, what) in reached or what not in defined or (m == "runs" and what in PLUMBING) or what.startswith("check_"): continue
         one, other_stage = defined[what], what == f"make_{m}" and (m, what) != start
-        reached[m, what] = one.defaults if other_stage else one.hash
+        reached[m, what] = (one.defaults if other_stage else one.hash), one
         if other_stage: continue
         known = imported | one.imports
         todo += [(m, n) for n in one.names] + [(m, n) for n in defined if n.startswith("statement ")]
         todo += [known[n] for n in {*one.names, *one.imports} & known.keys()] + [(known[n][0], part) for n, part in one.attributes if n in known] # a name; module.name
-    return {f"{m}.py": digest(sorted((n, h) for (k, n), h in reached.items() if k == m)) for m in sorted({m for m, _ in reached})}
+    return reached
+
+def sources(
+    name:str, # Stage
+    make=None, # The function that fills its folder; if it was defined in a notebook, that notebook's cells count in place of the exported module
+) -> dict: # File of this package → hash of the definitions in it that the stage reaches
+    "What the function `make_<name>` of the module `<name>` consists of; empty if there is no such function."
+    reached = _reach(name, make)
+    return {f"{m}.py": digest(sorted((n, hash) for (k, n), (hash, _) in reached.items() if k == m)) for m in sorted({m for m, _ in reached})}
 
 # %% ../nbs/00_runs.ipynb #00-015
 def complete(

@@ -343,7 +343,7 @@ def test_a_real_chapter_begins_no_run_for_a_misspelt_name(tmp_path):
 
 
 def test_a_notebook_that_was_edited_but_not_exported_is_told_apart(tmp_path):
-    "Its stage is made with the cell as it is typed, and is out of date for everybody who imports the module."
+    "What counts as the source of its stage are the cells as they were typed."
     texts = ["".join(c["source"]) for c in json.loads((root()/"nbs/02_prompts.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
     cells = [nbformat.v4.new_code_cell(text) for text in texts if text.startswith("#| export")]
     cells.append(nbformat.v4.new_code_cell("import json\nfrom ganprompt import runs\njson.dump(runs.sources('prompts', make_prompts) == runs.sources('prompts'), open('said.json', 'w'))"))

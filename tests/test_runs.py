@@ -455,6 +455,18 @@ def test_sources_change_with_what_a_stage_reaches(package, file, old, new, wante
     assert changed <= wanted and bool(changed) == bool(wanted)
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_every_file_of_data_that_a_stage_reads_is_among_its_files(name):
+    "Its name stands where the stage is made, or in what is used there; not only somewhere below."
+    files = {p.name for p in (root()/"data").iterdir() if p.is_file()} - {"presets.yaml"}
+    named = lambda one: {file for file in files if re.search(rf"['/]{re.escape(file)}'", repr(runs._plain(one.node)))}
+    reached = runs._reach(name)
+    start = reached[name, f"make_{name}"][1]
+    told = named(start).union(*(named(one) for (_, what), (_, one) in reached.items() if what in start.names))
+    mine = {key: one for key, (hash, one) in reached.items() if hash == one.hash and key != ("prompts", "load_templates")} # that one reads a stage's
+    assert {file: key for key, one in mine.items() for file in named(one) - told} == {}
+
+
 def test_a_change_of_sources_makes_a_stage_stale_and_says_where(tmp_path, package):
     stage(tmp_path/"r", "prompts", {}, lambda folder: None)
     assert fresh(tmp_path/"r", "prompts")
