@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'KINDS', 'FILLERS', 'BRANDS', 'SIZES', 'MARKS', 'SEPARATORS', 'NUMBER', 'FIELDS', 'TYPES', 'OWN',
-           'MISSING', 'DATE', 'ASIN', 'FORM', 'LITTLE', 'generate_demo', 'File', 'Source', 'sources', 'categories',
-           'sniff', 'find_source', 'date_formats', 'scan', 'read_reviews', 'k_core', 'cut_reviews', 'histories',
-           'split_of', 'split_rows', 'uniforms', 'sample', 'read_titles', 'rankable', 'prepare', 'table1_row', 'table1',
-           'check_data', 'room_data', 'gentler', 'make_data', 'dataset_info', 'load_sequences', 'load_training',
-           'load_candidates', 'download', 'fetch']
+           'MISSING', 'DAY', 'CLOCK', 'DATE', 'ASIN', 'FORM', 'LITTLE', 'generate_demo', 'File', 'Source', 'sources',
+           'categories', 'sniff', 'find_source', 'date_formats', 'scan', 'read_reviews', 'k_core', 'cut_reviews',
+           'histories', 'split_of', 'split_rows', 'uniforms', 'sample', 'read_titles', 'rankable', 'prepare',
+           'table1_row', 'table1', 'check_data', 'room_data', 'gentler', 'make_data', 'dataset_info', 'load_sequences',
+           'load_training', 'load_candidates', 'download', 'fetch']
 
 # %% ../nbs/01_data.ipynb #01-002
 import ast, codecs, csv, gzip, hashlib, http.client, io, itertools, json, random, re, time, urllib.error, urllib.request, zlib
@@ -159,8 +159,8 @@ def _undecodable(path, encoding, error):
             try: line.decode(encoding)
             except UnicodeDecodeError as e:
                 before, around = (line[max(0, e.start - 20):e.start + more].decode("cp1252", "replace") for more in (0, 20))
-                return UserError(f"{path}, line {n}: byte 0x{line[e.start]:02x} after {before!r} is not {encoding}; save the file as UTF-8, or name its "
-                                 f"encoding, as in --encoding cp1252 (then it reads {around.strip()!r})")
+                return UserError(f"{path}, line {n}: byte 0x{line[e.start]:02x} after {before!r} is not {encoding}; "
+                                 f"save the file as UTF-8, or name its encoding, as in --encoding cp1252 (then it reads {around.strip()!r})")
     return UserError(f"{path}: not {encoding} ({error.reason}); save the file as UTF-8, or name its encoding with --encoding")
 
 # %% ../nbs/01_data.ipynb #01-021a
@@ -169,10 +169,12 @@ MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM
 def _encoding(path, head, asked):
     "The encoding of a text file: by its mark, as asked for, or UTF-8."
     try: b"x".decode(asked or "utf-8", "ignore")
-    except LookupError: raise UserError(f"encoding={asked!r} is not known; well known are utf-8, utf-16, cp1252 (Windows) and latin-1") from None
+    except LookupError:
+        raise UserError(f"encoding={asked!r} is not known; well known are utf-8, utf-16, cp1252 (Windows) and latin-1") from None
     found = next((name for mark, name in MARKS.items() if head.startswith(mark)), asked)
     if not found and b"\0" in head[:1000] and head[:4] != b"PAR1":
-        raise UserError(f"{path}: looks like UTF-16 without a mark; save it as UTF-8, or give --encoding {'utf-16-be' if head[:1] == bytes(1) else 'utf-16-le'}")
+        order = "be" if head[:1] == bytes(1) else "le"
+        raise UserError(f"{path}: looks like UTF-16 without a mark; save it as UTF-8, or give --encoding utf-16-{order}")
     return found or "utf-8"
 
 def _kind(path, head, encoding):
@@ -194,7 +196,8 @@ def _object(line, where):
         try: row = ast.literal_eval(line.strip()) # as in the meta files of 2014
         except (ValueError, SyntaxError): row = str(e)
     if isinstance(row, dict): return row
-    raise UserError(f"{where}: {row if isinstance(row, str) else 'not a JSON object'}: {line.strip()[:80]!r}; correct or remove this line, or fetch the file again")
+    fault = row if isinstance(row, str) else "not a JSON object"
+    raise UserError(f"{where}: {fault}: {line.strip()[:80]!r}; correct or remove this line, or fetch the file again")
 
 def _split(lines, separator):
     "Pairs of a row's first line, counted from 1, and its fields. Raises `csv.Error` that begins with the line."
@@ -215,7 +218,8 @@ def _records(file):
         if file.kind == "json": yield from ((n, _object(line, f"{path}, line {n}")) for n, line in enumerate(lines, 1) if line.strip())
         else:
             try: yield from _split(lines, file.separator)
-            except csv.Error as e: raise UserError(f"{path}, {e}; a field with quotation marks in it needs them around it, too, and those within it doubled") from None
+            except csv.Error as e:
+                raise UserError(f"{path}, {e}; a field with quotation marks in it needs them around it, too, and doubled within") from None
 
 # %% ../nbs/01_data.ipynb #01-021c
 SEPARATORS = "::", "\t", ";", ",", "|"
@@ -244,7 +248,8 @@ def sniff(
     kind = _kind(path, head, encoding)
     if kind == "parquet":
         try: return File(path, kind, list(pl.read_parquet_schema(path)))
-        except pl.exceptions.PolarsError as e: raise UserError(f"{path}: damaged parquet file ({str(e).splitlines()[0]}); write it again") from None
+        except pl.exceptions.PolarsError as e:
+            raise UserError(f"{path}: damaged parquet file ({str(e).splitlines()[0]}); write it again") from None
     if kind == "json":
         file = File(path, kind, encoding=encoding)
         return File(path, kind, list({k: 0 for _, row in itertools.islice(_records(file), 100) for k in row}), encoding=encoding)
@@ -280,7 +285,8 @@ def _amazon(dataset, folder, encoding=""):
                 table = sniff(path, encoding) if ".csv" in file else File(path, "json", encoding=_encoding(path, b"", encoding))
                 if table.kind == "csv" and table.header == ("csv" in release): continue
                 meta = release["meta"].format(category)
-                meta = next((File(folder/m, "json", encoding=table.encoding) for m in (meta, meta.removesuffix(".gz")) if (folder/m).is_file()), None)
+                there = (folder/m for m in (meta, meta.removesuffix(".gz")) if (folder/m).is_file())
+                meta = next((File(m, "json", encoding=table.encoding) for m in there), None)
                 fields = {c: str(i) for i, c in enumerate(release["csv"], 1)} if not table.header else release["fields"]
                 return Source(name, noun, table, fields, meta, dict(item=release["fields"]["item"], title="title"))
     raise UserError(f"no review file of {name!r} in {folder}; looked for {', '.join(dict.fromkeys(tried))}; bring it with "
@@ -302,8 +308,8 @@ def _need_columns(file, wanted):
     missing = {c: name for c, name in wanted.items() if name not in file.names}
     if not missing: return
     how = "" if file.kind != "csv" else f" (separator {file.separator!r}, {file.encoding}{'' if file.header else ', no header'})"
-    raise UserError(f"{file.path}: no column {', '.join(map(repr, missing.values()))}; it has {', '.join(file.names)}{how}; name your own, as in "
-                    f"--columns {','.join(f'{c}=…' for c in missing)}; if they are not told apart, give --separator or --encoding")
+    raise UserError(f"{file.path}: no column {', '.join(map(repr, missing.values()))}; it has {', '.join(file.names)}{how}; "
+                    f"name your own, as in --columns {','.join(f'{c}=…' for c in missing)}; if they are not told apart, give --separator or --encoding")
 
 # %% ../nbs/01_data.ipynb #01-023a
 def _items(path, encoding, separator, pairs, forms):
@@ -322,7 +328,8 @@ def _own(path, columns, items_file="", separator="", encoding=""):
     file = sniff(path, encoding, separator, names)
     if not file.header: forms = [dict(zip(FIELDS, file.names))] if len(file.names) in (4, 5) or pairs else forms
     fields = next((f for f in (form | pairs for form in forms) if {f.get(c) for c in TYPES} <= set(file.names)), forms[0] | pairs)
-    _need_columns(file, {c: fields.get(c, c) for c in TYPES} | {"title": pairs["title"] for _ in "x" if "title" in pairs and not items_file})
+    wanted = [*TYPES, *(["title"] if "title" in pairs and not items_file else [])]
+    _need_columns(file, {c: fields.get(c, c) for c in wanted})
     meta = (file, fields) if fields.get("title") in file.names else (None, None)
     if items_file: meta = _items(Path(items_file).expanduser(), encoding, separator, pairs, forms + sources()["forms"])
     if meta[0]: _need_columns(meta[0], {c: meta[1][c] for c in ("item", "title")})
@@ -343,13 +350,15 @@ def find_source(
     dataset:str, # This and the others as in the parameters
     data_dir:str="", columns:str="", items_file:str="", separator:str="", encoding:str="", date_format:str="", rating_scale:str="1-5",
 ) -> Source:
-    "Find the files of a data set and how they are written. Raises `UserError` if they are not there, or lack a column, saying what was looked for."
+    "Find the files of a data set and how they are written. Raises `UserError` if they are not there, or lack a column."
     if OWN.search(dataset): source = _own(Path(dataset).expanduser(), columns, items_file, separator, encoding)
     else:
-        if separator or columns or items_file: raise UserError(f"columns, separator and items_file are for a file of your own; {dataset!r} is the name of a release, whose files are known")
+        if separator or columns or items_file:
+            raise UserError(f"columns, separator and items_file are for a file of your own; {dataset!r} names a release, whose files are known")
         home = root()/"data"/("demo" if categories(dataset)[0] == "demo" else "raw")
         source = _amazon(dataset, Path(data_dir).expanduser() if data_dir else home, encoding)
-    if date_format and "%" not in date_format: raise UserError(f"date_format={date_format!r} names no parts of a date; write it as in %d/%m/%Y or %Y-%m-%d %H:%M:%S")
+    if date_format and "%" not in date_format:
+        raise UserError(f"date_format={date_format!r} names no parts of a date; write it as in %d/%m/%Y or %Y-%m-%d %H:%M:%S")
     source.date_format, source.scale = date_format, _scale(rating_scale)
     return source
 
@@ -357,7 +366,9 @@ def find_source(
 def _readable(file):
     "What polars can read: the path, or the text as UTF-8 with one character between fields."
     with _binary(file.path) as f: head = f.read(1 << 16)
-    if file.encoding.startswith("utf-8") and len(file.separator) == 1 and (b"\n" in head or b"\r" not in head) and not (file.kind == "json" and file.encoding != "utf-8"): return file.path
+    marked = file.kind == "json" and file.encoding == "utf-8-sig" # which polars skips in csv files only
+    lines = b"\n" in head or b"\r" not in head
+    if file.encoding.startswith("utf-8") and len(file.separator) == 1 and lines and not marked: return file.path
     with _reading(file.path, file.encoding), io.TextIOWrapper(_binary(file.path), file.encoding) as f: text = f.read()
     return (text if len(file.separator) == 1 else text.replace(file.separator, "\x1f")).encode()
 
@@ -371,8 +382,8 @@ def _rows(file):
     for line, row in itertools.islice(_records(file), int(file.kind == "csv" and file.header), None):
         if file.kind == "csv":
             if len(row) != len(file.names):
-                raise UserError(f"{file.path}, line {line}: {len(row)} fields in place of {len(file.names)}: {file.separator.join(row)[:80]!r}; "
-                                f"put quotation marks around a field that holds {file.separator!r}, or correct or remove the line")
+                raise UserError(f"{file.path}, line {line}: {len(row)} fields in place of {len(file.names)}: "
+                                f"{file.separator.join(row)[:80]!r}; put quotation marks around a field that holds {file.separator!r}, or correct or remove the line")
             row = dict(zip(file.names, row))
         yield line, row
 
@@ -383,14 +394,16 @@ def _raw(file, types, careful=False):
         rows = list(zip(*([_as_text(row.get(c)) for c in types] for _, row in _rows(file)))) or [[]]*len(types)
         return pl.DataFrame({c: pl.Series(x, dtype=pl.String) for c, x in zip(types, rows)}).lazy()
     if file.kind == "json": return pl.scan_ndjson(_readable(file), schema=types)
-    return pl.scan_csv(_readable(file), has_header=False, skip_rows=int(file.header), schema={c: types.get(c, pl.String) for c in file.names}, glob=False,
-                       **dict(separator=file.separator) if len(file.separator) == 1 else dict(separator="\x1f", quote_char=None))
+    form = dict(separator=file.separator) if len(file.separator) == 1 else dict(separator="\x1f", quote_char=None)
+    schema = {c: types.get(c, pl.String) for c in file.names}
+    return pl.scan_csv(_readable(file), has_header=False, skip_rows=int(file.header), schema=schema, glob=False, **form)
 
 # %% ../nbs/01_data.ipynb #01-028
 def _ragged(file):
-    "Whether a csv file may have rows with too many or too few fields, which polars fills or cuts without a word: separators are counted outside of quotation marks."
+    "Whether rows of a csv file may have too many or too few fields, by separators outside of quotation marks: polars does not say."
     one = len(file.separator) == 1
-    lf = pl.scan_csv(_readable(file), has_header=False, schema={"line": pl.String}, separator="\x01", quote_char=None, glob=False, skip_rows=int(file.header))
+    lf = pl.scan_csv(_readable(file), has_header=False, schema={"line": pl.String}, separator="\x01", quote_char=None, glob=False,
+                     skip_rows=int(file.header))
     line = pl.col("line").str.replace_all('"[^"]*"', "") if one else pl.col("line")
     odd = line.str.count_matches(file.separator if one else "\x1f", literal=True) != len(file.names) - 1
     return lf.select((odd | line.is_null() | (pl.lit(one) & line.str.contains('"', literal=True))).any()).collect(engine="streaming").item()
@@ -405,11 +418,12 @@ def _id(c, type):
     "An id as text; whole numbers without a fraction, however they are kept."
     c = pl.col(c)
     if type == pl.String: return c
-    if type.is_float(): return pl.when(c == c.floor()).then(c.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(c.fill_nan(None).cast(pl.String))
-    return c.cast(pl.String)
+    if not type.is_float(): return c.cast(pl.String)
+    return pl.when(c == c.floor()).then(c.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(c.fill_nan(None).cast(pl.String))
 
 # %% ../nbs/01_data.ipynb #01-028b
-DATE = re.compile(r"(\d{1,4})([-/.])(\d{1,2})\2(\d{1,4})(?:([T ])\d{1,2}:\d\d(:\d\d(?:\.\d+)?)?( ?[AaPp][Mm])?( ?UTC)?(Z|[+-]\d\d:?\d\d)?)?")
+DAY, CLOCK = r"(\d{1,4})([-/.])(\d{1,2})\2(\d{1,4})", r"([T ])\d{1,2}:\d\d(:\d\d(?:\.\d+)?)?( ?[AaPp][Mm])?( ?UTC)?(Z|[+-]\d\d:?\d\d)?"
+DATE = re.compile(f"{DAY}(?:{CLOCK})?")
 
 def date_formats(
     text:str, # A date, perhaps with a time of the day
@@ -418,8 +432,9 @@ def date_formats(
     m = DATE.fullmatch(text)
     if not m or {len(m[1]), len(m[4])} not in ({4, 1}, {4, 2}, {2}, {1, 2}): return {}
     orders = ["Ymd"] if len(m[1]) == 4 else ["dmY", "mdY"] if len(m[4]) == 4 else ["dmy", "mdy", "ymd"]
-    clock = (m[5] + ("%I" if m[7] else "%H") + ":%M" + (":%S%.f" if m[6] else "") + (m[7] or "")[:-2] + ("%p" if m[7] else "") + (m[8] or "") + ("%#z" if m[9] else "")) if m[5] else ""
-    return {o: m[2].join(f"%{x}" for x in o) + clock for o in orders}
+    half = (m[7] or "")[:-2] + "%p" if m[7] else ""
+    parts = [m[5], "%I" if half else "%H", ":%M", ":%S%.f" if m[6] else "", half, m[8] or "", "%#z" if m[9] else ""] if m[5] else []
+    return {o: m[2].join(f"%{x}" for x in o) + "".join(parts) for o in orders}
 
 def _moment(c, formats):
     "Text → milliseconds since 1970, by the first format that fits; null for other texts."
@@ -442,7 +457,8 @@ def _types(source):
     if not source.own: return TYPES
     rating, time = _sample(source)
     plain = lambda texts, form: all(re.fullmatch(form, t) for t in texts)
-    return TYPES | ({} if plain(rating, r"-?\d+(\.\d+)?") else {"rating": pl.String}) | ({} if plain(time, r"-?\d+") and not source.date_format else {"time": pl.String})
+    numbers = {"rating": plain(rating, r"-?\d+(\.\d+)?"), "time": plain(time, r"-?\d+") and not source.date_format}
+    return TYPES | {c: pl.String for c, is_one in numbers.items() if not is_one}
 
 # %% ../nbs/01_data.ipynb #01-028e
 def _clock(source, raw):
@@ -451,14 +467,21 @@ def _clock(source, raw):
     if not texts or not source.date_format and all(map(NUMBER.fullmatch, texts)): return []
     found = [date_formats(t.strip()) for t in texts]
     usual = {order: sorted({f[order] for f in found}) for order in sorted(set.intersection(*map(set, found)))}
-    unread = lambda lf, orders: lf.select(_unread(name, _moment(name, f)).sum().alias(o) for o, f in orders.items()).collect().row(0, named=True) if orders else {}
+    def unread(lf, orders): # order → number of times that it cannot read
+        if not orders: return {}
+        return lf.select(_unread(name, _moment(name, f)).sum().alias(o) for o, f in orders.items()).collect().row(0, named=True)
     first = pl.LazyFrame({name: texts})
     usual = {o: usual[o] for o, n in unread(first, usual).items() if not n}
-    where, advice = f"{source.reviews.path}: the times in {name!r}, such as {texts[0]!r},", " or ".join(f"--date-format '{f[0]}'" for f in usual.values())
+    where = f"{source.reviews.path}: the times in {name!r}, such as {texts[0]!r},"
+    advice = " or ".join(f"--date-format '{f[0]}'" for f in usual.values())
     if source.date_format:
-        if unread(first, {"": [source.date_format]})[""]: raise UserError(f"{where} are not written as {source.date_format!r}" + (f"; {advice} would fit the first ones" if usual else ""))
+        if unread(first, {"": [source.date_format]})[""]:
+            more = f"; {advice} would fit the first ones" if usual else ""
+            raise UserError(f"{where} are not written as {source.date_format!r}{more}")
         return [source.date_format]
-    if not usual: raise UserError(f"{where} are no numbers, and not all in one of the usual forms; say how they are written, as in --date-format '%d %b %Y'")
+    if not usual:
+        raise UserError(f"{where} are no numbers, and not all in one of the usual forms; say how they are written, "
+                        "as in --date-format '%d %b %Y'")
     if len(usual) > 1: # the whole file may tell
         left = unread(raw, usual)
         usual = {o: usual[o] for o, n in left.items() if n == min(left.values())}
@@ -470,17 +493,18 @@ def scan(
     source:Source,
     careful:bool=False, # Row by row, where polars fails or is too lenient
 ) -> tuple: # LazyFrames: user, item, rating, time, bad (rating or time are no numbers); the file's columns. And the formats of the times
-    "Read lazily, in the file's order, with our names for the columns. Times are as in the file (seconds, or milliseconds), or milliseconds if they are dates."
-    f = source.fields
-    types = {f[c]: pl.String if careful else t for c, t in _types(source).items()} if source.reviews.kind != "parquet" else {f[c]: t for c, t in TYPES.items()}
-    raw = _raw(source.reviews, types, careful)
+    "Read lazily, in the file's order, with our names for the columns. Times stay in seconds or milliseconds; dates become milliseconds."
+    f, types = source.fields, TYPES if source.reviews.kind == "parquet" else _types(source)
+    raw = _raw(source.reviews, {f[c]: pl.String if careful else t for c, t in types.items()}, careful)
     has = raw.collect_schema()
     text = [c for c in ("rating", "time") if has[f[c]] == pl.String]
     formats = _clock(source, raw) if "time" in text else []
-    time = pl.col(f["time"]).dt.epoch("ms") if has[f["time"]].is_temporal() else _moment(f["time"], formats) if formats else _number(f["time"]) if "time" in text else pl.col(f["time"])
-    values = {"rating": _number(f["rating"]) if "rating" in text else pl.col(f["rating"]), "time": time}
+    values = {c: _number(f[c]) if c in text else pl.col(f[c]) for c in ("rating", "time")}
+    if formats: values["time"] = _moment(f["time"], formats)
+    if has[f["time"]].is_temporal(): values["time"] = pl.col(f["time"]).dt.epoch("ms")
     bad = pl.any_horizontal(pl.lit(False), *(_unread(f[c], values[c]) for c in text))
-    lf = raw.select(*(_id(f[c], has[f[c]]).alias(c) for c in ("user", "item")), values["rating"].cast(pl.Float64).fill_nan(None).alias("rating"), values["time"].cast(pl.Int64, strict=False).alias("time"), bad.alias("bad"))
+    ids = (_id(f[c], has[f[c]]).alias(c) for c in ("user", "item"))
+    lf = raw.select(*ids, rating=values["rating"].cast(pl.Float64).fill_nan(None), time=values["time"].cast(pl.Int64, strict=False), bad=bad)
     return lf, raw, formats
 
 # %% ../nbs/01_data.ipynb #01-030
@@ -507,7 +531,8 @@ def _refuse(source, lf, raw, formats):
     wrong = next(c for c in ("rating", "time") if good[c] is None and (texts[source.fields[c]] or "").strip() not in MISSING)
     name = source.fields[wrong]
     what = "is not a date" + "".join(f" as {f!r} reads it" for f in formats[:1]) if wrong == "time" and formats else "is not a number"
-    raise UserError(f"{_place(source, row)}: {name!r} {what}: {texts[name]!r}; correct or remove this line, leave the field empty if the value is not known, or check --columns")
+    raise UserError(f"{_place(source, row)}: {name!r} {what}: {texts[name]!r}; correct or remove this line, leave the field empty "
+                    "if the value is not known, or check --columns")
 
 # %% ../nbs/01_data.ipynb #01-032
 def _collect(source, queries):
@@ -516,11 +541,14 @@ def _collect(source, queries):
         try:
             lf, raw, formats = scan(source, careful)
             table = source.reviews.kind == "csv" and not careful
-            *frames, nulls = pl.collect_all([*queries(lf), raw.select(pl.all().null_count()) if table else lf.select(pl.lit(0))], engine="streaming")
+            # all columns are read, or else polars overlooks additional fields
+            nulls = raw.select(pl.all().null_count()) if table else lf.select(pl.lit(0))
+            *frames, nulls = pl.collect_all([*queries(lf), nulls], engine="streaming")
             if table and nulls.row(0)[-1] and _ragged(source.reviews): continue
         except (pl.exceptions.PolarsError, OSError) as e:
             if careful or source.reviews.kind == "parquet":
-                raise UserError(f"{source.reviews.path}: cannot be read: {str(e).splitlines()[0]}; fetch the file again, or check --columns") from None
+                what = f"{source.reviews.path}: cannot be read: {str(e).splitlines()[0]}"
+                raise UserError(f"{what}; fetch the file again, or check --columns") from None
             continue
         if frames[0]["bad"].item(): _refuse(source, lf, raw, formats)
         return lf, formats, *frames
@@ -538,10 +566,11 @@ def _check_values(source, lf, counts, dates):
             raise UserError(f"{path}: no row has a value for {source.fields[c]!r}; the first row has {has}; is this the right file?")
     if counts["above"]:
         row, values = _first(lf, r > high)
-        raise UserError(f"{_place(source, row)}: rating {values['rating']:g} is outside {low:g} to {high:g}, and {counts['above'] - 1 or 'no'} other is above it; "
+        raise UserError(f"{_place(source, row)}: rating {values['rating']:g} is outside {low:g} to {high:g}, one of {counts['above']} above it; "
                         f"if ratings go further, give their scale, as in --rating-scale 0-10; if not, correct or remove the line")
     early, late = counts["early"] or 0, counts["late"] or 0
-    if not dates and 1e8 < early < 1e11 < late: raise UserError(f"{path}: times from {early} to {late} cannot all be seconds, nor all milliseconds; write them in one unit")
+    if not dates and 1e8 < early < 1e11 < late:
+        raise UserError(f"{path}: times from {early} to {late} cannot all be seconds, nor all milliseconds; write them in one unit")
 
 # %% ../nbs/01_data.ipynb #01-036
 def _enum(ids):
@@ -559,18 +588,23 @@ def _all_reviews(source, rating):
     r, (low, high) = pl.col("rating"), source.scale
     missing = pl.any_horizontal(pl.col("user", "item", "rating").is_null())
     def queries(lf):
-        counts = dict(rows=pl.len(), missing=missing.sum(), bad=pl.col("bad").sum(), below=(~missing & (r < low)).sum(), above=(~missing & (r > high)).sum(), most=r.max(),
+        counts = dict(rows=pl.len(), missing=missing.sum(), bad=pl.col("bad").sum(),
+                      below=(~missing & (r < low)).sum(), above=(~missing & (r > high)).sum(),
                       early=pl.col("time").filter(pl.col("time") > 1e8).min(), late=pl.col("time").max())
-        return lf.select(pl.col(*TYPES).null_count(), **counts), lf.drop("bad").filter(~missing & (r >= max(low, rating))).with_columns(r.cast(pl.Float32))
+        kept = lf.drop("bad").filter(~missing & (r >= max(low, rating))).with_columns(r.cast(pl.Float32))
+        return lf.select(pl.col(*TYPES).null_count(), **counts), kept
     lf, formats, counts, df = _collect(source, queries)
     counts, file = counts.row(0, named=True), source.reviews.path.name
     _check_values(source, lf, counts, formats)
     for c in ("item", "user"): df = df.with_columns(_enum(df[c])) # one after the other: less memory
-    drops = [{"step": "read", "rows_in": counts["rows"], "rows_out": counts["rows"], "why": f"rows of {file}" + (f", times as {formats[0]}" if formats else "")}]
+    why = f"rows of {file}" + (f", times as {formats[0]}" if formats else "")
+    drops = [{"step": "read", "rows_in": counts["rows"], "rows_out": counts["rows"], "why": why}]
     _drop(drops, "missing", counts["rows"] - counts["missing"], "no user, item or rating")
     if counts["below"]:
         row, values = _first(lf, ~missing & (r < low))
-        _drop(drops, "scale", drops[-1]["rows_out"] - counts["below"], f"rating outside {low:g} to {high:g}, the first ({values['rating']:g}) in {_place(source, row).removeprefix(str(source.reviews.path) + ', ')}")
+        place = _place(source, row).rpartition(", ")[2]
+        why = f"rating outside {low:g} to {high:g}, the first ({values['rating']:g}) in {place}"
+        _drop(drops, "scale", drops[-1]["rows_out"] - counts["below"], why)
     return df.sort("time", maintain_order=True), drops
 
 def _loved(df, rating):
@@ -724,7 +758,8 @@ def _own_titles(file, item, title, wanted, checked):
             pairs = raw.select(_id(item, raw.collect_schema()[item]).alias("item"), pl.col(title).cast(pl.String).alias("title"))
             return pairs.drop_nulls().filter(pl.col("item").is_in(list(wanted))).unique("item", keep="first", maintain_order=True).collect()
         except pl.exceptions.PolarsError as e:
-            if careful or file.kind == "parquet": raise UserError(f"{file.path}: cannot be read: {str(e).splitlines()[0]}; write the file again") from None
+            if careful or file.kind == "parquet":
+                raise UserError(f"{file.path}: cannot be read: {str(e).splitlines()[0]}; write the file again") from None
 
 def read_titles(
     source:Source,
@@ -733,8 +768,10 @@ def read_titles(
     "Read the titles of some items. Raises `UserError` for a damaged file."
     meta = source.meta
     if meta is None: return {}
-    if source.own: return dict(_own_titles(meta, source.meta_fields["item"], source.meta_fields["title"], wanted, meta is source.reviews).rows())
-    with _reading(meta.path, meta.encoding), io.TextIOWrapper(_binary(meta.path), meta.encoding) as lines: return _titles_of(lines, wanted, meta.path)
+    names = source.meta_fields
+    if source.own: return dict(_own_titles(meta, names["item"], names["title"], wanted, meta is source.reviews).rows())
+    with _reading(meta.path, meta.encoding), io.TextIOWrapper(_binary(meta.path), meta.encoding) as lines:
+        return _titles_of(lines, wanted, meta.path)
 
 # %% ../nbs/01_data.ipynb #01-065a
 def rankable(
@@ -787,8 +824,9 @@ FORM = "columns", "items_file", "separator", "encoding", "date_format", "rating_
 def _source(p):
     "The source that the parameters name. Raises `UserError` also if no rating can be high enough."
     source = find_source(p["dataset"], p["data_dir"], **{k: p[k] for k in FORM})
-    if p["rating"] > source.scale[1]: raise UserError(f"rating={p['rating']:g} is above the scale of {p['rating_scale']}, so no row would be left; lower --rating, or give the scale with --rating-scale")
-    return source
+    if p["rating"] <= source.scale[1]: return source
+    raise UserError(f"rating={p['rating']:g} is above the scale of {p['rating_scale']}, so no row would be left; "
+                    "lower --rating, or give the scale with --rating-scale")
 
 def check_data(
     p:dict, # The stage's parameters
@@ -834,7 +872,8 @@ def gentler(
 def _advice(source, kept, **how):
     "Lines that name gentler values, if they keep more users."
     found = [g for g in gentler(source, **how) if g["users"] > kept][:6]
-    return [f"  --rating {g['rating']:g} --core {g['core']} would keep {g['interactions']:,} interactions, {g['users']:,} users with more than {how['min_history']} of them" for g in found]
+    return [f"  --rating {g['rating']:g} --core {g['core']} would keep {g['interactions']:,} interactions, {g['users']:,} users with more than "
+            f"{how['min_history']} of them" for g in found]
 
 def _drop_lines(drops): return [f"  {d['step']:>9} {d['rows_in']:>9,} -> {d['rows_out']:>9,}  {d['why']}" for d in drops]
 
@@ -843,7 +882,8 @@ def _enough(made, drops, source, **how):
     missing = {"train", "valid", "test"} - set(made["sequences"]["split"])
     if not missing: return
     advice = _advice(source, 0, **how) or ["  no rating and core keep more: bring more data"]
-    raise UserError("\n".join([f"{source.name}: nothing left for {', '.join(sorted(missing))} after the cut; lower --core or --rating, or bring more data", *_drop_lines(drops), *advice]))
+    head = f"{source.name}: nothing left for {', '.join(sorted(missing))} after the cut; lower --core or --rating, or bring more data"
+    raise UserError("\n".join([head, *_drop_lines(drops), *advice]))
 
 # %% ../nbs/01_data.ipynb #01-074a
 LITTLE = .1, 100 # Warn below this share of the ratings, or this number of users to test on
@@ -852,11 +892,14 @@ def _notes(source, drops, tested, sizes, titles, **how):
     "What a reader of the results must know: little is left, short lists, no titles."
     read, kept = drops[0]["rows_out"], next(d["rows_out"] for d in drops if d["step"] == "core")
     head = "little is left" if kept < LITTLE[0]*read else "few users"
-    few = f"{head}: {kept:,} of {read:,} ratings ({kept/max(1, read):.1%}) and {tested:,} users to test on, with rating {how['rating']:g} and core {how['core']}"
+    few = (f"{head}: {kept:,} of {read:,} ratings ({kept/max(1, read):.1%}) and {tested:,} users to test on, "
+           f"with rating {how['rating']:g} and core {how['core']}")
     notes = ["\n".join([few, *_advice(source, tested, **how)])] if kept < LITTLE[0]*read or tested < LITTLE[1] else []
     for least, most, chance in dict.fromkeys(sizes.values()):
         names = " and ".join(name for name, size in sizes.items() if size == (least, most, chance))
-        if least < 100: notes.append(f"the lists {names} hold {least} to {most} candidates, not 100, for the shop has too few items; in random order HR@10 is {chance:.3f} then, not 0.100")
+        if least < 100:
+            notes.append(f"the lists {names} hold {least} to {most} candidates, not 100, for there are too few items; "
+                         f"in random order HR@10 is {chance:.3f} then, not 0.100")
     if not titles: notes.append(f"no titles: only models that read item ids can run; {_where_titles(source)}")
     return notes
 
@@ -864,11 +907,12 @@ def _where_titles(source):
     "How titles can be had."
     if not source.own: return f"`ganprompt fetch {source.name}` brings the meta file with titles of the 2014 release"
     file = source.reviews if source.meta is None else source.meta
-    return f"{file.path.name} has the columns {', '.join(file.names)}: give the file that holds the items' titles, with --items-file FILE, or name the column with them, as in --columns title=…"
+    return (f"{file.path.name} has the columns {', '.join(file.names)}: give the file that holds the items' titles, with --items-file FILE, "
+            "or name the column with them, as in --columns title=…")
 
 # %% ../nbs/01_data.ipynb #01-075
 def _write_candidates(folder, made, seed):
-    "Write the three candidate lists of validation and test rows; the least and greatest length of the sampled ones, and what HR@10 is in random order."
+    "Write the three candidate lists of validation and test rows; return lengths of the sampled ones, and their HR@10 in random order."
     df, rows = made["interactions"], made["sequences"].filter(pl.col("split") != "train")
     own = df.group_by("user").agg("item").sort("user")
     names = _names(made["users"]), _names(made["items"])
@@ -921,7 +965,8 @@ def _make(folder, source, rating, core, cut, protocol, min_history, max_history,
     (folder/"summary.txt").write_text("\n".join([*_drop_lines(drops), *(f"WARNING: {note}" for note in notes)]) + "\n", encoding="utf-8")
     table1(source.name, {c: this if c == cut else make(cut=c) for c in ("literal", "holdout-first")}).write_csv(folder/"table1.csv")
     write_json(folder/"dataset.json", dict(dataset=source.name, item_noun=source.noun, has_titles=titles > 0, titles=titles,
-        titles_from=source.meta.path.name if source.meta else None, titles_missing="" if titles else _where_titles(source), synthetic=source.name == "demo", cut=cut, protocol=protocol,
+        titles_from=source.meta.path.name if source.meta else None, titles_missing="" if titles else _where_titles(source),
+        synthetic=source.name == "demo", cut=cut, protocol=protocol,
         rating=rating, core=core, candidates={name: dict(least=s[0], most=s[1]) for name, s in sizes.items()}, notes=notes))
     split = dict(this["sequences"]["split"].value_counts().rows())
     return dict(users=len(this["users"]), items=len(this["items"]), interactions=len(this["core"]), titles=titles,
