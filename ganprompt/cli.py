@@ -162,7 +162,7 @@ def absolute(
     is_model = "local folder" in help and value != "pocket" and Path(value).expanduser().is_dir()
     is_path = (name.endswith(("_dir", "_file")) or name == "templates" or value.startswith((".", "~")) or (name == "dataset" and _own(value))
                or (name in ("run", "search_run") and "/" in value) or is_model)
-    return str(Path(value).expanduser().absolute()) if is_path else value
+    return os.path.abspath(Path(value).expanduser()) if is_path else value
 
 # %% ../nbs/11_cli.ipynb #11-025b
 PASSING = "run", "replace", "download" # parameters that are about one command, and are not remembered
