@@ -92,6 +92,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'ganprompt.baselines.bce': ('baselines.html#bce', 'ganprompt/baselines.py'),
                                      'ganprompt.baselines.check_baselines': ('baselines.html#check_baselines', 'ganprompt/baselines.py'),
                                      'ganprompt.baselines.chosen_settings': ('baselines.html#chosen_settings', 'ganprompt/baselines.py'),
+                                     'ganprompt.baselines.count_from_the_end': ( 'baselines.html#count_from_the_end',
+                                                                                 'ganprompt/baselines.py'),
                                      'ganprompt.baselines.count_model': ('baselines.html#count_model', 'ganprompt/baselines.py'),
                                      'ganprompt.baselines.cross_entropy': ('baselines.html#cross_entropy', 'ganprompt/baselines.py'),
                                      'ganprompt.baselines.figures': ('baselines.html#figures', 'ganprompt/baselines.py'),

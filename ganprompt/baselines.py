@@ -6,9 +6,9 @@
 __all__ = ['COUNTED', 'RECENT', 'VALID_ROWS', 'VALID_METRIC', 'rank_rows', 'figures', 'short_message', 'attempt', 'finish',
            'show_models', 'popularity', 'last_item', 'prefixes', 'title_words', 'write_rows', 'write_atomic',
            'has_recbole', 'recbole', 'open_data', 'their_ids', 'questions', 'ask_pairs', 'ask', 'Trimmed', 'bce',
-           'cross_entropy', 'train_every_place', 'resumable', 'ndcg', 'pretrain', 'fit', 'known_models', 'search',
-           'sampled', 'rank_all', 'train_model', 'serve', 'trainer_process', 'count_model', 'id_model', 'searched',
-           'chosen_settings', 'named', 'check_baselines', 'make_baselines']
+           'cross_entropy', 'train_every_place', 'resumable', 'count_from_the_end', 'ndcg', 'pretrain', 'fit',
+           'known_models', 'search', 'sampled', 'rank_all', 'train_model', 'serve', 'trainer_process', 'count_model',
+           'id_model', 'searched', 'chosen_settings', 'named', 'check_baselines', 'make_baselines']
 
 # %% ../nbs/08_baselines.ipynb #08-004
 import html, importlib.util, json, logging, math, os, re, shutil, subprocess, sys, time, warnings
@@ -379,6 +379,18 @@ def resumable(
         if order: order.bit_generator.state = json.loads(s["order"])
     trainer._train_epoch = train_epoch
 
+# %% ../nbs/08_baselines.ipynb #08-042e
+def count_from_the_end(
+    net, # RecBole's SASRec; changed in place
+):
+    "Let the newest item of a history stand at the last place, however long the history is."
+    forward, table = net.forward, net.position_embedding
+    def counted(seen, lengths):
+        table.shift = (net.max_seq_length - lengths)[:, None]
+        return forward(seen, lengths)
+    net.forward = counted
+    table.register_forward_pre_hook(lambda _, places: ((places[0] + table.shift).clamp(max=net.max_seq_length - 1),)) # what is beyond is padding
+
 # %% ../nbs/08_baselines.ipynb #08-043
 VALID_ROWS, VALID_METRIC = 2000, "ndcg@10, uni99"
 
@@ -417,7 +429,9 @@ def fit(
     train, valid, _ = rb.data_preparation(config, dataset)
     net = rb.get_model(config["model"])(config, train._dataset).to(config["device"])
     set_threads(net)
-    if job["rows"] == "whole": train_every_place(net)
+    if job["rows"] == "whole":
+        train_every_place(net)
+        if hasattr(net, "position_embedding"): count_from_the_end(net)
     trainer = rb.get_trainer(config["MODEL_TYPE"], config["model"])(config, net)
     ids, best = their_ids(dataset, "item_id"), {"valid": -1., "epochs": 0}
     def scores(rows, lists): return ask(rb, net, questions(rb, dataset, rows, config["MAX_ITEM_LIST_LENGTH"], int(job["rows"] == "cloze")), [ids[x] for x in lists])

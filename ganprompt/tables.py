@@ -663,8 +663,8 @@ def plot_models(
 # %% ../nbs/10a_tables.ipynb #10a-071
 def published_rows(
     entries:list, # From `read_tables`
-    printed:pl.DataFrame, # dataset, model, hit@10, ndcg@10, source
-) -> list: # Groups of rows of text: ours on full lists, and below each model what others have printed
+    printed:pl.DataFrame, # dataset, model, hit@10, ndcg@10, source; perhaps seeds, sd hit@10, sd ndcg@10: of how many trainings these are the mean, and their standard deviation
+) -> list: # Groups of rows of text: ours on full lists, and below each model what others have printed; at the end what we have not made
     "Our figures among all items beside published ones."
     def fine(x): return f"{x:.4f}".lstrip("0")
     def one(dataset, model, mine):
@@ -672,9 +672,14 @@ def published_rows(
         ends = [stats.row(by_predicate=pl.col("metric") == m, named=True) for m in ("hit@10", "ndcg@10")]
         seeds = f"seed{'s' * (len(mine) > 1)} " + ", ".join(str(e["seed"]) for e in mine)
         ours = [dataset, model, *(f"{fine(r['mean'])} [{fine(r['low'])}, {fine(r['high'])}]" for r in ends), f"here: {mine[0]['users']:,} users, {seeds}"]
-        return [ours] + [[dataset, model, fine(r["hit@10"]), fine(r["ndcg@10"]), f"reported: {r['source']}"] for r in printed.filter(dataset=dataset, model=model).iter_rows(named=True)]
-    groups = itertools.groupby([e for e in entries if "full" in e["lists"]], key=lambda e: (e["dataset"], e["model"]))
-    return [one(*key, list(mine)) for key, mine in groups]
+        return [ours, *reported_of(dataset, model)]
+    def reported_of(dataset, model): return [reported(r) for r in printed.filter(dataset=dataset, model=model).iter_rows(named=True)]
+    def reported(r):
+        figures = [fine(r[m]) + (f" ± {fine(sd)}" if (sd := r.get(f"sd {m}")) else "") for m in ("hit@10", "ndcg@10")]
+        return [r["dataset"], r["model"], *figures, f"reported: {r['source']}" + (f" (mean ± standard deviation of {n} seeds)" if (n := r.get("seeds")) else "")]
+    groups = {key: list(mine) for key, mine in itertools.groupby([e for e in entries if "full" in e["lists"]], key=lambda e: (e["dataset"], e["model"]))}
+    alone = [key for key in printed.select("dataset", "model").unique(maintain_order=True).rows() if key not in groups]
+    return [one(*key, mine) for key, mine in groups.items()] + [reported_of(*key) for key in alone]
 
 def write_published(
     out:Path, # Folder
@@ -684,7 +689,7 @@ def write_published(
     if not any((root() / "data/results" / study).glob("*/*-*.json")): return []
     rows = published_rows(read_tables(study), pl.read_csv(root() / "data/published.csv"))
     head = ["data set", "model", "HR@10", "NDCG@10", "source"]
-    page = Page("Against published figures", ["All ratings, 5-core, each user's last item, all items ranked. Ours with 95 % intervals: with several seeds over trainings and users (a claim wants five), with one seed over users alone, which says nothing of the method. The others as reported."], [Block("SASRec on the common setting", head, rows)])
+    page = Page("Against published figures", ["All ratings, 5-core, each user's last item, all items ranked. Ours with 95 % intervals: with several seeds over trainings and users (a claim wants five), with one seed over users alone, which says nothing of the method. The others as reported."], [Block("Id models on the common setting", head, rows)])
     return write_page(page, pl.DataFrame([r for group in rows for r in group], schema=head, orient="row"), out / "published")
 
 # %% ../nbs/10a_tables.ipynb #10a-074

@@ -159,7 +159,7 @@ def test_misspelt(small):
 
 @pytest.fixture(scope="module")
 def trained(demo, tmp_path_factory):
-    "AUC and HR@10 of MF and SASRec-CE by RecBole, two seeds each."
+    "AUC and HR@10 of MF and SASRec-CE (RecBole), two seeds each."
     folder = tmp_path_factory.mktemp("trained")
     common = dict(run=demo, folder=str(folder), atomic=str(folder/"atomic"), lengths=write_atomic(demo, folder/"atomic"), patience=99, every=10, test_users=0)
     def one(train, name, seed, epochs, **other):
@@ -168,7 +168,7 @@ def trained(demo, tmp_path_factory):
         return list(figures(pl.read_parquet(folder/f"{name}.parquet"))[name].values())[:2]
     with trainer_process() as train:
         return {"MF": [one(train, "MF", seed, 30, learning_rate=.005, train_batch_size=512, weight_decay=3e-4) for seed in (0, 1)],
-                "SASRec-CE": [one(train, "SASRec-CE", seed, 4, hidden_dropout_prob=.3, attn_dropout_prob=.3) for seed in (0, 1)]}
+                "SASRec-CE (RecBole)": [one(train, "SASRec-CE (RecBole)", seed, 4, hidden_dropout_prob=.3, attn_dropout_prob=.3) for seed in (0, 1)]}
 
 
 def by_cornac(model, run):
@@ -189,7 +189,7 @@ def test_cornac_agrees(trained, demo):
     def theirs(seed):
         mf = BPR(k=64, max_iter=200, learning_rate=.05, lambda_reg=.01, use_bias=False, seed=seed).fit(pairs)
         sasrec = SASRec(embedding_dim=64, loss="ce", batch_size=128, learning_rate=.002, n_sample=300, sample_alpha=0, n_epochs=4, max_len=10, dropout=.3, seed=seed).fit(sequences)
-        return {"MF": by_cornac(mf, demo), "SASRec-CE": by_cornac(sasrec, demo)}
+        return {"MF": by_cornac(mf, demo), "SASRec-CE (RecBole)": by_cornac(sasrec, demo)}
     runs = [theirs(seed) for seed in (0, 1)]
     for name, ours in trained.items():
         difference = np.mean(ours, axis=0) - np.mean([run[name] for run in runs], axis=0)
@@ -228,3 +228,21 @@ def test_every_place_foretells_the_next_item_once(kind, monkeypatch):
             elif other: losses.append(F.binary_cross_entropy_with_logits(torch.stack([scores[bought], scores[other]]), torch.tensor([1., 0.]), reduction="sum"))
     assert torch.isclose(net.train().calculate_loss(batch), torch.stack(losses).mean())
     assert net.eval()(batch["seen"], batch["length"]).shape == (2, 4) # scoring still looks at the last place
+
+
+def test_places_are_counted_from_the_end():
+    "RecBole's SASRec answers as if the history were padded in front to the longest length."
+    import torch
+    from types import SimpleNamespace
+    from ganprompt.baselines import count_from_the_end, recbole
+    recbole()
+    from recbole.model.sequential_recommender import SASRec
+    config = dict(USER_ID_FIELD="user", ITEM_ID_FIELD="item", LIST_SUFFIX="_list", ITEM_LIST_LENGTH_FIELD="length", NEG_PREFIX="neg_", MAX_ITEM_LIST_LENGTH=6, device="cpu", n_layers=2, n_heads=1, hidden_size=8, inner_size=8,
+                  hidden_dropout_prob=.5, attn_dropout_prob=.5, hidden_act="relu", layer_norm_eps=1e-12, initializer_range=1., loss_type="CE")
+    torch.manual_seed(0)
+    net = SASRec(config, SimpleNamespace(num=lambda field: 9)).eval()
+    padded = net(torch.tensor([[0, 0, 0, 3, 7, 2]]), torch.tensor([6]))
+    count_from_the_end(net)
+    alone, beside = net.forward(torch.tensor([[3, 7, 2]]), torch.tensor([3])), net.forward(torch.tensor([[3, 7, 2, 0, 0], [1, 2, 3, 4, 5]]), torch.tensor([3, 5]))
+    assert torch.allclose(alone, padded, atol=1e-5) and torch.allclose(beside[:1], padded, atol=1e-5)
+    assert not torch.allclose(net.forward(torch.tensor([[7, 3, 2]]), torch.tensor([3])), padded, atol=1e-2)
