@@ -57,7 +57,7 @@ def test_step_2_moves_the_mapping_and_nothing_else(done):
     before, after = new_text_lm(str(done), done/"collm", "CoLLM"), load_text_lm(str(done), done/"collm", "CoLLM")
     adapter = load_file(done/"collm/TALLRec/adapter/adapter_model.safetensors")
     held = {n.replace(".default", ""): p for n, p in after.peft.state_dict().items() if "lora" in n}
-    assert len(adapter) == 8 and all(torch.equal(held[n], w) for n, w in adapter.items()) # two layers, two modules, two factors
+    assert len(adapter) == 28 and all(torch.equal(held[n], w) for n, w in adapter.items()) # two layers, seven modules (all linear ones), two factors
     assert [n for n, p in after.module.named_parameters() if p.requires_grad] == [n for n, _ in after.module.named_parameters() if ".mapping." in n]
     moved = {n for (n, a), b in zip(before.module.state_dict().items(), after.module.state_dict().values()) if not torch.equal(a, b)}
     assert all(".mapping." in n for n in moved) and after.soft.mapping[2].weight.abs().max() > 0
