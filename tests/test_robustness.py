@@ -244,7 +244,7 @@ def test_a_decoder_that_begins_with_a_mark_of_its_own(finished, tmp_path):
     model.generation_config.forced_bos_token_id = 7
     model.final_logits_bias.normal_()
     model.save_pretrained(tmp_path); AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path)
-    wrapped, (rows, lists) = R.load_any(str(tmp_path), reader)[0], R.test_lists(str(finished), 1)
+    wrapped, (rows, _) = R.load_any(str(tmp_path), reader)[0], R.test_lists(str(finished), 1)
     questions = R.Questions(reader, {}, rows, attributes=False)
     with torch.no_grad(): z = model(torch.tensor([questions.ids(0, 1)]), decoder_input_ids=torch.tensor([[2, 7]])).logits[0, -1, wrapped.names].view(2, -1).logsumexp(-1)
     assert R.score_rows(wrapped, questions, np.array([0]), [np.array([1])])[0][0] == pytest.approx((z[1] - z[0]).item(), abs=1e-4)
