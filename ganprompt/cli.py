@@ -162,7 +162,7 @@ def absolute(
     is_model = "local folder" in help and value != "pocket" and Path(value).expanduser().is_dir()
     is_path = (name.endswith(("_dir", "_file")) or name == "templates" or value.startswith((".", "~")) or (name == "dataset" and _own(value))
                or (name in ("run", "search_run") and "/" in value) or is_model)
-    return os.path.abspath(Path(value).expanduser()) if is_path else value
+    return str(Path(value).expanduser().absolute()) if is_path else value
 
 # %% ../nbs/11_cli.ipynb #11-025b
 PASSING = "run", "replace", "download" # parameters that are about one command, and are not remembered
@@ -353,8 +353,9 @@ def run_chapter(
     executes = not (now and record.exists() and out.exists() and json.loads(record.read_text()) == now)
     start = time.time()
     if executes:
-        for path in record, log: path.unlink(missing_ok=True)
-        if (run_folder(run)/f"{chapter.stage}.partial").exists(): execute(chapter, values, out, log, console, job_of(chapter))
+        again = log.exists() and not record.exists() # it was begun before, and did not end
+        record.unlink(missing_ok=True); log.write_text("")
+        if again and not now: execute(chapter, values, out, log, console, job_of(chapter))
         execute(chapter, values, out, log, console)
         if not (now := current(chapter, said, run)): raise UserError(f"{chapter.stage}: the chapter has run, but its stage is not complete or out of date ({stale(run, chapter.stage)})\n(log: {log})")
         write_json(record, now)
@@ -576,8 +577,7 @@ def check_home(
     if not (root()/"data/results"/study).is_dir(): raise UserError(f"--study: the project has no study {study!r}; for one of your own name a folder, as in --study ./{study}")
     for run in runs:
         name = data.dataset_info(run)["dataset"]
-        what = "made up" if name == "demo" and study != "benchmarks" else "data of your own" if told(data.categories, name) else ""
-        if what: raise UserError(f"{name} is {what}, and data/results/{study} is the project's, about real data that others can get; nothing was kept. Name a folder of your own, as in --study ./{study}: results and pages go there")
+        if told(data.categories, name): raise UserError(f"{name} is data of your own, and data/results/{study} is the project's; name a folder of your own, as in --study ./{study}")
 
 @cli.command()
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
