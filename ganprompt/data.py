@@ -566,7 +566,7 @@ def _check_values(source, lf, counts, dates):
             raise UserError(f"{path}: no row has a value for {source.fields[c]!r}; the first row has {has}; is this the right file?")
     if counts["above"]:
         row, values = _first(lf, r > high)
-        raise UserError(f"{_place(source, row)}: rating {values['rating']:g} is outside {low:g} to {high:g}, one of {counts['above']} above it; "
+        raise UserError(f"{_place(source, row)}: rating {values['rating']:g} is outside {low:g} to {high:g} (rows above: {counts['above']}); "
                         f"if ratings go further, give their scale, as in --rating-scale 0-10; if not, correct or remove the line")
     early, late = counts["early"] or 0, counts["late"] or 0
     if not dates and 1e8 < early < 1e11 < late:
