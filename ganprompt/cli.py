@@ -162,7 +162,7 @@ def absolute(
     is_model = "local folder" in help and value != "pocket" and Path(value).expanduser().is_dir()
     is_path = (name.endswith(("_dir", "_file")) or name == "templates" or value.startswith((".", "~")) or (name == "dataset" and _own(value))
                or (name in ("run", "search_run") and "/" in value) or is_model)
-    return str(Path(value).expanduser().absolute()) if is_path else value
+    return os.path.abspath(Path(value).expanduser()) if is_path else value
 
 # %% ../nbs/11_cli.ipynb #11-025b
 PASSING = "run", "replace", "download" # parameters that are about one command, and are not remembered
@@ -577,7 +577,8 @@ def check_home(
     if not (root()/"data/results"/study).is_dir(): raise UserError(f"--study: the project has no study {study!r}; for one of your own name a folder, as in --study ./{study}")
     for run in runs:
         name = data.dataset_info(run)["dataset"]
-        if told(data.categories, name): raise UserError(f"{name} is data of your own, and data/results/{study} is the project's; name a folder of your own, as in --study ./{study}")
+        what = "made up" if name == "demo" and study != "benchmarks" else "data of your own" if told(data.categories, name) else ""
+        if what: raise UserError(f"{name} is {what}, and data/results/{study} is the project's, about real data that others can get; nothing was kept. Name a folder of your own, as in --study ./{study}: results and pages go there")
 
 @cli.command()
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
