@@ -23,7 +23,7 @@ from .data import load_candidates, load_sequences
 from .encoder import make_encoder, reader_for
 from .prompts import pad
 from .recommender import CausalLM, T5Decoder, T5Ranker, add_adapters, freeze_encoder, load_recommender, rec_loss, uncached_logits
-from .runs import (UserError, below, device, device_words, listed, manifest, need, once, refuse, root, run_folder, seed_all, stage, strange,
+from .runs import (UserError, below, complete, device, device_words, listed, manifest, need, once, refuse, root, run_folder, seed_all, stage, strange,
                             versions, write_json)
 from .scorer import Questions, States, bf16_pays, fast_math, own_attributes, score_contexts, score_prompts, score_rows, scores_of, token_batches
 
@@ -522,7 +522,7 @@ def make_benchmarks(
         write_json(folder/"benchmarks.json", about | {"parts": found})
         plot_benchmarks(about | {"parts": found}).savefig(folder/"benchmarks.png", dpi=110, metadata={"Software": None})
         return {f"{part}, {other}": ratio for part, of in found.items() for other, ratio in of.get("ratios", {}).items()}
-    inputs = ["data", "prompts", "backbones", "attributes", "encoder", *(["recommender"] if "catalogue" in parts else [])]
+    inputs = ["data", "prompts", "backbones", "attributes", "encoder", *(["recommender"] if "catalogue" in parts and complete(run_folder(run)/"recommender") else [])] # without one, that part says what it lacks
     return stage(run, "benchmarks", params, make, inputs=inputs, files=[root()/"data"/file for file in ("templates.yaml", "sources.yaml")], grows=["bench_parts"])
 
 # %% ../nbs/10b_benchmarks.ipynb #10b-043
