@@ -172,12 +172,12 @@ def recall(
     chapters, # `Chapter`s
 ) -> dict: # Name → value
     "What a run was made with: what was chosen at its launches, and what its stages say, but for those made on demand."
-    known, found = parameters(chapters), remembered(run)
+    known, found = parameters(chapters), {}
     for c in chapters:
         if not c.on_demand and complete(run_folder(run)/c.stage):
             about = manifest(run, c.stage)
             found |= {k: v for k, v in (about["parameters"] | about.get("given", {})).items() if k in c.parameters}
-    return {k: v for k, v in found.items() if k in known and k not in PASSING}
+    return {k: v for k, v in (found | remembered(run)).items() if k in known and k not in PASSING}
 
 def note_run(
     nbs:Path, # Folder of the notebooks

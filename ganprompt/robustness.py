@@ -20,7 +20,7 @@ import numpy as np, polars as pl
 from tqdm import tqdm
 
 # %% ../nbs/09_robustness.ipynb #09-005
-from .runs import UserError, below, device, device_words, kept, need, refuse, run_folder, told, versions, write_json
+from .runs import UserError, below, commit, device, device_words, kept, need, refuse, run_folder, told, versions, write_json
 from .data import dataset_info, load_candidates, load_sequences
 from .prompts import SPLITS, pad, read_templates, render, slots
 from .attributes import make_attributes
@@ -551,6 +551,8 @@ def make_report(
     own_run = Path(model).resolve().parent.parent if (Path(model) / "model.json").exists() else None
     run = run or (str(own_run) if own_run else "demo")
     need(run, "attributes", make_attributes)
+    home = Path(model).resolve().parent # the stage that the model is a part of
+    if own_run and (home / "manifest.json").exists(): need(own_run, home.name)
     (reader, _), own, (rows, lists) = reader_for(run), own_attributes(run), test_lists(run, users)
     bank, start = bank_for(reader, templates), time.time()
     recommender, name = load_any(model, reader, download, chat)
@@ -560,7 +562,7 @@ def make_report(
     sure, each = bank_intervals(scores, bank, rows["user"], order)
     about = dict(model=name, run=run_folder(run).name, dataset=info["dataset"], synthetic=info["synthetic"], pocket=pocket, users=rows["user"].n_unique(), lists=len(rows), candidates="uni99", templates=Path(templates).name or "templates.yaml", chat=reader.ends[0] is not None,
                  chance=floor, yes=float((scores[0, :, 0] > 0).mean()), verdict=verdict(table, floor),
-                 measured=measure_bank(scores, bank, rows["user"], order), intervals=dict(by_split=sure, by_template=each), by_template=[dict(text=t["text"]) | row for t, row in zip(bank, table.to_dicts())], versions=versions(), machine=device_words(), seconds=time.time() - start)
+                 measured=measure_bank(scores, bank, rows["user"], order), intervals=dict(by_split=sure, by_template=each), by_template=[dict(text=t["text"]) | row for t, row in zip(bank, table.to_dicts())], versions=versions(), **commit(), machine=device_words(), seconds=time.time() - start)
     folder = Path(out) if out else run_folder(run) / "robustness" / name
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", about)

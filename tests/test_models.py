@@ -231,3 +231,30 @@ def test_consistency_brings_the_answers_together(reworded):
 @pytest.mark.parametrize("wrong", [dict(consistency=1.), dict(consistency=1., wordings=2, score="vocab")])
 def test_consistency_needs_something_to_compare(wrong, finished):
     with pytest.raises(UserError, match="it needs --wordings 2"): make_recommender(str(finished), **wrong)
+
+
+def test_other_weights_in_the_folder_of_a_model_make_its_stages_out_of_date(finished, tmp_path):
+    "The folder's name and config.json stay the same."
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from ganprompt.attributes import make_attributes
+    from ganprompt.backbones import make_backbones
+    from ganprompt.runs import stale
+    run, sizes = tmp_path/"run", {"title_tokens": 8, "history_items": 5}
+    for name in "data", "prompts": shutil.copytree(finished/name, run/name)
+    for kind in "t5", "bert": shutil.copytree(finished/"backbones"/kind, tmp_path/kind)
+    again = lambda: make_backbones(str(run), t5=str(tmp_path/"t5"), bert=str(tmp_path/"bert"), **sizes)
+    again()
+    make_attributes(str(run), k=3)
+    assert not stale(run, "attributes")
+    for file in "t5/model.safetensors", "bert/tokenizer.json":
+        path = tmp_path/file
+        if path.suffix == ".json": path.write_text(path.read_text() + "\n")
+        else: save_file({k: v + 1 for k, v in load_file(path).items()}, path, {"format": "pt"})
+        assert stale(run, "backbones") == f"model changed: {path.parent}" and stale(run, "attributes") == "input backbones is out of date"
+        again()
+        assert not stale(run, "backbones") and stale(run, "attributes") == "input backbones has changed"
+        make_attributes(str(run), k=3)
+        assert not stale(run, "attributes")

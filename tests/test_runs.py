@@ -424,6 +424,16 @@ def test_the_demo_is_made_with_what_was_chosen_for_it(home):
     assert json.loads((need("demo", "toy", make)/"value.json").read_text()) == 7
 
 
+def test_the_demo_is_made_again_where_it_is_out_of_date(home, capsys):
+    (file := home/"in.txt").write_text("a")
+    def make(run): return toy(run, calls, files=[file])
+    calls = []
+    need("demo", "toy", make)
+    file.write_text("b")
+    need("demo", "toy", make)
+    assert calls == [1, 1] and f"is out of date (file changed: {file}) and is made again" in capsys.readouterr().out
+
+
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     "A copy of the package's text, that `sources` looks at."
