@@ -514,7 +514,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ganprompt.prompts.PromptEncoder._plan': ('prompts.html#promptencoder._plan', 'ganprompt/prompts.py'),
                                    'ganprompt.prompts.PromptEncoder._raw': ('prompts.html#promptencoder._raw', 'ganprompt/prompts.py'),
                                    'ganprompt.prompts.PromptEncoder._tok': ('prompts.html#promptencoder._tok', 'ganprompt/prompts.py'),
-                                   'ganprompt.prompts.PromptEncoder._word': ('prompts.html#promptencoder._word', 'ganprompt/prompts.py'),
                                    'ganprompt.prompts.PromptEncoder.ids': ('prompts.html#promptencoder.ids', 'ganprompt/prompts.py'),
                                    'ganprompt.prompts._ends': ('prompts.html#_ends', 'ganprompt/prompts.py'),
                                    'ganprompt.prompts._faults': ('prompts.html#_faults', 'ganprompt/prompts.py'),

@@ -607,6 +607,7 @@ def last_logits(
     "What follows the last token of each text."
     with narrow_head(model, rows, mask.sum(1) - 1): return model(**inputs).logits[:, 0]
 
+# %% ../nbs/03_backbones.ipynb #03-037s
 def check_causal(
     model, # Of `load_model`
 ):

@@ -602,6 +602,7 @@ def keep(runs, study):
     for path in {figures.keep_figure(run, out) for run in reversed(runs)}: click.echo(shown(path))
     click.echo(shown(metrics.summary(study, out)))
 
+# %% ../nbs/11_cli.ipynb #11-058s
 def plan_of(
     study:str, # Folder under data/results
 ) -> Path: # data/STUDY.yaml

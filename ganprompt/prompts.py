@@ -323,13 +323,9 @@ class PromptEncoder:
                 kept = history[-self.history_items:]
                 for part in self._list(len(kept)): out += self.titles[kept[part]] if part.__class__ is int else part
             elif piece == "target_item" and target is not None: out += self.targets[target]
-            elif piece == "attribute" and attribute: out += self._word(attribute)
+            elif piece == "attribute" and attribute: out += self.words.get(attribute) or self.words.setdefault(attribute, self._tok(attribute))
             else: raise ValueError(f"no value for slot {piece}")
         return out + self.end
-
-    def _word(self, word):
-        if word not in self.words: self.words[word] = self._tok(word)
-        return self.words[word]
 
 # %% ../nbs/02_prompts.ipynb #02-036
 def pad(

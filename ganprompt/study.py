@@ -192,6 +192,7 @@ def unseen_in(
     if all(t["split"] == "seen" for t in templates or read_templates(bank) if t["task"] == "recommendation"):
         raise UserError(f"study_bank={p['study_bank']}: {bank} has no unseen recommendation template to ask with")
 
+# %% ../nbs/10c_study.ipynb #10c-014s
 def check_study(
     p:dict, # The stage's parameters
 )->list[str]: # A sentence for everything that cannot work
@@ -313,6 +314,7 @@ def drawn(
     clean = redrawn({name: x[:, :1] for name, x in values.items()}, STATISTICS["unseen"])
     return {"clean": clean} | {s: redrawn(unseen, f) for s, f in STATISTICS.items()} | {"CPS": drawn_cps(unseen)}
 
+# %% ../nbs/10c_study.ipynb #10c-019s
 def ahead(
     draws:dict, # Entry -> f64[1 + draws, trainings], from `drawn`
     seeds:dict, # Entry -> its seeds

@@ -78,7 +78,7 @@ def test_states_are_the_same_wherever_they_are_kept(memory_gb, file_gb, world, t
 def test_the_vocabulary_is_the_last_axis():
     z = torch.tensor([[[1., 3., 0.], [2., 2., 2.]]]) # one prompt, two candidates, three pieces
     assert torch.allclose(scores_of(z, "vocab", [0, 1]), torch.tensor([[3 - np.log(np.exp([1, 3, 0]).sum()), -np.log(3)]], dtype=torch.float32))
-    assert scores_of(z, "yes-no", [0, 1]).tolist() == [[2., 0.]]
+    assert scores_of(z[..., :2], "yes-no", [0, 1]).tolist() == [[2., 0.]]
 
 
 def test_a_small_budget_means_few_candidates_at_a_time(world): # noqa: F811
