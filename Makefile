@@ -1,7 +1,7 @@
 # make demo    the whole pipeline on the demo data, in an environment of its own
 # make test    everything that must hold before a commit
 # make readme  README.md from nbs/index.ipynb
-# make mutants plant faults in the modules that compute and count those that tests and chapters notice (half an hour)
+# make mutants plant faults in the modules that compute and count those that tests and chapters notice (an hour or two)
 # make busy    the demo on idle cores and beside busy processes, timed and compared (ten minutes or more)
 # make soak    kill the demo again and again, and compare what it ends with with a run left alone (an hour or two; SMALL=1: less)
 # Needs Python 3.11 or later; another interpreter: make demo PYTHON=/path/to/python

@@ -1,7 +1,8 @@
 """Plant faults, one at a time, and see whether a test or a chapter notices: `make mutants`.
 
 A mutant is one change of an operator (+ and -, * and /), a comparison (< and <=, == and !=), a sign or an index in a module that computes.
-It is caught if a test that needs no trained run fails on it, or a cell of the module's chapter that holds without a run.
+It is caught if a test that needs no trained run fails on it, or a cell of the module's chapter that holds without a run; what is left is put to the tests that
+train a small run first (--quick leaves them out: they take a minute or two a mutant).
 tests/survivors.yaml says of those that were looked at why nothing fails."""
 import argparse, ast, copy, io, json, os, random, signal, sys, tempfile, time
 from collections import Counter
@@ -14,10 +15,11 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {"prompts": ["prompts", "equations"], "encoder": ["equations"], "scorer": ["sizes", "equations", "scorer"], "recommender": ["equations", "scorer", "models"], "gather": ["equations", "study"],
          "metrics": ["metrics", "equations"], "robustness": ["robustness"], "study": ["study"]} # module -> files of tests
+TRAINED = {"encoder": ["models"], "scorer": ["scorer"], "recommender": ["scorer", "models"], "gather": ["study"], "robustness": ["robustness"], "study": ["study"]} # the same, with a trained run
 SHOWN = "plot", "draw", "picture", "caption", "notes", "write", "page", "html", "markdown", "render_", "label", "colour" # what makes pictures and text is looked at, not asserted
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult,
          ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
-SECONDS = 120 # a mutant that runs longer is caught: it never ends
+SECONDS = {False: 120, True: 1200} # a mutant that runs longer is caught: it never ends
 
 
 def texts(node):
@@ -116,35 +118,36 @@ class WithoutRuns:
         items[:] = [i for i in items if not {"finished", "studied", "reworded", "shown"} & set(i.fixturenames)]
 
 
-def noticed(module, expected):
+def noticed(module, expected, trained):
     "What fails in this process: '' or the first test or cell."
     import pytest
-    said = io.StringIO()
+    said, files = io.StringIO(), (TRAINED if trained else TESTS)[module]
     with redirect_stdout(said), redirect_stderr(said):
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--tb=line", "--rootdir", str(ROOT), *(str(ROOT/f"tests/test_{t}.py") for t in TESTS[module])], plugins=[WithoutRuns()])
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--tb=line", "--rootdir", str(ROOT), *(str(ROOT/f"tests/test_{t}.py") for t in files)], plugins=[] if trained else [WithoutRuns()])
     if code: return next((line for line in said.getvalue().splitlines() if line.startswith(("FAILED", "ERROR"))), f"pytest ends with {code}")
+    if trained: return ""
     with redirect_stdout(said), redirect_stderr(said): held = chapter(module)
     lost = sorted(set(expected or held) - set(held))
     return f"cell {lost[0]} of the chapter" if lost else "" if expected else json.dumps(held)
 
 
-def in_fork(module, source, expected):
-    "`noticed` in a fork of this process, with a changed module."
+def in_fork(module, source, expected, trained=False):
+    "`noticed` in a fork of this process, with a changed module, which the processes that tests start import too."
     with tempfile.TemporaryDirectory() as folder:
         package(Path(folder), module, source)
         pid = os.fork()
         if not pid:
             try:
-                os.chdir(folder); os.setpgid(0, 0); sys.dont_write_bytecode = True; sys.path.insert(0, folder)
-                answer = noticed(module, expected)
+                os.chdir(folder); os.setpgid(0, 0); sys.dont_write_bytecode = True; sys.path.insert(0, folder); os.environ["PYTHONPATH"] = folder
+                answer = noticed(module, expected, trained)
             except BaseException as e: answer = f"{type(e).__name__} at import"
             Path(folder, "answer").write_text(answer); os._exit(0)
-        end = time.time() + SECONDS
+        end = time.time() + SECONDS[trained]
         while time.time() < end:
             if os.waitpid(pid, os.WNOHANG)[0]: return Path(folder, "answer").read_text() if Path(folder, "answer").exists() else "the process died"
             time.sleep(.05)
         os.killpg(pid, signal.SIGKILL); os.waitpid(pid, 0)
-        return f"not done after {SECONDS} s"
+        return f"not done after {SECONDS[trained]} s"
 
 
 def main():
@@ -153,6 +156,7 @@ def main():
     ask.add_argument("--seed", type=int, default=0)
     ask.add_argument("--modules", default=",".join(TESTS))
     ask.add_argument("--workers", type=int, default=os.cpu_count())
+    ask.add_argument("--quick", action="store_true", help="only tests that need no trained run")
     a = ask.parse_args()
     import torch, scipy.stats, sklearn.metrics, transformers, pytest # noqa: F401 shared by all forks
     known, counts, left = yaml.safe_load((ROOT/"tests/survivors.yaml").read_text()) or {}, {}, []
@@ -161,7 +165,8 @@ def main():
         drawn = sorted(random.Random(f"{a.seed} {module}").sample(every, min(a.each, len(every))), key=lambda m: m[1])
         whole = in_fork(module, (ROOT/f"ganprompt/{module}.py").read_text(), None)
         if not whole.startswith("["): sys.exit(f"{module}: tests or chapter fail as they are: {whole}")
-        with ThreadPoolExecutor(a.workers) as pool: answers = list(pool.map(lambda m: in_fork(module, m[2], json.loads(whole)), drawn))
+        def put(m): return in_fork(module, m[2], json.loads(whole)) or ("" if a.quick or module not in TRAINED else in_fork(module, m[2], None, True))
+        with ThreadPoolExecutor(a.workers) as pool: answers = list(pool.map(put, drawn))
         counts[module] = (sum(map(bool, answers)), len(drawn), len(every))
         print(f"{module:12} {counts[module][0]:3} of {len(drawn)} caught ({len(every)} there are)", flush=True)
         for (name, line, _), answer in zip(drawn, answers):

@@ -13,7 +13,7 @@ from ganprompt.recommender import Best, T5Decoder, T5Ranker, Trained, ask, diver
 from ganprompt.runs import seed_all
 from ganprompt.scorer import Questions, States, score_rows, scores_of
 
-KINDS, THINGS = ("oak", "tin"), ("bowl", "lamp", "chair", "spoon", "shelf", "clock")
+KINDS, THINGS = ("oak", "tin"), ("bowl", "desk lamp", "chair", "spoon", "shelf", "clock")
 TITLES = [f"{kind} {thing}" for kind in KINDS for thing in THINGS]
 TEMPLATES = {"recommendation": "The user bought {purchase_history} . Does the user buy {target_item} next ?",
              "adversarial": "Focus on {attribute} : {title_seq}"}
