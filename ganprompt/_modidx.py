@@ -684,6 +684,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'ganprompt.robustness.rbo': ('robustness.html#rbo', 'ganprompt/robustness.py'),
                                       'ganprompt.robustness.report_page': ('robustness.html#report_page', 'ganprompt/robustness.py'),
                                       'ganprompt.robustness.score_bank': ('robustness.html#score_bank', 'ganprompt/robustness.py'),
+                                      'ganprompt.robustness.score_key': ('robustness.html#score_key', 'ganprompt/robustness.py'),
                                       'ganprompt.robustness.shown_table': ('robustness.html#shown_table', 'ganprompt/robustness.py'),
                                       'ganprompt.robustness.spelled': ('robustness.html#spelled', 'ganprompt/robustness.py'),
                                       'ganprompt.robustness.split_table': ('robustness.html#split_table', 'ganprompt/robustness.py'),

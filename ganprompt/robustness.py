@@ -8,10 +8,10 @@ __all__ = ['FIGURES', 'PALETTE', 'STYLE', 'over_templates', 'drop_rate', 'halved
            'measure_bank', 'user_draws', 'drawn_means', 'between', 'bank_intervals', 'chance', 'verdict', 'score_bank',
            'chat_ends', 'Untuned', 'load_any', 'spelled', 'whole_logits', 'plot_templates', 'plot_heat', 'figure1',
            'picture', 'plain_table', 'split_table', 'shown_table', 'report_page', 'test_lists', 'check_report',
-           'make_report']
+           'score_key', 'make_report']
 
 # %% ../nbs/09_robustness.ipynb #09-004
-import base64, html, io, json, time
+import base64, html, io, json, shutil, time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ import numpy as np, polars as pl
 from tqdm import tqdm
 
 # %% ../nbs/09_robustness.ipynb #09-005
-from .runs import UserError, below, commit, device, device_words, kept, need, refuse, run_folder, told, versions, write_json
+from .runs import UserError, below, commit, device, device_words, digest, kept, manifest, model_files, need, refuse, run_folder, sha256, told, versions, write_json
 from .data import dataset_info, load_candidates, load_sequences
 from .prompts import SPLITS, pad, read_templates, render, slots
 from .attributes import make_attributes
@@ -537,6 +537,18 @@ def check_report(
     ours = (Path(p["model"]) / "model.json").exists()
     return [*([] if ours else told(is_here, p["model"], p["download"])), *(told(read_templates, p["templates"]) if p["templates"] else []), *below(p, 0, "users")]
 
+def score_key(
+    model:str, # As in `make_report`
+    home:Path, # The stage that it is a part of, if it is of a run
+    download:bool, # Whether hub models may be fetched
+    *asked, # All that the questions are made of
+) -> str: # A name for the scores of this model on these questions
+    "Scores that an interrupted report has kept are used again if the weights, the tokenizer and every question are the same."
+    ours = (Path(model) / "model.json").exists()
+    files = [] if ours and (home / "manifest.json").exists() else model_files(model if ours else resolve(model, download))
+    stage = manifest(home.parent, home.name)["fingerprint"] if not files else ""
+    return digest([Path(model).name, stage, [sha256(f) for f in files], asked])[:16]
+
 def make_report(
     model:str, # Folder of a recommender of a run, a local folder, or a hub name of a language model
     run:str="", # Run whose users and candidates are asked about; empty: the recommender's own, or demo
@@ -546,7 +558,7 @@ def make_report(
     out:str="", # Folder for the two files; empty: robustness/<model> in the run folder
     chat:bool=True, # Whether an untuned chat model is asked through its template
 ) -> Path: # report.html; report.json lies beside it
-    "Measure how much a recommender minds the wording. `UserError` for a wrong template file or model, before anything is scored."
+    "Measure how much a recommender minds the wording; after an interruption it goes on. `UserError` for a wrong template file or model, before anything is scored."
     refuse(check_report(locals()))
     own_run = Path(model).resolve().parent.parent if (Path(model) / "model.json").exists() else None
     run = run or (str(own_run) if own_run else "demo")
@@ -556,15 +568,15 @@ def make_report(
     (reader, _), own, (rows, lists) = reader_for(run), own_attributes(run), test_lists(run, users)
     bank, start = bank_for(reader, templates), time.time()
     recommender, name = load_any(model, reader, download, chat)
-    scores, info = score_bank(recommender, reader, own, bank, rows, lists, name), dataset_info(run)
+    folder, key = Path(out) if out else run_folder(run) / "robustness" / name, score_key(model, home, download, [*own.items()], bank, reader.titles, rows.to_dicts(), [*map(list, lists)], chat)
+    scores, info = score_bank(recommender, reader, own, bank, rows, lists, name, folder / ".scores" / key), dataset_info(run)
     order, pocket = agreement(scores), own_run is not None and backbone(run, "t5")["pocket"]
     table, floor = template_table(scores, bank, order), chance(np.array(list(map(len, lists))))
     sure, each = bank_intervals(scores, bank, rows["user"], order)
     about = dict(model=name, run=run_folder(run).name, dataset=info["dataset"], synthetic=info["synthetic"], pocket=pocket, users=rows["user"].n_unique(), lists=len(rows), candidates="uni99", templates=Path(templates).name or "templates.yaml", chat=reader.ends[0] is not None,
                  chance=floor, yes=float((scores[0, :, 0] > 0).mean()), verdict=verdict(table, floor),
                  measured=measure_bank(scores, bank, rows["user"], order), intervals=dict(by_split=sure, by_template=each), by_template=[dict(text=t["text"]) | row for t, row in zip(bank, table.to_dicts())], versions=versions(), **commit(), machine=device_words(), seconds=time.time() - start)
-    folder = Path(out) if out else run_folder(run) / "robustness" / name
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", about)
     (folder / "report.html").write_text(report_page(about, table, scores, bank, rows, lists, reader.titles), encoding="utf-8")
+    shutil.rmtree(folder / ".scores")
     return folder / "report.html"
