@@ -214,7 +214,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'ganprompt.cli.fetch': ('cli.html#fetch', 'ganprompt/cli.py'),
                                'ganprompt.cli.fill': ('cli.html#fill', 'ganprompt/cli.py'),
                                'ganprompt.cli.home_of': ('cli.html#home_of', 'ganprompt/cli.py'),
-                               'ganprompt.cli.job_of': ('cli.html#job_of', 'ganprompt/cli.py'),
+                               'ganprompt.cli.job_cells': ('cli.html#job_cells', 'ganprompt/cli.py'),
                                'ganprompt.cli.keep': ('cli.html#keep', 'ganprompt/cli.py'),
                                'ganprompt.cli.launch': ('cli.html#launch', 'ganprompt/cli.py'),
                                'ganprompt.cli.main': ('cli.html#main', 'ganprompt/cli.py'),

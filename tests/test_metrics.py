@@ -68,6 +68,8 @@ def test_a_method_has_students_interval_over_its_trainings():
 def test_one_training_has_an_interval_over_users_and_says_so():
     x = np.random.default_rng(0).normal(size=(1, 50, 2))
     np.testing.assert_array_equal(M.interval(x), M.bootstrap(x[0]))
+    draws = np.r_[.5, np.arange(101)/100]
+    for one in (draws, draws[:, None]): assert M.ends(one) == pytest.approx([.5, .025, .975]) # percentiles of 0, .01, … 1
     assert M.scope(1) == "over users, for one training: they say nothing of the method"
     assert M.scope(3, "users and templates") == "over 3 trainings, users and templates (a claim wants 5 trainings)" and M.scope(5) == "over 5 trainings and users"
 
@@ -163,6 +165,14 @@ def test_summary_writes_table_and_picture(kept):
     assert before == {p: p.read_bytes() for p in before}
 
 
+def test_one_figure_a_line():
+    "The three measured numbers stand in their columns, and the paper's beside them."
+    found = {"metrics": {"GANPrompt": {m: [.2, .1, .3] for m in M.METRICS}}, "reported": {"GANPrompt": {m: [.4, "GANPrompt", ""] for m in M.METRICS}}}
+    lines = M.long_table(found)
+    assert lines.filter(model="GANPrompt").select("measured", "low", "high").unique().row(0) == (.2, .1, .3)
+    assert set(lines.drop_nulls("reported").select("model", "reported").rows()) == {("ganprompt", .4)}
+
+
 def test_summary_of_nothing(kept):
     with pytest.raises(UserError, match="ganprompt keep"): M.read_study("nothing")
 
@@ -230,6 +240,8 @@ def test_a_report_says_how_a_model_stands():
     said = M.standing({"GANPrompt": {"random": d(.2, .15, .25), "popularity": d(-.033, -.051, -.012)}, "lost": {"random": d(-.01, -.03, .02), "popularity": d(.02, .01, .04)}})
     assert said[0] == ("GANPrompt's HR@10 lies above random by .200 [.150, .250]: it has learned something; below popularity by .033 [.012, .051]: it has learned less than a count of purchases tells.")
     assert said[1] == ("lost's HR@10 lies within the noise of random (-.010 [-.030, +.020]): it has not been shown to have learned anything; above popularity by .020 [.010, .040]: it knows more than a count of purchases.")
+    edge = M.standing({"edge": {"random": d(.1, 0., .2), "popularity": d(-.1, -.2, 0.)}})[0] # an interval that touches zero holds it
+    assert "within the noise of random" in edge and "within the noise of popularity" in edge
     rng = np.random.default_rng(0)
     lists = [rng.normal(size=30) for _ in range(200)]
     people = M.per_user(np.arange(200), {"popularity": [z + 2*(np.arange(30) == 0) for z in lists], "random": lists, "ganprompt": [z + .7*(np.arange(30) == 0) for z in lists]})
