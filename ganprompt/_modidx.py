@@ -86,6 +86,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'ganprompt.baselines.Trimmed.__len__': ('baselines.html#trimmed.__len__', 'ganprompt/baselines.py'),
                                      'ganprompt.baselines._one_job': ('baselines.html#_one_job', 'ganprompt/baselines.py'),
                                      'ganprompt.baselines._silence': ('baselines.html#_silence', 'ganprompt/baselines.py'),
+                                     'ganprompt.baselines.as_its_authors_built_it': ( 'baselines.html#as_its_authors_built_it',
+                                                                                      'ganprompt/baselines.py'),
                                      'ganprompt.baselines.ask': ('baselines.html#ask', 'ganprompt/baselines.py'),
                                      'ganprompt.baselines.ask_pairs': ('baselines.html#ask_pairs', 'ganprompt/baselines.py'),
                                      'ganprompt.baselines.attempt': ('baselines.html#attempt', 'ganprompt/baselines.py'),

@@ -6,9 +6,10 @@
 __all__ = ['COUNTED', 'RECENT', 'VALID_ROWS', 'VALID_METRIC', 'rank_rows', 'figures', 'short_message', 'attempt', 'finish',
            'show_models', 'popularity', 'last_item', 'prefixes', 'title_words', 'write_rows', 'write_atomic',
            'has_recbole', 'recbole', 'open_data', 'their_ids', 'questions', 'ask_pairs', 'ask', 'Trimmed', 'bce',
-           'cross_entropy', 'train_every_place', 'resumable', 'count_from_the_end', 'ndcg', 'pretrain', 'fit',
-           'known_models', 'search', 'sampled', 'rank_all', 'train_model', 'serve', 'trainer_process', 'count_model',
-           'id_model', 'searched', 'chosen_settings', 'named', 'check_baselines', 'make_baselines']
+           'cross_entropy', 'train_every_place', 'resumable', 'count_from_the_end', 'as_its_authors_built_it', 'ndcg',
+           'pretrain', 'fit', 'known_models', 'search', 'sampled', 'rank_all', 'train_model', 'serve',
+           'trainer_process', 'count_model', 'id_model', 'searched', 'chosen_settings', 'named', 'check_baselines',
+           'make_baselines']
 
 # %% ../nbs/08_baselines.ipynb #08-004
 import html, importlib.util, json, logging, math, os, re, shutil, subprocess, sys, time, warnings
@@ -327,28 +328,42 @@ def cross_entropy(
     nexts, # The item that came next, as a row of the table (places,)
     at_once:int=256, # Places whose scores are made together
 ): # Scalar
-    "Mean over places of -ln softmax, over all items."
-    import torch.nn.functional as F
-    parts = zip(h.split(at_once), nexts.split(at_once))
-    return sum(F.cross_entropy(x @ table.T, y, reduction="sum") for x, y in parts)/len(h)
+    "Mean over places of -ln softmax, over all items; loss and gradient are made together, so that no score is kept."
+    import torch
+    loss, to_h, to_table = 0., torch.empty_like(h), torch.zeros_like(table)
+    with torch.no_grad():
+        for at in torch.arange(len(h), device=h.device).split(at_once):
+            z, hit = h[at] @ table.T, (torch.arange(len(at)), nexts[at])
+            total = z.logsumexp(1)
+            loss += (total - z[hit]).sum()
+            p = (z - total[:, None]).exp_() # the gradient: softmax, less one where the truth is
+            p[hit] -= 1
+            to_h[at] = p @ table
+            to_table.addmm_(p.T, h[at])
+    proxy = ((h*to_h).sum() + (table*to_table).sum())/len(h) # has this gradient
+    return loss/len(h) + proxy - proxy.detach()
 
 def train_every_place(
     net, # RecBole's SASRec or GRU4Rec; changed in place. With its loss_type CE it gets `cross_entropy`, otherwise `bce`
+    rows:int=64, # Sequences, of about one length, that are read together
 ):
     "Let every place of a sequence foretell the item after it."
     import torch
-    last, table = net.gather_indexes, net.item_embedding
+    last, table = net.gather_indexes, net.item_embedding.weight
     net.gather_indexes = lambda states, at: states if net.training else last(states, at)
+    def read(seen, lengths, wanted):
+        parts, longest = zip(seen.split(rows), lengths.split(rows), wanted.split(rows)), lambda n: int(n.max())
+        return torch.cat([net(x[:, :longest(n)], n)[w[:, :longest(n)]] for x, n, w in parts])
     def loss(batch):
-        seen, lengths = batch[net.ITEM_SEQ], batch[net.ITEM_SEQ_LEN]
-        nexts = seen.roll(-1, 1)
-        nexts[torch.arange(len(seen)), lengths - 1] = batch[net.POS_ITEM_ID]
-        real = seen > 0
-        if net.loss_type == "CE": return cross_entropy(net(seen, lengths)[real], table.weight[1:], nexts[real] - 1) # row 0 is padding
+        order = batch[net.ITEM_SEQ_LEN].argsort(stable=True)
+        seen, lengths = batch[net.ITEM_SEQ][order], batch[net.ITEM_SEQ_LEN][order]
+        nexts, real = seen.roll(-1, 1), seen > 0
+        nexts[torch.arange(len(seen)), lengths - 1] = batch[net.POS_ITEM_ID][order]
+        if net.loss_type == "CE": return cross_entropy(read(seen, lengths, real), table[1:], nexts[real] - 1) # row 0 is padding
         drawn = torch.randint(1, net.n_items, nexts.shape, device=nexts.device)
         fair = real & (drawn[:, :, None] != torch.cat([seen, nexts], 1)[:, None]).all(2)
-        h = net(seen, lengths)[fair]
-        return bce((h*table(nexts[fair])).sum(1), (h*table(drawn[fair])).sum(1))
+        h = read(seen, lengths, fair)
+        return bce((h*table[nexts[fair]]).sum(1), (h*table[drawn[fair]]).sum(1))
     net.calculate_loss = loss
 
 # %% ../nbs/08_baselines.ipynb #08-042d
@@ -391,6 +406,35 @@ def count_from_the_end(
     net.forward = counted
     table.register_forward_pre_hook(lambda _, places: ((places[0] + table.shift).clamp(max=net.max_seq_length - 1),)) # what is beyond is padding
 
+# %% ../nbs/08_baselines.ipynb #08-042g
+def as_its_authors_built_it(
+    net, # RecBole's SASRec; changed in place
+):
+    "Put the blocks of SASRec's authors in the place of RecBole's."
+    import torch
+    from torch import nn
+    d, heads, layers, p = net.hidden_size, net.n_heads, net.n_layers, net.hidden_dropout_prob
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(d, heads, p, batch_first=True)
+            self.net = nn.Sequential(nn.Linear(d, d), nn.Dropout(p), nn.ReLU(), nn.Linear(d, d), nn.Dropout(p))
+            self.first, self.second = nn.LayerNorm(d, 1e-8), nn.LayerNorm(d, 1e-8)
+        def forward(self, x, later):
+            x = self.second(x + self.attention(self.first(x), x, x, attn_mask=later, need_weights=False)[0])
+            return x + self.net(x)
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.last = nn.ModuleList(Block() for _ in range(layers)), nn.LayerNorm(d, 1e-8)
+        def forward(self, x, *_, **__):
+            later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+            for block in self.blocks: x = block(x, later)
+            return [self.last(x)]
+    net.trm_encoder, net.LayerNorm = Blocks().to(net.device), nn.Identity()
+    for table in (net.item_embedding, net.position_embedding): nn.init.xavier_normal_(table.weight)
+    net.item_embedding.register_forward_hook(lambda table, _, vectors: vectors*d**.5)
+
 # %% ../nbs/08_baselines.ipynb #08-043
 VALID_ROWS, VALID_METRIC = 2000, "ndcg@10, uni99"
 
@@ -429,6 +473,7 @@ def fit(
     train, valid, _ = rb.data_preparation(config, dataset)
     net = rb.get_model(config["model"])(config, train._dataset).to(config["device"])
     set_threads(net)
+    if settings.get("blocks") == "authors": as_its_authors_built_it(net)
     if job["rows"] == "whole":
         train_every_place(net)
         if hasattr(net, "position_embedding"): count_from_the_end(net)

@@ -216,7 +216,7 @@ def test_every_place_foretells_the_next_item_once(kind, monkeypatch):
     net.item_embedding.weight.data[0] = plain.item_embedding.weight.data[0] = 3. # no score may come from the row of the padding
     net.load_state_dict(plain.state_dict())
     batch = {"seen": torch.tensor([[1, 2, 3], [5, 4, 0]]), "length": torch.tensor([3, 2]), "next": torch.tensor([6, 8])}
-    drawn = torch.tensor([[7, 6, 8], [1, 2, 3]]) # the 6 was bought later, and is no negative
+    drawn = torch.tensor([[1, 2, 3], [7, 6, 8]]) # shorter sequences first; the 6 was bought later, and is no negative
     train_every_place(net)
     monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: drawn)
     losses = []
@@ -226,21 +226,51 @@ def test_every_place_foretells_the_next_item_once(kind, monkeypatch):
             scores = [h @ plain.item_embedding.weight[i] for i in range(9)]
             if kind == "CE": losses.append(torch.stack([s.exp() for s in scores[1:]]).sum().log() - scores[bought])
             elif other: losses.append(F.binary_cross_entropy_with_logits(torch.stack([scores[bought], scores[other]]), torch.tensor([1., 0.]), reduction="sum"))
-    assert torch.isclose(net.train().calculate_loss(batch), torch.stack(losses).mean())
+    loss, wanted = net.train().calculate_loss(batch), torch.stack(losses).mean()
+    assert torch.isclose(loss, wanted)
+    assert torch.allclose(*(torch.autograd.grad(x, m.item_embedding.weight)[0][1:] for x, m in ((loss, net), (wanted, plain))), atol=1e-6)
     assert net.eval()(batch["seen"], batch["length"]).shape == (2, 4) # scoring still looks at the last place
 
 
-def test_places_are_counted_from_the_end():
-    "RecBole's SASRec answers as if the history were padded in front to the longest length."
-    import torch
+def small_sasrec():
     from types import SimpleNamespace
-    from ganprompt.baselines import count_from_the_end, recbole
+    import torch
+    from ganprompt.baselines import recbole
     recbole()
     from recbole.model.sequential_recommender import SASRec
     config = dict(USER_ID_FIELD="user", ITEM_ID_FIELD="item", LIST_SUFFIX="_list", ITEM_LIST_LENGTH_FIELD="length", NEG_PREFIX="neg_", MAX_ITEM_LIST_LENGTH=6, device="cpu", n_layers=2, n_heads=1, hidden_size=8, inner_size=8,
                   hidden_dropout_prob=.5, attn_dropout_prob=.5, hidden_act="relu", layer_norm_eps=1e-12, initializer_range=1., loss_type="CE")
     torch.manual_seed(0)
-    net = SASRec(config, SimpleNamespace(num=lambda field: 9)).eval()
+    return SASRec(config, SimpleNamespace(num=lambda field: 9)).eval()
+
+
+def test_sasrec_as_its_authors_built_it():
+    "One history, place by place, with the weights of the blocks: queries alone are normalised, item vectors enlarged by the root of their width."
+    import torch, torch.nn.functional as F
+    from ganprompt.baselines import as_its_authors_built_it
+    as_its_authors_built_it(net := small_sasrec())
+    net.eval()
+    items, norm = torch.tensor([3, 7, 2, 2]), lambda x: F.layer_norm(x, (8,), eps=1e-8)
+    x = net.item_embedding.weight[items]*8**.5 + net.position_embedding.weight[:4]
+    for block in net.trm_encoder.blocks:
+        w, b = block.attention.in_proj_weight.view(3, 8, 8), block.attention.in_proj_bias.view(3, 8)
+        read = []
+        for t in range(4):
+            q = norm(x[t]) @ w[0].T + b[0]
+            k, v = (x[:t + 1] @ w[i].T + b[i] for i in (1, 2))
+            read.append(block.attention.out_proj((q @ k.T/8**.5).softmax(-1) @ v))
+        x = norm(x + torch.stack(read))
+        x = x + block.net[3](block.net[0](x).relu())
+    for n in (4, 2): assert torch.allclose(net(items[None], torch.tensor([n]))[0], norm(x)[n - 1], atol=1e-5)
+    scores = net.full_sort_predict({"item_list": items[None], "length": torch.tensor([4])})
+    assert torch.allclose(scores[0], norm(x)[3] @ net.item_embedding.weight.T, atol=1e-5)
+
+
+def test_places_are_counted_from_the_end():
+    "RecBole's SASRec answers as if the history were padded in front to the longest length."
+    import torch
+    from ganprompt.baselines import count_from_the_end
+    net = small_sasrec()
     padded = net(torch.tensor([[0, 0, 0, 3, 7, 2]]), torch.tensor([6]))
     count_from_the_end(net)
     alone, beside = net.forward(torch.tensor([[3, 7, 2]]), torch.tensor([3])), net.forward(torch.tensor([[3, 7, 2, 0, 0], [1, 2, 3, 4, 5]]), torch.tensor([3, 5]))

@@ -1,6 +1,7 @@
 "Robustness: measures against other people's code and hand-worked cases, a bank put to real models, the report, the command."
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -347,6 +348,11 @@ def test_intervals_of_the_page_hold_the_truth():
     assert .85 < np.mean([low <= .4 <= high for _, low, high in found])
     one, two = (study(0, n)[0]["unseen"]["avg"] for n in (1, 2))
     np.testing.assert_allclose(one, two)
+    rng = np.random.default_rng(0)
+    hits, by_split = (rng.random((4, 60)) < np.array([.8, .5, .4, .3])[:, None]), lambda z, b: R.bank_intervals(z, b, np.arange(60), resamples=50)[0]["unseen"]
+    u = by_split(np.where(hits[:, :, None], 2., -2.)*(np.arange(21) == 0), [BANK[0], *[t for t in BANK if t["split"] != "seen"][:3]])
+    assert u["drop"][0] == pytest.approx(1 - hits[1:].mean()/hits[0].mean())
+    assert u["cps"][0] == pytest.approx(u["best"][0]*(1 - (u["best"][0] - hits[1:].mean())))
 
 
 def ragged(z, sizes):
@@ -381,6 +387,17 @@ def test_a_bank_is_put_to_lists_of_unequal_length(monkeypatch):
     with pytest.raises(UserError, match="under template 0 are NaN"): R.score_bank(Loud(), None, {}, [dict(id="0", text="0")], pl.DataFrame({"user": [0]}), [[3, 1, 2]])
 
 
+def test_what_each_spelling_is_worth(monkeypatch):
+    "Two ways to say no and two to say yes, probabilities given."
+    import torch
+    p = torch.tensor([[.1, .2, .3, .4], [.4, .3, .2, .1]]) # no, No, yes, Yes of two questions, the first of them bought
+    monkeypatch.setattr(R, "whole_logits", lambda model, prompts: p.log())
+    words = SimpleNamespace(convert_ids_to_tokens=lambda ids: ["no", "No", "yes", "Yes"])
+    found = R.spelled(SimpleNamespace(names=[0, 1, 2, 3]), words, [[1], [2]], np.array([True, False]))
+    assert found["no"].to_list() == ["no", "No", "all"] and found["yes"].to_list() == ["yes", "Yes", "all"] and found["auc"].to_list() == [1., 1., 1.]
+    np.testing.assert_allclose(found["p_no"], [.25, .25, .5], atol=1e-6); np.testing.assert_allclose(found["p_yes"], [.25, .25, .5], atol=1e-6)
+
+
 def test_few_flips_are_not_taken_for_robustness():
     "A model that says yes to everything and ranks by guessing under what it has not seen."
     z, n = made("memory") + 20, 50
@@ -391,5 +408,7 @@ def test_few_flips_are_not_taken_for_robustness():
     assert "Few flips are not robustness here: under 8 of 9 templates" in said and "by chance" in said and "0.200 by chance" in said
     assert "under none of these is half of the order" in R.verdict(R.template_table(made("robust") + 20, BANK), floor)
     assert "Under no template" in R.verdict(R.template_table(RNG.normal(size=(len(BANK), 200, n)), BANK), floor)
+    def table(hit): return pl.DataFrame({"id": ["clean", "other"], "flips": [0., .01], "tau": [1., .9], "hit@10": [.6, hit]})
+    assert "Few flips are not robustness" in R.verdict(table(.3), floor) and "under none of these" in R.verdict(table(.5), floor) # half of .6 - .2 is .2 above chance
     r = R.ranks(RNG.normal(size=(2, 300, n)))
     assert floor["rbo"] == pytest.approx(R.rbo(r[0], r[1]).mean(), abs=.02)

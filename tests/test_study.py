@@ -50,7 +50,7 @@ def test_kept_ranks_are_those_of_the_report(studied, tmp_path):
     assert kept["gathered amid nonsense"]["fingerprint"] == manifest(str(studied), "study")["fingerprint"] and not any(str(studied.parent) in json.dumps(e) for e in kept.values())
 
 
-def test_a_report_that_was_cut_short_asks_on(studied, tmp_path, monkeypatch):
+def test_a_report_that_was_cut_short_asks_on(studied, monkeypatch):
     "Each template's scores are kept until the report is written, and used again by the same model for the same questions only."
     model, asked = str(studied/"study/one-template"), []
     def counted(lm, questions, at, lists):
@@ -59,11 +59,12 @@ def test_a_report_that_was_cut_short_asks_on(studied, tmp_path, monkeypatch):
         return real(lm, questions, at, lists)
     real = R.score_rows
     monkeypatch.setattr(R, "score_rows", counted)
-    def report(users=6): return R.make_report(model, str(studied), users=users, out=str(tmp_path/"cut"))
+    home = studied/"robustness/one-template"
+    def report(users=6): return R.make_report(model, str(studied), users=users)
     with pytest.raises(KeyboardInterrupt): report()
-    assert len([*(tmp_path/"cut").rglob("*.npy")]) == 3 and not (tmp_path/"cut/report.html").exists()
+    assert len([*home.rglob("*.npy")]) == 3 and not (home/"report.html").exists()
     n = len(json.loads(report().with_suffix(".json").read_text())["by_template"])
-    assert len(asked) == 4 + n - 3 and not (tmp_path/"cut/.scores").exists()
+    assert len(asked) == 4 + n - 3 and not (home/".scores").exists() and (home/"report.html").exists()
     asked[:] = [0]*4; report(5)
     assert asked[4:] == [5]*n
 
