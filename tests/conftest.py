@@ -1,5 +1,5 @@
 "A shop of eighty shoppers, cut out of the demo, on which a whole pipeline takes seconds."
-import ast, csv, gzip, json, subprocess, sys
+import ast, csv, gzip, json, os, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -7,19 +7,21 @@ import pytest
 from ganprompt.runs import replacing, root
 
 
-@pytest.fixture(scope="session")
-def shop(tmp_path_factory):
+def write_shop(path):
     "A CSV file with the columns user, item, rating, time and title."
     with gzip.open(root()/"data/demo/reviews_Demo_5.json.gz", "rt") as f: reviews = [json.loads(line) for line in f]
     with gzip.open(root()/"data/demo/meta_Demo.json.gz", "rt") as f: titles = {m["asin"]: m.get("title") for m in map(ast.literal_eval, f)}
     users = sorted({r["reviewerID"] for r in reviews})[:120]
-    path = tmp_path_factory.mktemp("shop")/"shop.csv"
     with open(path, "w", newline="") as f:
         out = csv.writer(f)
         out.writerow(["user", "item", "rating", "time", "title"])
         for r in reviews:
             if r["reviewerID"] in users and "overall" in r: out.writerow([r["reviewerID"], r["asin"], r["overall"], r.get("unixReviewTime"), titles.get(r["asin"])])
     return path
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory): return write_shop(tmp_path_factory.mktemp("shop")/"shop.csv")
 
 
 SMALL = dict(core=2, pocket_width=32, pocket_layers=1, pocket_epochs=1, bert_epochs=1, k=3, encoder_batch=16, held_out_users=30,
@@ -46,7 +48,8 @@ def start(run, last, shop, every=10, stderr=subprocess.DEVNULL, **more):
 
 @pytest.fixture(scope="session")
 def finished(shop, tmp_path_factory):
-    "A run that went through undisturbed."
+    "A run that went through undisturbed; a copy of the one in FINISHED_RUN, where that is set."
     run = tmp_path_factory.mktemp("runs")/"whole"
+    if "FINISHED_RUN" in os.environ: return shutil.copytree(os.environ["FINISHED_RUN"], run)
     assert start(run, "recommender", shop).wait() == 0
     return run

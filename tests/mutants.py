@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = {"prompts": ["prompts", "equations"], "encoder": ["equations"], "scorer": ["sizes", "equations", "scorer"], "recommender": ["equations", "scorer", "models"], "gather": ["equations", "study"],
          "metrics": ["metrics", "equations"], "robustness": ["robustness"], "study": ["study"]} # module -> files of tests
 TRAINED = {"encoder": ["models"], "scorer": ["scorer"], "recommender": ["scorer", "models"], "gather": ["study"], "robustness": ["robustness"], "study": ["study"]} # the same, with a trained run
+AFTER = "gather", "robustness", "study" # what the tests' trained run is made without: for their mutants one is made, and copied
 SHOWN = "plot", "draw", "picture", "caption", "notes", "write", "page", "html", "markdown", "render_", "label", "colour" # what makes pictures and text is looked at, not asserted
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult,
          ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
@@ -150,6 +151,13 @@ def in_fork(module, source, expected, trained=False):
         return f"not done after {SECONDS[trained]} s"
 
 
+def trained_run(folder):
+    "The tests' trained run, made once."
+    from conftest import start, write_shop
+    if not (folder/"whole").exists() and start(folder/"whole", "recommender", write_shop(folder/"shop.csv")).wait(): sys.exit("the tests' trained run fails")
+    return str(folder/"whole")
+
+
 def main():
     ask = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     ask.add_argument("--each", type=int, default=18, help="mutants of each module, drawn at random")
@@ -158,13 +166,17 @@ def main():
     ask.add_argument("--workers", type=int, default=os.cpu_count())
     ask.add_argument("--quick", action="store_true", help="only tests that need no trained run")
     a = ask.parse_args()
+    sys.path.insert(0, str(ROOT/"tests"))
     import torch, scipy.stats, sklearn.metrics, transformers, pytest # noqa: F401 shared by all forks
     known, counts, left = yaml.safe_load((ROOT/"tests/survivors.yaml").read_text()) or {}, {}, []
+    home = tempfile.TemporaryDirectory()
     for module in a.modules.split(","):
         every = list(mutants(module))
         drawn = sorted(random.Random(f"{a.seed} {module}").sample(every, min(a.each, len(every))), key=lambda m: m[1])
         whole = in_fork(module, (ROOT/f"ganprompt/{module}.py").read_text(), None)
         if not whole.startswith("["): sys.exit(f"{module}: tests or chapter fail as they are: {whole}")
+        if module in AFTER and not a.quick: os.environ["FINISHED_RUN"] = trained_run(Path(home.name))
+        else: os.environ.pop("FINISHED_RUN", "")
         def put(m): return in_fork(module, m[2], json.loads(whole)) or ("" if a.quick or module not in TRAINED else in_fork(module, m[2], None, True))
         with ThreadPoolExecutor(a.workers) as pool: answers = list(pool.map(put, drawn))
         counts[module] = (sum(map(bool, answers)), len(drawn), len(every))
