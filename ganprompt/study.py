@@ -57,7 +57,7 @@ def read_entries(
         if wrong := set(values) - set(known): raise UserError(f"{path}, {kind}, {name!r}: unknown parameter {min(wrong)!r}; known: {', '.join(sorted(known))}")
     for name, values in encoders.items(): check("encoders", name, values, ["stage", *([] if values.get("stage") == "gather" else ["k"]), *defaults(FIRST[values.get("stage", "spread")][0])])
     for name, values in entries.items():
-        check("entries", name, values, [*(["form"] if "form" in values else ["encoder", "tuned"]), *defaults(make_recommender)])
+        check("entries", name, values, ["form", "lora_rank", "lora_modules"] if "form" in values else ["encoder", "tuned", *defaults(make_recommender)])
         key, known = ("form", FORMS) if "form" in values else ("encoder", encoders)
         if values.get(key) not in known: raise UserError(f"{path}, entries, {name!r}: {key} must be one of {', '.join(known)}, not {values.get(key)!r}")
     return encoders, {name: {"tuned": True} | values for name, values in entries.items()}
