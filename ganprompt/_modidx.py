@@ -792,6 +792,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ganprompt.runs.told': ('runs.html#told', 'ganprompt/runs.py'),
                                 'ganprompt.runs.totals': ('runs.html#totals', 'ganprompt/runs.py'),
                                 'ganprompt.runs.versions': ('runs.html#versions', 'ganprompt/runs.py'),
+                                'ganprompt.runs.workspace': ('runs.html#workspace', 'ganprompt/runs.py'),
                                 'ganprompt.runs.write_json': ('runs.html#write_json', 'ganprompt/runs.py')},
             'ganprompt.scorer': { 'ganprompt.scorer.Questions': ('scorer.html#questions', 'ganprompt/scorer.py'),
                                   'ganprompt.scorer.Questions.__init__': ('scorer.html#questions.__init__', 'ganprompt/scorer.py'),

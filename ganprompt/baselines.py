@@ -375,7 +375,6 @@ def resumable(
     every:float=EVERY, # Seconds between checkpoints, which are written between epochs
 ):
     "Let a trainer go on from its last checkpoint, and end as if it had never stopped."
-    import torch
     loader, order, epoch_of, last = getattr(train, "loader", train), getattr(train, "rng", None), trainer._train_epoch, [time.time()]
     def keep(epoch):
         state = dict(weights=trainer.model.state_dict(), opt=trainer.optimizer.state_dict(), waited=trainer.cur_step, value=float(trainer.best_valid_score), best=best,

@@ -24,7 +24,7 @@ from .encoder import make_encoder, reader_for
 from .prompts import pad
 from .recommender import CausalLM, T5Decoder, T5Ranker, add_adapters, freeze_encoder, load_recommender, rec_loss, uncached_logits
 from .runs import (UserError, below, complete, device, device_words, listed, manifest, need, once, refuse, root, run_folder, seed_all, stage, strange,
-                            versions, write_json)
+                            versions, workspace, write_json)
 from .scorer import Questions, States, bf16_pays, fast_math, own_attributes, score_contexts, score_prompts, score_rows, scores_of, token_batches
 
 # %% ../nbs/10b_benchmarks.ipynb #10b-007
@@ -531,7 +531,7 @@ def keep_benchmarks(
 )->Path: # data/results/benchmarks/<run>.json
     "Keep a run's measurements, with the fingerprint of their manifest."
     found = json.loads((need(run, "benchmarks")/"benchmarks.json").read_text())
-    path = root()/"data/results/benchmarks"/f"{run_folder(run).name}.json"
+    path = workspace()/"data/results/benchmarks"/f"{run_folder(run).name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     made = manifest(run, "benchmarks")
     write_json(path, found | {k: made[k] for k in ("fingerprint", "commit", "dirty", "parameters", "wall_seconds", "peak_memory_mb")})
@@ -539,7 +539,7 @@ def keep_benchmarks(
 
 def draw_benchmarks()->list[Path]: # figures/benchmarks-<entry>.png
     "Draw all kept measurements."
-    files = sorted((root()/"data/results/benchmarks").glob("*.json"))
+    files = sorted((workspace()/"data/results/benchmarks").glob("*.json"))
     if not files: raise UserError("no results in data/results/benchmarks; keep some first: ganprompt keep RUN --study benchmarks")
-    for file in files: plot_benchmarks(json.loads(file.read_text())).savefig(root()/f"figures/benchmarks-{file.stem}.png", dpi=110, metadata={"Software": None})
-    return [root()/f"figures/benchmarks-{file.stem}.png" for file in files]
+    for file in files: plot_benchmarks(json.loads(file.read_text())).savefig(workspace()/f"figures/benchmarks-{file.stem}.png", dpi=110, metadata={"Software": None})
+    return [workspace()/f"figures/benchmarks-{file.stem}.png" for file in files]

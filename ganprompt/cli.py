@@ -19,8 +19,10 @@ from typing import NamedTuple
 
 import click
 
+import ganprompt
+
 from .runs import (UserError, complete, covered, differing, digest, existing_runs, fresh, grown, lock, manifest, refuse, remembered, root, run_folder, sha256,
-                            stale, told, write_json)
+                            stale, told, workspace, write_json)
 
 # %% ../nbs/11_cli.ipynb #11-005
 class Parameter(NamedTuple):
@@ -238,7 +240,7 @@ def stage_call(
     name:str, # Stage
 ) -> dict: # inputs and grows, as far as they are written out
     "What the call of `stage` in a stage's module says."
-    path = root()/"ganprompt"/f"{name}.py"
+    path = Path(ganprompt.__file__).with_name(f"{name}.py")
     tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "stage" and len(n.args) > 1 and getattr(n.args[1], "value", "") == name]
     return {k.arg: ast.literal_eval(k.value) for call in calls for k in call.keywords if k.arg in ("inputs", "grows") and isinstance(k.value, (ast.List, ast.Tuple))}
@@ -319,7 +321,7 @@ def execute(
         line = Progress(chapter.stage, file)
         with Live(line, console=console, transient=True) if console.is_terminal else nullcontext():
             try:
-                papermill.execute_notebook(out, out, values, kernel_name="python3", language="python", cwd=chapter.path.parent, progress_bar=False,
+                papermill.execute_notebook(out, out, values, kernel_name="python3", language="python", cwd=chapter.path.parent if workspace() == root() else workspace(), progress_bar=False,
                                            stdout_file=line, stderr_file=line, extra_arguments=["--log-level=CRITICAL"])
             except papermill.PapermillExecutionError as e:
                 file.write("\n".join(e.traceback))
@@ -543,7 +545,7 @@ def fill(
     from ganprompt.tables import entry_path, keep_models, lacking
     failed, first = [], (next(iter(plan["datasets"])), plan["seeds"][0]) # it searches for the id models' settings
     for dataset, seed in itertools.product(plan["datasets"], plan["seeds"]):
-        run = Path(runs or root()/"runs").absolute()/f"{Path(dataset).stem}-{seed}"
+        run = Path(runs or workspace()/"runs").absolute()/f"{Path(dataset).stem}-{seed}"
         todo = {stage: missing for stage, models in plan["datasets"][dataset].items() if (missing := lacking(study, dataset, seed, models))}
         models = dict.fromkeys([*todo.get("baselines", []), *(m for stage in todo for m in plan["stages"][stage].get("reads", []))])
         search = "" if (dataset, seed) == first else str(entry_path(study, Path(first[0]).name, "", 0).parent)
@@ -573,7 +575,7 @@ def check_home(
     "Raise `UserError` if results of one's own would be written into the repository."
     from ganprompt import data
     if "/" in study: return
-    if not (root()/"data/results"/study).is_dir(): raise UserError(f"--study: the project has no study {study!r}; for one of your own name a folder, as in --study ./{study}")
+    if not (workspace()/"data/results"/study).is_dir(): raise UserError(f"--study: the project has no study {study!r}; for one of your own name a folder, as in --study ./{study}")
     for run in runs:
         name = data.dataset_info(run)["dataset"]
         what = "made up" if name == "demo" and study != "benchmarks" else "data of your own" if told(data.categories, name) else ""
@@ -620,7 +622,7 @@ def tables(study, data_dir, plan, runs):
     from ganprompt import benchmarks, metrics, study as robust, tables
     (study, out, _), kind = home_of(study), robust.kind_of(study)
     failed = fill(read_plan(plan or plan_of(study)), study, data_dir, runs) if data_dir is not None else []
-    draw = {"benchmarks": benchmarks.draw_benchmarks, "tables": lambda: tables.make_tables(*([study, out] if out else [])), "standard": lambda: tables.write_published(root()/"figures")}.get(Path(study).name, partial(robust.draw_study, study, out) if kind else lambda: [metrics.summary(study, out)])
+    draw = {"benchmarks": benchmarks.draw_benchmarks, "tables": lambda: tables.make_tables(*([study, out] if out else [])), "standard": lambda: tables.write_published(workspace()/"figures")}.get(Path(study).name, partial(robust.draw_study, study, out) if kind else lambda: [metrics.summary(study, out)])
     for path in draw(): click.echo(shown(path))
     if failed: raise UserError("\n".join(["these are missing; the rest is made:", *failed]))
 

@@ -22,7 +22,7 @@ import numpy as np
 import polars as pl
 import yaml
 
-from .runs import UserError, below, need, refuse, root, sha256, stage, told, write_json
+from .runs import UserError, below, need, refuse, root, sha256, stage, told, workspace, write_json
 
 # %% ../nbs/01_data.ipynb #01-006
 ATTRIBUTES = {"organic": 26, "vintage": 23, "waterproof": 20, "wireless": 17, "handmade": 14} # Attribute → share of the items, %
@@ -355,7 +355,7 @@ def find_source(
     else:
         if separator or columns or items_file:
             raise UserError(f"columns, separator and items_file are for a file of your own; {dataset!r} names a release, whose files are known")
-        home = root()/"data"/("demo" if categories(dataset)[0] == "demo" else "raw")
+        home = root()/"data/demo" if categories(dataset)[0] == "demo" else workspace()/"data/raw"
         source = _amazon(dataset, Path(data_dir).expanduser() if data_dir else home, encoding)
     if date_format and "%" not in date_format:
         raise UserError(f"date_format={date_format!r} names no parts of a date; write it as in %d/%m/%Y or %Y-%m-%d %H:%M:%S")
@@ -1094,5 +1094,5 @@ def fetch(
     if not known: raise UserError(f"the {release} release has no category {name!r}; it has {', '.join(about['categories'])}")
     files = [f.format(known[0]) for f in about["fetch"]]
     home = (base_url or about["home"]).rstrip("/")
-    to = Path(folder).expanduser() if folder else root()/"data"/"raw"
+    to = Path(folder).expanduser() if folder else workspace()/"data"/"raw"
     return [download(f"{home}/{f}", to/Path(f).name) for f in files]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np, polars as pl
 
 # %% ../nbs/10_figures.ipynb #10-005
-from .runs import UserError, below, kept, listed, manifest, need, refuse, root, run_folder, stage, told
+from .runs import UserError, below, kept, listed, manifest, need, refuse, run_folder, stage, told, workspace
 from .data import dataset_info
 from .encoder import make_encoder
 
@@ -182,7 +182,9 @@ def save_figure(
 ):
     "Write a figure without dates: the same figure gives the same bytes."
     from matplotlib import pyplot as plt
-    for path in paths: fig.savefig(path, dpi=150, metadata={"CreationDate": None} if Path(path).suffix == ".pdf" else {"Software": None})
+    for path in paths:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(path, dpi=150, metadata={"CreationDate": None} if Path(path).suffix == ".pdf" else {"Software": None})
     plt.close(fig)
 
 # %% ../nbs/10_figures.ipynb #10-029
@@ -217,7 +219,8 @@ def keep_figure(
     out:Path|None=None, # Where the file goes; figures/ by default
 ) -> Path: # figure3_<dataset>.png
     "Copy a run's Figure 3 to a folder of figures."
-    path = (out or root() / "figures") / f"figure3_{dataset_info(run)['dataset']}.png"
+    path = (out or workspace() / "figures") / f"figure3_{dataset_info(run)['dataset']}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(need(run, "figures", make_figures) / "figure3.png", path)
     return path
 
@@ -241,6 +244,6 @@ def compare_runs(
 ) -> Path: # figures/coupling.png
     "Settings of `coupling` side by side."
     rows = [(about_run(run), pl.read_parquet(need(run, "figures") / "points.parquet")) for run in runs]
-    path = root() / "figures/coupling.png"
+    path = workspace() / "figures/coupling.png"
     save_figure(draw_couplings(rows), path)
     return path

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np, polars as pl
 
 # %% ../nbs/07_metrics.ipynb #07-005
-from .runs import UserError, below, manifest, need, refuse, root, run_folder, stage, write_json
+from .runs import UserError, below, manifest, need, refuse, root, run_folder, stage, workspace, write_json
 from .data import dataset_info, load_candidates, load_sequences, load_training, make_data
 from .recommender import make_recommender
 
@@ -434,7 +434,7 @@ def keep(
                    machine=made["recommender"]["device"], wall_seconds=each("wall_seconds"), peak_memory_mb=each("peak_memory_mb"),
                    separability=made.get("encoder", {}).get("metrics"), fingerprints=each("fingerprint"), commits=each("commit"), dirty=each("dirty"))
     del record["reported"]
-    path = root() / "data/results" / study / f"{record['entry']}.json"
+    path = workspace() / "data/results" / study / f"{record['entry']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record)
     return path
@@ -456,7 +456,7 @@ def read_study(
     study:str, # Folder under data/results
 ) -> list: # Kept entries, each with its "group"
     "The kept entries of a study, sorted by group and seed; `UserError` if there are none."
-    files = sorted((root() / "data/results" / study).glob("*.json"))
+    files = sorted((workspace() / "data/results" / study).glob("*.json"))
     if not files: raise UserError(f"no results in data/results/{study}; keep some first: ganprompt keep RUN")
     records = [json.loads(f.read_text()) for f in files]
     for group, record in zip(group_names(records), records):
@@ -551,7 +551,7 @@ def summary(
 ) -> Path: # figures/<study>.md, with <study>.csv and <study>.png beside it
     "One table and one picture of all kept entries of a study."
     from matplotlib import pyplot as plt
-    records, path, study = read_study(study), (out or root() / "figures") / f"{Path(study).name}.md", Path(study).name
+    records, path, study = read_study(study), (out or workspace() / "figures") / f"{Path(study).name}.md", Path(study).name
     kept = entries(records)
     path.with_suffix(".csv").write_text(kept.write_csv(float_precision=6))
     fig = plot_study(kept)

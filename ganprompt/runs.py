@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PLUMBING', 'PACKAGES', 'SIGNALS', 'LARGE', 'UserError', 'Killed', 'listed', 'strange', 'below', 'not_positive',
-           'told', 'refuse', 'root', 'run_folder', 'write_json', 'sha256', 'digest', 'model_files', 'sources',
-           'complete', 'manifest', 'contents', 'fingerprint', 'differing', 'changes', 'stale', 'fresh', 'existing_runs',
-           'lock', 'versions', 'device_words', 'commit', 'replacing', 'remembered', 'grown', 'covered', 'begun',
-           'stage', 'once', 'kept', 'seed_all', 'save_checkpoint', 'load_checkpoint', 'device', 'finite', 'need',
-           'rank', 'is_main', 'shard', 'part', 'Lost', 'summed', 'totals', 'gathered', 'possible', 'in_processes',
-           'set_threads']
+           'told', 'refuse', 'root', 'workspace', 'run_folder', 'write_json', 'sha256', 'digest', 'model_files',
+           'sources', 'complete', 'manifest', 'contents', 'fingerprint', 'differing', 'changes', 'stale', 'fresh',
+           'existing_runs', 'lock', 'versions', 'device_words', 'commit', 'replacing', 'remembered', 'grown', 'covered',
+           'begun', 'stage', 'once', 'kept', 'seed_all', 'save_checkpoint', 'load_checkpoint', 'device', 'finite',
+           'need', 'rank', 'is_main', 'shard', 'part', 'Lost', 'summed', 'totals', 'gathered', 'possible',
+           'in_processes', 'set_threads']
 
 # %% ../nbs/00_runs.ipynb #00-002
 import ast, difflib, fcntl, hashlib, inspect, io, json, logging, math, os, pickle, platform, random, re, resource, shutil, signal, socket, subprocess, sys, tempfile, threading, time, traceback
@@ -76,8 +76,13 @@ def refuse(
 
 # %% ../nbs/00_runs.ipynb #00-006
 def root() -> Path:
-    "The repository's root: the folder that holds `nbs/`, `data/` and `settings.ini`."
-    return Path(ganprompt.__file__).resolve().parents[1]
+    "The folder that holds `nbs/` and `data/`: the repository, or, where the package was installed without one, its copy of them."
+    package = Path(ganprompt.__file__).resolve().parent
+    return package.parent if (package.parent/"settings.ini").is_file() else package/"repository"
+
+def workspace() -> Path:
+    "The folder for what is made (`runs/`, `figures/`, `data/results/`) and fetched: the repository, or without one the current folder."
+    return root() if (root()/"settings.ini").is_file() else Path.cwd()
 
 # %% ../nbs/00_runs.ipynb #00-007
 def run_folder(
@@ -85,7 +90,7 @@ def run_folder(
 ) -> Path: # The run's folder, which need not exist yet
     "The folder of a run."
     path = Path(str(run)).expanduser() # papermill hands over 2024 as a number
-    return path.absolute() if len(path.parts) > 1 or str(run).startswith((".", "/")) else root()/"runs"/path
+    return path.absolute() if len(path.parts) > 1 or str(run).startswith((".", "/")) else workspace()/"runs"/path
 
 # %% ../nbs/00_runs.ipynb #00-010
 def write_json(

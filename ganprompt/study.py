@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np, polars as pl, yaml
 
 # %% ../nbs/10c_study.ipynb #10c-005
-from .runs import UserError, below, device, digest, listed, manifest, need, once, refuse, root, run_folder, stage, strange, told, write_json
+from .runs import UserError, below, device, digest, listed, manifest, need, once, refuse, root, run_folder, stage, strange, told, workspace, write_json
 from .data import dataset_info
 from .prompts import read_templates
 from .attributes import make_attributes
@@ -251,7 +251,7 @@ def read_study_entries(
     study:str|Path="robustness", # Folder under data/results, or a path
 )->list: # Entries, sorted by data set, place in data/study.yaml, seed
     "All kept entries. `UserError` if there are none, one is damaged, or they are about other users, data, templates or backbones than their neighbours."
-    order, folder = list(read_entries()[1]), root()/"data/results"/study
+    order, folder = list(read_entries()[1]), workspace()/"data/results"/study
     def check(e):
         for t in e["by_template"]: unpack(t["ranks"], e["users"])
         e["measured"]["clean"], e["seed"] + 0
@@ -506,7 +506,7 @@ def draw_study(
     out:Path|None=None, # Where the files go; figures/ by default
 )->list[Path]: # Files made
     "A page and its pictures for each data set, from kept entries alone."
-    made, out = [], out or root()/"figures"
+    made, out = [], out or workspace()/"figures"
     out.mkdir(parents=True, exist_ok=True)
     title, against, plots = PAGES[kind_of(study) or "robustness"]
     title += f" ({Path(study).name})"*(Path(study).name not in PAGES)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np, polars as pl
 
 # %% ../nbs/10a_tables.ipynb #10a-005
-from .runs import UserError, complete, digest, manifest, root, run_folder, stale, write_json
+from .runs import UserError, complete, digest, manifest, root, run_folder, stale, workspace, write_json
 from .data import dataset_info
 from .metrics import (METRICS, check_tables, collect_scores, data_name, figures_of, interval, label, markdown, notes, paper_tables,
                                scope, short, spread)
@@ -80,7 +80,7 @@ def entry_path(
     seed:int, # Its seed
 ) -> Path: # data/results/<study>/<dataset>/<model>-<seed>.json
     "Where an entry is kept."
-    return root() / "data/results" / study / slug(dataset) / f"{slug(model)}-{seed}.json"
+    return workspace() / "data/results" / study / slug(dataset) / f"{slug(model)}-{seed}.json"
 
 def lacking(
     study:str|Path, # Folder under data/results, or a path
@@ -226,7 +226,7 @@ def read_tables(
         for name in ("synthetic", "pocket", "search", "seconds", "machine", "users_digest", "data"): e[name]
         for packed in e["lists"].values(): unpack(packed, e["users"])
         e["seed"] + 0, place(e), e["dataset"].lower()
-    folder = root() / "data/results" / study
+    folder = workspace() / "data/results" / study
     found = [read_json(path, check) for path in sorted(folder.glob("*/*.json")) if path.name != "data.json"]
     if not found: raise UserError(f"no results in {folder}; keep some first: ganprompt keep RUN --study tables")
     return sorted(found, key=lambda e: (NUMBERS.get(e["dataset"], 9), e["dataset"], place(e), e["seed"]))
@@ -686,7 +686,7 @@ def write_published(
     study:str|Path="standard", # Folder under data/results, or a path
 ) -> list[Path]: # Files; none if nothing is kept
     "Ours beside published figures, in the setting that they share."
-    if not any((root() / "data/results" / study).glob("*/*-*.json")): return []
+    if not any((workspace() / "data/results" / study).glob("*/*-*.json")): return []
     rows = published_rows(read_tables(study), pl.read_csv(root() / "data/published.csv"))
     head = ["data set", "model", "HR@10", "NDCG@10", "source"]
     page = Page("Against published figures", ["All ratings, 5-core, each user's last item, all items ranked. Ours with 95 % intervals: with several seeds over trainings and users (a claim wants five), with one seed over users alone, which says nothing of the method. The others as reported."], [Block("Id models on the common setting", head, rows)])
@@ -740,9 +740,9 @@ def make_tables(
 ) -> list[Path]: # Files made
     "Tables 1 to 4, a picture for each data set, and what sampling does, from kept entries alone."
     entries, made = read_tables(study), []
-    out = out or root() / "figures"
+    out = out or workspace() / "figures"
     out.mkdir(parents=True, exist_ok=True)
-    data = sorted((read_json(p, lambda d: (d["failed"], d["table1"], d["synthetic"])) for p in (root() / "data/results" / study).glob("*/data.json")), key=lambda d: (NUMBERS.get(d["dataset"], 9), d["dataset"]))
+    data = sorted((read_json(p, lambda d: (d["failed"], d["table1"], d["synthetic"])) for p in (workspace() / "data/results" / study).glob("*/data.json")), key=lambda d: (NUMBERS.get(d["dataset"], 9), d["dataset"]))
     known = {d["dataset"]: d for d in data}
     for dataset, mine in by_dataset(entries).items():
         r, stem = results(mine), out / f"table{NUMBERS.get(dataset, '')}_{slug(dataset)}"
