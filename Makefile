@@ -8,7 +8,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-META := settings.ini setup.py # not pyproject.toml, which nbdev-export writes anew each time
+META := settings.ini setup.py .ci/constraints.txt # not pyproject.toml, which nbdev-export writes anew each time
 README := $(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --RegexRemovePreprocessor.patterns='\#\|\s*hide' --output-dir=. --output=README nbs/index.ipynb
 
 # $(call same,COMMAND) runs a command that should find nothing to do, and fails if a file has changed.
@@ -52,9 +52,9 @@ soak: .venv/.dev-stamp
 
 .venv/.demo-stamp: $(META)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -e .
+	$(BIN)/pip install -q -c .ci/constraints.txt -e .
 	@touch $@
 
 .venv/.dev-stamp: .venv/.demo-stamp
-	$(BIN)/pip install -q -e '.[dev,baselines,test]'
+	$(BIN)/pip install -q -c .ci/constraints.txt -e '.[dev,baselines,test]'
 	@touch $@

@@ -17,7 +17,9 @@ import polars as pl
 from .backbones import backbone, load_model, load_tokenizer, make_backbones
 from .data import dataset_info, load_sequences, load_training, make_data
 from .prompts import UNKNOWN, PromptEncoder, load_templates, load_titles, make_prompts, pad
-from .runs import UserError, below, device, need, refuse, stage, write_json
+from fastcore.basics import patch
+
+from .runs import Run, UserError, below, device, need, refuse, stage, write_json
 
 # %% ../nbs/04_attributes.ipynb #04-007
 def whole_words(
@@ -214,3 +216,14 @@ def make_attributes(
 def load_attributes(run:str)->list[str]: # The k words, most votes first
     "The run's attributes."
     return json.loads((need(run, "attributes", make_attributes)/"attributes.json").read_text())["attributes"]
+
+# %% ../nbs/04_attributes.ipynb #04-028b
+@patch(as_prop=True)
+def words(self:Run) -> list[str]: # Most votes first
+    "The k attribute words."
+    return load_attributes(self)
+
+@patch(as_prop=True)
+def attributes(self:Run) -> pl.DataFrame: # row, user, split, attribute
+    "The word of each row's own history."
+    return pl.read_parquet(need(self, "attributes")/"rows.parquet")

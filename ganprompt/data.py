@@ -22,7 +22,9 @@ import numpy as np
 import polars as pl
 import yaml
 
-from .runs import UserError, below, need, refuse, root, sha256, stage, told, workspace, write_json
+from fastcore.basics import patch
+
+from .runs import Run, UserError, below, need, refuse, root, sha256, stage, told, workspace, write_json
 
 # %% ../nbs/01_data.ipynb #01-006
 ATTRIBUTES = {"organic": 26, "vintage": 23, "waterproof": 20, "wireless": 17, "handmade": 14} # Attribute → share of the items, %
@@ -1026,6 +1028,41 @@ def load_candidates(
     if name != "full": return users, [np.asarray(x, np.int32) for x in rows["items"].to_list()]
     items = np.arange(pl.scan_parquet(folder/"items.parquet").select(pl.len()).collect().item(), dtype=np.int32)
     return users, [np.r_[t, np.delete(items, [t, *exclude])].astype(np.int32) for t, exclude in zip(rows["target"], rows["exclude"].to_list())]
+
+# %% ../nbs/01_data.ipynb #01-081b
+@patch(as_prop=True)
+def interactions(self:Run) -> pl.DataFrame: # user, item, rating, time, position, split
+    "Who bought what, and when."
+    return pl.read_parquet(need(self, "data")/"interactions.parquet")
+
+@patch(as_prop=True)
+def items(self:Run) -> pl.DataFrame: # item, raw_item, title
+    "The catalogue."
+    return pl.read_parquet(need(self, "data")/"items.parquet")
+
+@patch
+def sequences(self:Run,
+    split:str="test", # train, valid or test
+) -> pl.DataFrame: # user, split, history, target, row
+    "What is asked: histories and the item that came next."
+    return load_sequences(self, split)
+
+@patch
+def candidates(self:Run,
+    name:str="uni99", # uni99, pop99 or full
+    split:str="test", # valid or test
+) -> pl.DataFrame: # user, items (targets first)
+    "The lists that are ranked, row by row as in `sequences`."
+    users, lists = load_candidates(self, name, split)
+    return pl.DataFrame({"user": users, "items": [x.tolist() for x in lists]}, schema={"user": pl.Int32, "items": pl.List(pl.Int32)})
+
+@patch
+def shopper(self:Run,
+    user:int, # Number of a user
+) -> pl.DataFrame: # time, title, rating, split, item
+    "All purchases of one user, oldest first."
+    mine = self.interactions.filter(pl.col("user") == user).join(self.items, on="item", maintain_order="left")
+    return mine.select(pl.from_epoch("time"), "title", "rating", "split", "item")
 
 # %% ../nbs/01_data.ipynb #01-083
 def _fill(url, part):

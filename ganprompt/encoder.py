@@ -18,7 +18,9 @@ from .attributes import load_attributes, make_attributes
 from .backbones import OPTIMIZERS, Reader, adamw, backbone, descend, encode, label_loss, load_model, load_tokenizer, model_bytes, negatives, plot_curves, train
 from .data import load_sequences
 from .prompts import pad
-from .runs import below, device, gathered, in_processes, is_main, need, not_positive, part, possible, refuse, seed_all, shard, stage, strange, told, totals, write_json
+from fastcore.basics import patch
+
+from .runs import Run, below, device, gathered, in_processes, is_main, need, not_positive, part, possible, refuse, seed_all, shard, stage, strange, told, totals, write_json
 
 # %% ../nbs/05_encoder.ipynb #05-007
 def pool(
@@ -314,3 +316,12 @@ def _write(folder, tokenizer, held, curves, before, after, accuracy):
     merit = {"before": separability(before), "after": separability(after) | {"d_accuracy": accuracy}}
     write_json(folder/"separability.json", merit)
     return merit
+
+# %% ../nbs/05_encoder.ipynb #05-033b
+@patch
+def states(self:Run,
+    when:str="after", # before or after stage 1
+) -> pl.DataFrame: # user, version (0: plain, then one for each word), x (a vector)
+    "Pooled states of the held-out users' histories, in every version."
+    refuse(strange({"when": when}, when=("before", "after")))
+    return pl.read_parquet(need(self, "encoder")/"states.parquet").filter(pl.col("stage") == when).drop("stage")

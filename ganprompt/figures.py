@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np, polars as pl
 
 # %% ../nbs/10_figures.ipynb #10-005
-from .runs import UserError, below, kept, listed, manifest, need, refuse, run_folder, stage, told, workspace
+from fastcore.basics import patch
+from .runs import Run, UserError, below, kept, listed, manifest, need, refuse, run_folder, stage, told, workspace
 from .data import dataset_info
 from .encoder import make_encoder
 
@@ -247,3 +248,9 @@ def compare_runs(
     path = workspace() / "figures/coupling.png"
     save_figure(draw_couplings(rows), path)
     return path
+
+# %% ../nbs/10_figures.ipynb #10-032b
+@patch(as_prop=True)
+def points(self:Run) -> pl.DataFrame: # method, stage, user, version, x, y
+    "The points of Figure 3."
+    return pl.read_parquet(need(self, "figures") / "points.parquet")

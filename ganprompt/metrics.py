@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np, polars as pl
 
 # %% ../nbs/07_metrics.ipynb #07-005
-from .runs import UserError, below, manifest, need, refuse, root, run_folder, stage, workspace, write_json
+from fastcore.basics import patch
+from .runs import Run, UserError, below, manifest, need, refuse, root, run_folder, stage, workspace, write_json
 from .data import dataset_info, load_candidates, load_sequences, load_training, make_data
 from .recommender import make_recommender
 
@@ -564,3 +565,14 @@ def summary(
              "Each training by itself. Its interval is over users and says nothing of the method.", seeds_table(kept), f"![AUC and HR@10 of every training]({study}.png)"]
     path.write_text("\n\n".join(parts) + "\n")
     return path
+
+# %% ../nbs/07_metrics.ipynb #07-079b
+@patch(as_prop=True)
+def ranks(self:Run) -> pl.DataFrame: # model, user, rank, and the figures of each
+    "Where the target came, model by model and user by user."
+    return pl.read_parquet(need(self, "metrics") / "users.parquet")
+
+@patch(as_prop=True)
+def table(self:Run) -> pl.DataFrame: # As in metrics/table.csv
+    "The run's table of figures, with intervals."
+    return pl.read_csv(need(self, "metrics") / "table.csv")

@@ -19,7 +19,9 @@ import polars as pl
 import yaml
 
 from .data import dataset_info, make_data
-from .runs import UserError, need, refuse, root, stage, told
+from fastcore.basics import patch
+
+from .runs import Run, UserError, need, refuse, root, stage, told
 
 # %% ../nbs/02_prompts.ipynb #02-007
 TAGS = ("a abbr b big body br button center code div em font form h1 h2 h3 h4 h5 h6 head hr html i iframe img input label li link meta noscript "
@@ -406,3 +408,14 @@ def load_titles(run:str)->list[str]: # Cleaned titles; the index is the item id
 def load_templates(run:str)->dict[str, str]: # task -> text
     "The run's templates."
     return {t["task"]: t["text"] for t in read_templates(need(run, "prompts", make_prompts)/"templates.yaml")}
+
+# %% ../nbs/02_prompts.ipynb #02-056b
+@patch(as_prop=True)
+def titles(self:Run) -> list[str]: # The index is the item
+    "Cleaned titles."
+    return load_titles(self)
+
+@patch(as_prop=True)
+def templates(self:Run) -> dict[str, str]: # Task -> text
+    "The templates that the run asks with."
+    return load_templates(self)

@@ -24,7 +24,9 @@ from .backbones import (Reader, adamw, answer_logits, answers, backbone, check_c
 from .data import load_candidates, load_sequences, load_training
 from .encoder import make_encoder, pool, reader_for
 from .prompts import nonsense as templates_of_nonsense, pad, read_templates
-from .runs import (UserError, below, device, gathered, in_processes, is_main, kept, listed, need, not_positive, once, part, possible, refuse,
+from fastcore.basics import patch
+
+from .runs import (Run, UserError, below, device, gathered, in_processes, is_main, kept, listed, need, not_positive, once, part, possible, refuse,
                             root, seed_all, shard, stage, strange, told, totals, write_json)
 from .scorer import Questions, States, bank_for, fast_math, own_attributes, score_rows, scores_of, square, token_batches, wanted
 
@@ -650,3 +652,16 @@ def make_recommender(
         return {f"valid_auc {name}": c["valid_auc"].max() for name, c in zip(names, curves)} | ({"processes": processes} if processes > 1 else {})
     return stage(run, "recommender", params, make, inputs=["data", "prompts", "backbones", "attributes", "encoder"], files=[root()/"data/templates.yaml"],
                  models=[found] if found else [], grows=["recommender"])
+
+# %% ../nbs/06_recommender.ipynb #06-034b
+@patch
+def scores(self:Run,
+    model:str="ganprompt", # As the stage names it; `no-stage-1` is the control
+) -> pl.DataFrame: # row, user, scores, items: of each test row, candidates as they are listed, targets first
+    "Log-odds of yes for every candidate."
+    folder = need(self, "recommender")
+    found = pl.read_parquet(folder/"scores.parquet")
+    refuse(strange({"model": model}, model=found["model"].unique().sort().to_list()))
+    kind = json.loads((folder/"recommender.json").read_text())["candidates"]
+    lists = self.candidates(kind).with_columns(row=self.sequences()["row"]).drop("user")
+    return found.filter(pl.col("model") == model).drop("model").join(lists, on="row", maintain_order="left")

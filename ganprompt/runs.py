@@ -8,7 +8,7 @@ __all__ = ['PLUMBING', 'PACKAGES', 'SIGNALS', 'LARGE', 'UserError', 'Killed', 'l
            'sources', 'complete', 'manifest', 'contents', 'fingerprint', 'differing', 'changes', 'stale', 'fresh',
            'existing_runs', 'lock', 'versions', 'device_words', 'commit', 'replacing', 'remembered', 'grown', 'covered',
            'begun', 'stage', 'once', 'kept', 'seed_all', 'save_checkpoint', 'load_checkpoint', 'device', 'finite',
-           'need', 'rank', 'is_main', 'shard', 'part', 'Lost', 'summed', 'totals', 'gathered', 'possible',
+           'need', 'Run', 'rank', 'is_main', 'shard', 'part', 'Lost', 'summed', 'totals', 'gathered', 'possible',
            'in_processes', 'set_threads']
 
 # %% ../nbs/00_runs.ipynb #00-002
@@ -162,6 +162,10 @@ def _imports(nodes):
             found |= {name: (module, name) for module, names in re.findall(r"from ganprompt\.(\w+) import ([\w, ]+)", node.value) for name in re.findall(r"\w+", names)}
     return found
 
+def _reads(node):
+    "Whether a definition is a reader, patched on `Run`: it makes nothing."
+    return any("patch" in (getattr(d, "id", ""), getattr(getattr(d, "func", None), "id", "")) for d in getattr(node, "decorator_list", []))
+
 def _bound(node):
     "The names that a statement at the top of a module defines."
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): return [node.name]
@@ -191,6 +195,7 @@ def _definitions(*cells):
     found, imported = {}, {}
     for node in (node for cell in cells for node in ast.parse(cell).body):
         if isinstance(node, (ast.Import, ast.ImportFrom)): imported |= _imports([node])
+        elif _reads(node): continue
         elif not isinstance(getattr(node, "value", None), ast.Constant) or _bound(node):
             one = _Definition(node)
             for name in _bound(node) or [f"statement {one.hash}"]:
@@ -698,6 +703,34 @@ def need(
         if complete(folder): print(f"stage {name!r} of the demo is out of date ({why}) and is made again")
         known = inspect.signature(make).parameters
         with replacing(False): return make(run, **{k: v for k, v in remembered(run).items() if k in known})
+
+# %% ../nbs/00_runs.ipynb #00-053d
+class Run:
+    "A run to look at; the chapters add readers of what they make."
+    def __init__(self,
+        name:str|Path="demo", # A name under `runs/`, or a path
+    ):
+        self.folder = run_folder(name)
+        if self.folder.is_dir(): return
+        known = f"; there are {', '.join(found)}" if (found := existing_runs(self.folder.parent)) else ""
+        raise UserError(f"there is no run {self.folder}; make it with: ganprompt run --run {name}{known}")
+
+    def __str__(self): return str(self.folder)
+
+    def __repr__(self):
+        return f"Run {self.folder.name}: " + (", ".join(f"{s} (out of date: {why})" if why else s for s, why in self.stages.items()) or "no stage yet")
+
+    @property
+    def stages(self) -> dict: # Stage -> why it is out of date; empty if it is not
+        "The stages that are complete, in the order in which they were made."
+        made = [p.parent for p in self.folder.glob("*/manifest.json") if complete(p.parent)]
+        return {p.name: stale(self, p.name) for p in sorted(made, key=lambda p: (p/"manifest.json").stat().st_mtime)}
+
+    def stage(self,
+        name:str, # Stage
+    ) -> Path: # Its folder
+        "The folder of a stage that is complete and up to date; `UserError` otherwise."
+        return need(self, name)
 
 # %% ../nbs/00_runs.ipynb #00-055
 def rank() -> tuple[int, int]: # (index of this process, how many there are); (0, 1) outside of `in_processes`

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = {"prompts": ["prompts", "equations"], "encoder": ["equations"], "scorer": ["sizes", "equations", "scorer"], "recommender": ["equations", "scorer", "models"], "gather": ["equations", "study"],
+TESTS = {"prompts": ["prompts", "equations"], "encoder": ["equations"], "scorer": ["sizes", "equations", "scorer", "heads"], "recommender": ["equations", "scorer", "models", "heads", "told"], "gather": ["equations", "study"],
          "metrics": ["metrics", "equations"], "robustness": ["robustness"], "study": ["study"]} # module -> files of tests
 TRAINED = {"encoder": ["models"], "scorer": ["scorer"], "recommender": ["scorer", "models"], "gather": ["study"], "robustness": ["robustness"], "study": ["study"]} # the same, with a trained run
 AFTER = "gather", "robustness", "study" # what the tests' trained run is made without: for their mutants one is made, and copied

@@ -311,6 +311,39 @@ def test_every_way_of_scoring_gives_the_scores_of_one_prompt_at_a_time(kind, wor
         if kind is T5Decoder: np.testing.assert_allclose(row, [log_odds(t5, reader, questions.ids(r, int(i))) for i in lists[r]], atol=1e-4)
 
 
+def test_the_causal_recommender_reads_projected_states_before_the_question(tmp_path):
+    "Section 3.3: sigma(W E + b) in the size of the word embeddings, then the words; against plain forward passes, before and after it is saved."
+    import transformers as tf
+    seed_all(0)
+    reader, (rows, _) = tiny_reader(), shoppers(5)
+    pocket_model("t5", reader.tokenizer, 32, 1).save_pretrained(tmp_path/"t5")
+    tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=len(reader.tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=.2)).save_pretrained(tmp_path/"llm")
+    reader.tokenizer.save_pretrained(tmp_path/"llm")
+    model = recommender.new_recommender("causal-lm", str(tmp_path/"t5"), reader, str(tmp_path/"llm"), lora_rank=3)
+    adapters = model.peft.peft_config["default"]
+    assert (adapters.r, adapters.lora_alpha) == (3, 6)
+    with torch.no_grad():
+        for name, w in model.module.named_parameters():
+            if "lora_B" in name: w.normal_(0, .3) # adapters begin as nothing
+        model.module["projection"].linear.bias.normal_()
+    (questions,), lists = asked(reader, rows), [np.arange(12)]*5
+    z = np.stack(score_rows(model, questions, np.arange(5), lists))
+    words, layer = model.lm.get_input_embeddings().weight, model.module["projection"].linear
+    def alone(r, item):
+        (prompt,) = ask(recommender.CausalLM, asked(reader, rows[r:r + 1])[0], np.array([[item]]))
+        states = torch.tensor(states_alone(model.t5, prompt)).float()
+        with torch.no_grad():
+            x = torch.cat([torch.tanh(states @ layer.weight.T + layer.bias)*words.std(), words[model.tails[item]]])
+            logits = model.lm(inputs_embeds=x[None]).logits[0, -1].double().log_softmax(-1)
+        return (logits[model.names[1]] - logits[model.names[0]]).item()
+    np.testing.assert_allclose(z, [[alone(r, i) for i in range(12)] for r in range(5)], atol=1e-4)
+    (tmp_path/"kept").mkdir()
+    recommender.save_recommender(model, tmp_path/"kept", dict(kind="causal-lm", t5=tmp_path/"t5", llm=tmp_path/"llm", four_bit=False, attributes=False))
+    again = recommender.load_recommender(tmp_path/"kept", reader)
+    assert not again.attributes
+    np.testing.assert_allclose(np.stack(score_rows(again, questions, np.arange(5), lists)), z, atol=1e-5)
+
+
 def test_patience_and_the_best_weights():
     "Values .6, .7, .7, .65: the second epoch is the best, a tie is no progress, two epochs without any are the end."
     layer = torch.nn.Linear(1, 1, bias=False)
