@@ -1,8 +1,11 @@
 "The paper's equations as the library computes them, against numpy and plain forward passes on a tiny shop; and models that must learn in the right direction."
+from types import SimpleNamespace
+
 import numpy as np
 import polars as pl
 import pytest
 import torch
+import yaml
 from scipy.spatial.distance import jensenshannon
 
 from ganprompt.backbones import Reader, adamw, pocket_model, t5_tokenizer
@@ -10,8 +13,9 @@ from ganprompt import encoder, recommender
 from ganprompt.encoder import COUPLINGS, Versions, adversarial_update, cosine, discriminator, js, pool, separability, split_users, total, version_loss, version_states
 from ganprompt.gather import contrast, gather_update
 from ganprompt.recommender import Best, T5Decoder, T5Ranker, Trained, ask, divergence, list_auc, rec_loss, sample_rows, training_items, tune_on_states
-from ganprompt.runs import seed_all
-from ganprompt.scorer import Questions, States, score_rows, scores_of
+from ganprompt.prompts import read_templates
+from ganprompt.runs import root, seed_all
+from ganprompt.scorer import Questions, States, bank_for, score_rows, scores_of
 
 KINDS, THINGS = ("oak", "tin"), ("bowl", "desk lamp", "chair", "spoon", "shelf", "clock")
 TITLES = [f"{kind} {thing}" for kind in KINDS for thing in THINGS]
@@ -309,6 +313,33 @@ def test_every_way_of_scoring_gives_the_scores_of_one_prompt_at_a_time(kind, wor
         alone = [score_rows(model, questions, np.array([r]), [None]*r + [[i]])[0][0] for i in lists[r]]
         np.testing.assert_allclose(row, alone, atol=1e-4)
         if kind is T5Decoder: np.testing.assert_allclose(row, [log_odds(t5, reader, questions.ids(r, int(i))) for i in lists[r]], atol=1e-4)
+
+
+def test_states_as_rows():
+    "Two shoppers, three versions: shopper by shopper, version by version."
+    x, held = np.arange(12.).reshape(2, 3, 2), pl.DataFrame({"user": [7, 9]})
+    rows = encoder._states(x, held, "before")
+    assert rows.select("stage", "user", "version").rows() == [("before", u, v) for u in (7, 9) for v in range(3)]
+    assert rows["x"].to_list() == x.reshape(6, 2).tolist()
+
+
+def test_a_template_has_the_word_where_it_has_a_place_for_it():
+    "Asked without attribute words, only a template that names one gets it; a row without a word is asked in words that need none."
+    reader, (rows, _) = tiny_reader(), shoppers(2)
+    rows, own = rows.with_columns(row=pl.Series([4, 5])), {4: "round"}
+    q = Questions(reader, own, rows, "A {attribute} thing after {purchase_history} : is it {target_item} ?", attributes=False)
+    assert q.words == ["round", None] and "round" in reader.tokenizer.decode(q.ids(0, 3)) and "{" not in reader.tokenizer.decode(q.ids(1, 3))
+    assert Questions(reader, own, rows, PLAIN, attributes=False).words == [None, None] and Questions(reader, own, rows, PLAIN).words == ["round", None]
+
+
+def test_what_may_have_been_trained_on_counts_as_seen(tmp_path):
+    "Another bank that repeats a seen template of ours, an unseen one, and the run's own."
+    ours = [t for t in read_templates(root()/"data/templates.yaml") if t["task"] == "recommendation"]
+    seen, unseen = (next(t["text"] for t in ours if (t["split"] == "seen") == wanted) for wanted in (True, False))
+    other = [dict(id=f"t{i}", task="recommendation", group="mine", split="unseen-paraphrase", text=text) for i, text in enumerate((unseen, seen, PLAIN))]
+    (path := tmp_path/"bank.yaml").write_text(yaml.safe_dump(other))
+    bank = bank_for(SimpleNamespace(templates={"recommendation": PLAIN}), str(path))
+    assert [(t["text"], t["split"]) for t in bank] == [(PLAIN, "seen"), (unseen, "unseen-paraphrase"), (seen, "seen")]
 
 
 def test_the_causal_recommender_reads_projected_states_before_the_question(tmp_path):
