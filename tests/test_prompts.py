@@ -191,6 +191,8 @@ def test_braces_go_through_every_path(tmp_path):
         filled = dict(user_entity="The user", purchase_history=["a", "b"], attribute="oat")
         assert render(blanked(t["text"]), **filled) == render(t["text"].replace("{target_item:case=upper}", "{target_item}"), target_item=BLANK, **filled)
     made = prompts.nonsense(sorted(prompts.fixed_words(BRACED[0]["text"])), 200)
+    turned = sum(m["text"].index("{target_item") < m["text"].index("{purchase_history") for m in made)
+    assert 40 < turned < 95 # one in three asks about the item first
     bank = [dict(zip(prompts.FIELDS, (t["id"], "recommendation", "g", "seen", t["text"]))) for t in BRACED] + made
     (tmp_path/"t.yaml").write_text(yaml.safe_dump(bank, sort_keys=False))
     assert read_templates(tmp_path/"t.yaml") == bank and any("{{" in t["text"] for t in made)
@@ -225,3 +227,8 @@ def test_stage(monkeypatch, tmp_path):
     assert json.loads((folder/"manifest.json").read_text())["metrics"] == {"items": 3, "without_title": 1, "titles_with_tags_or_scripts": 0}
     when = (folder/"manifest.json").stat().st_mtime_ns
     assert prompts.make_prompts(run) == folder and (folder/"manifest.json").stat().st_mtime_ns == when
+
+
+def test_two_slots_that_touch_words_are_one_fault():
+    (fault,) = prompts._faults_of_slots("bought:{purchase_history} next:{target_item} ?", "recommendation")
+    assert "white space" in fault and "{purchase_history} lacks it" in fault
