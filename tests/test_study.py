@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from conftest import make
 from ganprompt import robustness as R, study as S
 from ganprompt.cli import plan_of, read_plan
 from ganprompt.backbones import load_model
@@ -13,7 +14,7 @@ from ganprompt.collm import load_text_lm, text_reader
 from ganprompt.encoder import reader_for, separability
 from ganprompt.gather import contrast, likeness, make_gather
 from ganprompt.p5 import asker_for
-from ganprompt.runs import UserError, manifest, root
+from ganprompt.runs import UserError, manifest, root, stage, write_json
 from ganprompt.scorer import Questions, bank_for
 
 
@@ -39,15 +40,21 @@ def studied(finished, tmp_path_factory):
     return run
 
 
+def read(paths):
+    "Entry -> what is kept of it."
+    return {e["model"]: e for e in (S.read_entry(p, S.answers_of) for p in paths)}
+
+
 def test_kept_ranks_are_those_of_the_report(studied, tmp_path):
     "The model that the study leaves, asked again by the command's own function."
-    kept = {e["model"]: e for e in (json.loads(p.read_text()) for p in S.keep_study(str(studied), tmp_path/"kept"))}
+    kept = read(paths := S.keep_study(str(studied), tmp_path/"kept"))
     for name in ("one template", "gathered amid nonsense"):
         said = json.loads(R.make_report(str(studied/"study"/S.slug(name)), str(studied), users=20, out=str(tmp_path/name)).with_suffix(".json").read_text())
         assert [t["id"] for t in kept[name]["by_template"]] == [t["id"] for t in said["by_template"]]
         np.testing.assert_allclose(S.table_of(kept[name])["hit@10"].mean(axis=1), [t["hit@10"] for t in said["by_template"]], atol=1e-9)
         assert kept[name]["measured"]["unseen"]["flips"] == pytest.approx(said["measured"]["unseen"]["flips"])
-    assert kept["gathered amid nonsense"]["fingerprint"] == manifest(str(studied), "study")["fingerprint"] and not any(str(studied.parent) in json.dumps(e) for e in kept.values())
+    assert kept["gathered amid nonsense"]["fingerprint"] == manifest(str(studied), "study")["fingerprint"]
+    assert not any(str(studied.parent) in p.read_text() for p in paths)
 
 
 def test_a_report_that_was_cut_short_asks_on(studied, monkeypatch):
@@ -78,7 +85,7 @@ def test_another_bank_asks_the_same_recommender(studied, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="seen.yaml has no unseen recommendation template"): S.make_study(str(run))
     monkeypatch.undo()
     S.make_study(str(run), study_entries="one template", study_users=20, recommender_epochs=1, study_bank="templates-fresh")
-    kept = json.loads(S.keep_study(str(run), tmp_path/"kept")[0].read_text())
+    (kept,) = read(S.keep_study(str(run), tmp_path/"kept")).values()
     said = json.loads(R.make_report(str(studied/"study/one-template"), str(studied), str(root()/"data/templates-fresh.yaml"), users=20, out=str(tmp_path/"out")).with_suffix(".json").read_text())
     assert [t["id"] for t in kept["by_template"]] == [t["id"] for t in said["by_template"]] and kept["by_template"][1]["id"] == "fresh-para-1"
     np.testing.assert_allclose(S.table_of(kept)["hit@10"].mean(axis=1), [t["hit@10"] for t in said["by_template"]], atol=1e-9)
@@ -96,11 +103,12 @@ def test_gathering_moves_the_encoder_and_tells_histories_apart(how, finished, tm
 def test_an_entry_that_fails_does_not_stop_the_rest_and_whole_ones_are_kept(studied, tmp_path, monkeypatch):
     shutil.copytree(studied, run := tmp_path/"run", ignore=shutil.ignore_patterns("study"))
     calls, one = [], {e: json.loads((studied/"study/study.json").read_text())["entries"][e] for e in ("one template", "gathered amid nonsense")}
+    tables = S.pl.read_parquet(studied/"study/ranks.parquet")
     def fake(run, name, folder, p):
         calls.append(name)
         if name == "random templates": raise UserError("no templates to draw from")
         if name == "gathered amid nonsense" and calls.count("gathered amid nonsense") == 1: raise KeyboardInterrupt
-        return {k: v for k, v in one[name].items() if k != "settings"}
+        return {k: v for k, v in one[name].items() if k != "settings"}, tables.filter(entry=name).drop("entry")
     monkeypatch.setattr(S, "run_entry", fake)
     with pytest.raises(KeyboardInterrupt): S.make_study(str(run), study_entries="one template,random templates,gathered amid nonsense", study_users=20)
     S.make_study(str(run), study_entries="one template,random templates,gathered amid nonsense", study_users=20)
@@ -132,14 +140,95 @@ def test_entries_that_cannot_be_compared_are_refused(studied, tmp_path):
     with pytest.raises(UserError, match="keep some first"): S.read_study_entries(tmp_path/"none")
 
 
+def answers(seed=0, templates=4, lists=70, candidates=20):
+    "Scores full of ties, in lists of many lengths, and their bank."
+    rng = np.random.default_rng(seed)
+    z = rng.normal(size=(templates, lists, candidates)).round(1)
+    z[:, np.arange(candidates) >= rng.integers(3, candidates + 1, lists)[:, None]] = np.nan
+    return z, [dict(id=f"t{i}", group="toy", split="attack" if i else "seen") for i in range(templates)]
+
+
+ABOUT = dict(model="x", dataset="toy", seed=0, users=70, measured={"clean": {}})
+
+
+@pytest.mark.parametrize("users", [range(70), np.arange(70)//2])
+def test_answers_come_back_as_they_were(users, tmp_path):
+    z, bank = answers()
+    z[3] = z[3, :, :1] # a constant answerer: no order, so no tau
+    e = S.read_entry(S.write_entry(tmp_path/"s/toy/x-0.json", ABOUT, S.answers_table(z, bank, users)), S.answers_of)
+    for t in range(4):
+        want = S.ranking(S.unpadded(z[t]))
+        for c, x in zip(S.Ranks._fields, e["ranks"]): np.testing.assert_array_equal(x[t], want[c])
+        assert {k: e["by_template"][t][k] for k in ("id", "group", "split")} == bank[t]
+    np.testing.assert_array_equal(e["odds"], z[:, :60, 0])
+    np.testing.assert_array_equal(e["heads"], [S.first_places(x[:60]) for x in z])
+    table = R.template_table(z, bank)
+    for k in ("flips", "tau", "rbo"):
+        np.testing.assert_allclose([t[k] for t in e["by_template"]], table[k].to_numpy(), rtol=1e-6)
+    assert e.get("owners", users) is users or e["owners"].tolist() == users.tolist()
+    assert S.table_of(e)["hit@10"].shape == (4, len(set(users)))
+
+
+def test_of_few_users_all_is_kept_and_of_old_entries_no_heads(tmp_path):
+    z, bank = answers(lists=5)
+    table = S.answers_table(z, bank, range(5)).drop("head")
+    e = S.read_entry(S.write_entry(tmp_path/"s/toy/x-0.json", ABOUT | {"users": 5}, table), S.answers_of)
+    np.testing.assert_array_equal(e["odds"], z[:, :, 0])
+    assert "heads" not in e and S.plot_figure1([e]) is None
+
+
+@pytest.mark.parametrize("change", [{"users": 35}, {"users": 3}, {"users": 0}, {"users": "70"}, {"seed": None},
+                                    {"measured": {}}, {"constant": {"size": 2}}])
+def test_answers_that_do_not_fit_their_entry_are_refused(change, tmp_path):
+    z, bank = answers(candidates=3)
+    path = S.write_entry(tmp_path/"s/toy/x-0.json", ABOUT, S.answers_table(z, bank, range(70)))
+    assert S.read_entry(path, S.answers_of)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match="x-0.json is damaged .* ganprompt keep RUN --study s"):
+        S.read_entry(path, S.answers_of)
+
+
+def test_what_is_answered_is_kept_and_drawn(shop, tmp_path, monkeypatch):
+    "The stage with scores drawn at random in place of models: from the answers to the pages."
+    make(run := tmp_path/"shop-0", "data", shop)
+    for name in ("prompts", "backbones", "attributes"):
+        stage(run, name, dict(seed=0), lambda to: write_json(to/"x.json", {}), inputs=["data"])
+    z, bank = answers(candidates=12)
+    scores = {"random templates": z, "one template": -z, "gathered amid nonsense": z**2}
+    rows = S.pl.DataFrame({"user": range(70)})
+    def tuned(run, name, *rest):
+        if name == "agreement": raise UserError("no room")
+        return name, None, .5, {}
+    known = dict(tuned_model=tuned, score_bank=lambda model, *rest: scores[model], test_lists=lambda *p: (rows, None),
+                 bank_for=lambda *p: bank, reader_for=lambda run: (None, None), backbone=lambda *p: {"pocket": True},
+                 dataset_info=lambda run: {"dataset": "shop", "synthetic": False})
+    for name, what in known.items(): monkeypatch.setattr(S, name, what)
+    for name in ("own_attributes", "unseen_in", "need"): monkeypatch.setattr(S, name, lambda *p: None)
+    S.make_study(str(run), study_entries=",".join([*scores, "agreement"]), recommender_epochs=1)
+    paths = S.keep_study(str(run), tmp_path/"robustness")
+    kept = read(paths)
+    assert list(kept) == list(scores) and not list((run/"study").glob(".*")) and (run/"study/ranks.parquet").is_file()
+    for name, e in kept.items():
+        for found, x in zip(e["ranks"].rank, scores[name]):
+            np.testing.assert_array_equal(found, S.ranking(S.unpadded(x))["rank"])
+        assert e["measured"]["unseen"] == R.measure_bank(scores[name], bank)["unseen"]
+        assert set(e["measured"]["attack"]) == {"flips", "tau", "rbo", "posix", "templates"}
+        assert e["users"] == 70 and e["stage_1"] == S.first_stage(e["settings"])
+        assert e["backbone"] == manifest(str(run), "study")["inputs"]["backbones"]
+    def contents(): return {p: p.read_bytes() for p in (tmp_path/"robustness").rglob("*.*")}
+    before = contents()
+    assert S.keep_study(str(run), tmp_path/"robustness") == paths and contents() == before
+    assert all(p.stat().st_size > 500 for p in S.draw_study(tmp_path/"robustness", tmp_path/"out"))
+
+
 def test_deaf_and_parrot_are_told_from_steady():
     "What the page says of a constant model, of one that has learned the seen template by heart, and of a robust one."
     rng, bank = np.random.default_rng(0), [dict(id=f"t{i}", group="toy", split="attack" if i else "seen") for i in range(13)]
     truth = rng.normal(size=(50, 100)) + 3*(np.arange(100) == 0)
     def entry(model, scores):
-        found = R.measure_bank(scores, bank)
+        found, ranks = R.measure_bank(scores, bank), [S.ranking(z) for z in scores]
         return dict(model=model, dataset="toy", synthetic=True, seed=0, users=50, recommender="none", pocket=False, measured=found,
-                    by_template=[t | {"ranks": S.pack(S.pl.DataFrame(S.ranking(z)))} for t, z in zip(bank, scores)])
+                    by_template=bank, ranks=S.Ranks(*(np.stack([r[c] for r in ranks]) for c in S.Ranks._fields)))
     noise = rng.normal(size=(13, 50, 100))
     mine = [entry("random templates", np.concatenate([truth[None], noise[1:]])), entry("deaf", np.full((13, 50, 100), -1.)), entry("steady", truth + .1*noise)]
     draws = S.drawn(mine)
@@ -172,7 +261,7 @@ def test_each_reading_changes_one_thing():
 def test_readings_of_stage_1_are_measured_and_drawn(finished, tmp_path):
     shutil.copytree(finished, run := tmp_path/"run", ignore=shutil.ignore_patterns("recommender", "encoder"))
     S.make_study(str(run), study_entries="attributes,GANPrompt,k 2", study_users=20, recommender_epochs=1)
-    kept = {e["model"]: e for e in (json.loads(p.read_text()) for p in S.keep_study(str(run), tmp_path/"ablation"))}
+    kept = read(S.keep_study(str(run), tmp_path/"ablation"))
     for name, path in ("GANPrompt", "spread"), ("k 2", "k-2"):
         states = S.pl.read_parquet(run/"study/encoders"/path/"states.parquet").filter(S.pl.col("stage") == "after")
         assert states["version"].n_unique() == {"GANPrompt": 4, "k 2": 3}[name] # plain, and one for each word: the shop has three
@@ -188,7 +277,7 @@ def test_p5_and_tallrec_rank_as_a_plain_forward_pass_does(finished, tmp_path):
     "Under the clean template and an unseen one: no kept states, no shared prefix, one candidate at a time."
     shutil.copytree(finished, run := tmp_path/"run", ignore=shutil.ignore_patterns("recommender", "encoder"))
     S.make_study(str(run), study_entries="P5,TALLRec", study_users=10, recommender_epochs=1)
-    kept, (rows, lists) = {e["model"]: e for e in (json.loads(p.read_text()) for p in S.keep_study(str(run), tmp_path/"kept"))}, R.test_lists(str(run), 10)
+    kept, (rows, lists) = read(S.keep_study(str(run), tmp_path/"kept")), R.test_lists(str(run), 10)
     p5, tallrec = load_model(str(run/"study/p5/P5"), "t5"), load_text_lm(str(run), run/"study/tallrec", "TALLRec")
     def of_p5(prompt, item): return -p5(input_ids=torch.tensor([prompt]), labels=torch.tensor([item])).loss.item()*len(item)
     def of_tallrec(prompt, tail):
@@ -201,9 +290,9 @@ def test_p5_and_tallrec_rank_as_a_plain_forward_pass_does(finished, tmp_path):
         for at in 0, next(i for i, t in enumerate(bank) if t["id"] == "para-3"):
             asked = Questions(readers[name], {}, rows, bank[at]["text"], False)
             with torch.inference_mode(): z = [np.array([score(asked.context(r), texts[name][i]) for i in lists[r]]) for r in range(3)]
-            ranks = S.unpack(kept[name]["by_template"][at]["ranks"], 10)[0][:3]
+            ranks = kept[name]["ranks"].rank[at, :3]
             assert [1 + int((row[1:] >= row[0]).sum()) for row in z] == ranks.tolist(), (name, at)
-    odds = np.array(kept["P5"]["odds"])
+    odds = kept["P5"]["odds"]
     assert (odds > 0).any() and (odds < 0).any() # likelier than the mean candidate, or not
 
 

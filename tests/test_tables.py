@@ -15,15 +15,20 @@ from ganprompt.runs import UserError, digest, manifest, stage, write_json
 HAND = {"HGN": ["2 3 9 12", "2 2 8 20"], "SASRec": ["1 2 3 4", "1 1 3 15"], "ganprompt": ["1 1 2 4", "1 1 1 4"]}
 
 
-def put(study, model, seed, ranks, size=21, dataset="beauty", **more):
+def table(lists):
+    "Kind -> ranks as text and length of the lists, or lengths, as the table of an entry."
+    def one(name, x):
+        return pl.DataFrame(dict(candidates=name, rank=list(map(int, x["rank"].split())), ties=0, size=x["size"]))
+    return pl.concat([one(name, x) for name, x in lists.items()], how="vertical_relaxed")
+
+
+def put(study, model, seed, ranks, size=21, dataset="beauty", lists=None, **more):
     "Keep a made-up entry."
     family = "ours" if "ganprompt" in model or "no-stage-1" in model else "id"
     kept = dict(model=model, dataset=dataset, synthetic=False, seed=seed, family=family, pocket=family == "ours", users=len(ranks.split()), users_digest="hand", data="hand",
-                lists={"uni99": {"rank": ranks, "size": size}}, search=[], seconds={"search": 9., "train": 2. + seed, "score": 1.}, machine="by hand") | more
-    path = T.entry_path(study, dataset, model, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(kept))
-    return path
+                search=[], seconds={"search": 9., "train": 2. + seed, "score": 1.}, machine="by hand") | more
+    lists = lists or {"uni99": {"rank": ranks, "size": size}}
+    return T.write_entry(T.entry_path(study, dataset, model, seed), kept, table(lists))
 
 
 @pytest.fixture
@@ -47,7 +52,8 @@ def made_up(study, users=150, seeds=3, dataset="beauty"):
             for seed in range(seeds):
                 if (model, seed) == ("MF", 1): continue
                 lists = {"uni99": {"rank": ranks(p*rng.uniform(.9, 1.1), 100), "size": 100}}
-                if family == "id": lists["full"] = {"rank": ranks(p/12, 2600), "size": " ".join(map(str, rng.integers(2590, 2601, users).clip(2600)))}
+                if family == "id":
+                    lists["full"] = {"rank": ranks(p/12, 2600), "size": rng.integers(2590, 2601, users).clip(2600)}
                 seconds = {"stage": 1500.} if family == "ours" else {"train": 60*p, "score": 2.}
                 put(study, model, seed, "1", dataset=dataset, family=family, pocket=family in ("text", "ours"), users=users, lists=lists, seconds=seconds)
     rows = [dict(dataset=dataset, source="ours", cut=cut, users=4144, items=2675, interactions=36414, sequences=4144, sparsity=99.67) for cut in ("literal", "holdout-first")]
@@ -138,7 +144,8 @@ def test_tau_and_swaps(whole):
     entries = [e for e in T.read_tables(whole/"study") if e["dataset"] == "beauty"]
     ids = [e for e in entries if e["family"] == "id"]
     models = list(dict.fromkeys(e["model"] for e in ids))
-    def mean(model, name): return np.mean([M.gains(list(map(int, e["lists"][name]["rank"].split())))["mrr"].mean() for e in ids if e["model"] == model])
+    def mean(model, name):
+        return np.mean([M.gains(e["lists"][name].rank)["mrr"].mean() for e in ids if e["model"] == model])
     u, f = ([mean(m, name) for m in models] for name in ("uni99", "full"))
     row = T.sampling_table(entries).row(by_predicate=pl.col("metric") == "mrr", named=True)
     assert row["tau"] == pytest.approx(scipy.stats.kendalltau(u, f).statistic) and row["models"] == 9 and row["pairs"] == 36
@@ -155,12 +162,12 @@ def test_a_clear_swap_is_told(tmp_path):
         assert (row["tau"], row["swapped"], row["clear"]) == (-1, "HGN > SASRec", clear)
 
 
-def test_auc_comes_back_from_rank_and_ties():
+def test_auc_comes_back_from_rank_and_ties(tmp_path):
     rng = np.random.default_rng(1)
     lists = [rng.integers(0, 4, rng.integers(2, 50)).astype(float) for _ in range(200)]
-    packed = json.loads(json.dumps(T.pack(B.rank_rows("m", range(200), "uni99", lists))))
+    path = T.write_entry(tmp_path/"s/d/m-0.json", {}, B.rank_rows("m", range(200), "uni99", lists))
     want = M.ranking(lists)
-    got = T.figures_of(*T.unpack(packed, 200))
+    got = T.figures_of(*T.read_entry(path, lambda e, table: {"ranks": T.ranks_of(table, 200)})["ranks"])
     np.testing.assert_allclose(got["auc"], want["auc"], atol=1e-12)
     np.testing.assert_allclose(got["mrr"], 1/want["rank"], atol=0)
 
@@ -170,11 +177,26 @@ def test_other_users_are_refused(hand):
     with pytest.raises(UserError, match=r"ganprompt \(seed 1\) and HGN \(seed 0\) were scored for different users"): T.make_tables(hand, hand/"out")
 
 
-@pytest.mark.parametrize("change", [lambda s: s[:50], lambda s: s.replace('"users": 4', '"users": 5'), lambda s: s.replace("2 3 9 12", "2 0 9 12"), lambda s: s.replace("2 3 9 12", "2 3 9 22"),
-                                    lambda s: s.replace("2 3 9 12", "2 3 x 12"), lambda s: s.replace("users_digest", "digest"), lambda s: "[]"])
+@pytest.mark.parametrize("change", [
+    lambda s: s[:50], lambda s: "[]", lambda s: re.sub('(?<="ranks_digest": ).*', "3", s),
+    *(lambda s, old=old, new=new: s.replace(old, new) for old, new in (
+        ('"users": 4', '"users": 5'), ("users_digest", "digest"), ("ranks_digest", "digest"),
+        ('"size": 21', '"size": 11'), ('"size": 21', '"sizes": 21'), ('"ties": 0', '"ties": 2')))])
 def test_damaged_entries_are_named(hand, change):
     path = T.entry_path(hand, "beauty", "HGN", 0)
-    path.write_text(change(path.read_text()))
+    before = path.read_text()
+    path.write_text(change(before))
+    assert path.read_text() != before
+    with pytest.raises(UserError, match="hgn-0.json is damaged .* ganprompt keep"): T.read_tables(hand)
+
+
+@pytest.mark.parametrize("ranks", [[2, 0, 9, 12], [2, 3, 9, 22], ["2", "3", "x", "12"], [2, None, 9, 12], [2, 3, 9],
+                                   [2, 3, 9, 12, 1]])
+def test_impossible_ranks_are_refused(hand, ranks):
+    put(hand, "HGN", 0, "1 1 1 1")
+    path = T.entry_path(hand, "beauty", "HGN", 0)
+    rows = pl.DataFrame(dict(candidates="uni99", rank=ranks, ties=0, size=21))
+    T.write_entry(path, json.loads(path.read_text()), rows)
     with pytest.raises(UserError, match="hgn-0.json is damaged .* ganprompt keep"): T.read_tables(hand)
 
 
@@ -284,7 +306,7 @@ ABOUT = dict(family="id", pocket=False, settings={"width": 8}, search=[{"setting
 
 def test_keep_models_of_a_run(run, tmp_path):
     paths = T.keep_models(str(run), tmp_path/"study")
-    kept = {e["model"]: e for e in map(json.loads, (p.read_text() for p in paths[1:]))}
+    kept = {e["model"]: e for e in (T.read_entry(p, T.lists_of) for p in paths[1:])}
     assert set(kept) == {"random", "popularity", "HGN", "no-stage-1", "ganprompt", "ganprompt, causal-lm"}
     assert [p.name for p in paths] == ["data.json", "random-3.json", "popularity-3.json", *(f"{m}-3.json" for m in ("no-stage-1", "ganprompt", "ganprompt-causal-lm", "hgn"))]
     assert kept["popularity"]["stage"] == "baselines" and kept["random"]["stage"] == "recommender"
@@ -295,7 +317,8 @@ def test_keep_models_of_a_run(run, tmp_path):
     assert hgn["weights"] == 99 and hgn["parameters"] == {"seed": 3} and hgn["search"] == ABOUT["search"]
     assert not any(str(tmp_path) in p.read_text() for p in paths)
     for model, lists in scores.items():
-        if model != "popularity": np.testing.assert_allclose(T.figures_of(*T.unpack(kept[model]["lists"]["uni99"], 50))["auc"], M.ranking(lists)["auc"], atol=1e-12)
+        if model == "popularity": continue
+        np.testing.assert_allclose(T.figures_of(*kept[model]["lists"]["uni99"])["auc"], M.ranking(lists)["auc"], atol=1e-12)
 
 
 def test_keep_again_and_what_is_lacking(run, tmp_path):
@@ -318,8 +341,144 @@ def test_nothing_to_keep(run, tmp_path):
 def test_a_user_with_several_lists_is_one_person():
     "Ranks 1, 3 of one user and 2 of another: the first user's figures are means over both lists."
     rows = B.rank_rows("m", [7, 7, 9], "uni99", [np.r_[0., np.ones(r - 1), -np.ones(9)] for r in (1, 3, 2)])
-    e = dict(model="m", seed=0, dataset="toy", users=3, users_digest="x", data="y", lists={"uni99": T.pack(rows)}) | T.owners_of([7, 7, 9])
+    e = dict(model="m", seed=0, dataset="toy", users=3, users_digest="x", data="y")
+    e |= {"lists": {"uni99": T.ranks_of(rows, 3)}} | T.owners_of(T.owned(rows, 3), 3)
     people = T.people([e])
     assert people["user"].to_list() == [0, 1] and people["hit@1"].to_list() == [.5, 0] and people["mrr"].to_list() == pytest.approx([2/3, 1/2])
     del e["owners"]
-    assert len(T.people([e])) == 3 and T.owners_of([7, 8, 9]) == {}
+    assert len(T.people([e])) == 3 and T.owners_of(T.owned(rows.with_columns(user=pl.Series([7, 8, 9])), 3), 3) == {}
+
+
+def ranked(rng, users, kinds=("uni99", "full")):
+    "Lists full of ties and of many lengths, as a run ranks them."
+    def scores(): return rng.integers(0, 4, rng.integers(2, 50)).astype(float)
+    rows = pl.concat([B.rank_rows("m", users, name, [scores() for _ in users]) for name in kinds])
+    return rows.select("candidates", "user", *T.Ranks._fields)
+
+
+def kept_entry(study, rng, model="HGN", users=range(40), **more):
+    "An entry of lists drawn at random: (its JSON, its ranks)."
+    e = dict(model=model, dataset="beauty", synthetic=False, seed=0, family="id", pocket=False, users=len(users),
+             users_digest="u", data="d", search=[], seconds={}, machine="m") | more
+    rows = ranked(rng, users)
+    return T.write_entry(T.entry_path(study, "beauty", model, 0), e, T.owned(rows, len(users))), rows
+
+
+def ranks_file(path):
+    (found,) = path.parent.glob(f"{path.stem}.*.parquet")
+    return found
+
+
+@pytest.mark.parametrize("users", [range(40), [0, 0, 5, 5, 5, 2]])
+def test_ranks_come_back_as_they_were(tmp_path, users):
+    path, rows = kept_entry(tmp_path, np.random.default_rng(0), users=users)
+    (e,) = T.read_tables(tmp_path)
+    for name, found in e["lists"].items():
+        for c, x in zip(T.Ranks._fields, found):
+            assert x.dtype == np.int64 and x.tolist() == rows.filter(candidates=name)[c].to_list()
+    assert list(e["lists"]) == ["uni99", "full"]
+    assert e["owners"].tolist() == [0, 0, 2, 2, 2, 1] if isinstance(users, list) else "owners" not in e
+
+
+@pytest.mark.parametrize("ties, size, columns, constant", [
+    (0, 21, [], {"ties": 0, "size": 21}), ([0, 0, 1, 0], 21, ["ties"], {"size": 21}),
+    (0, [21, 22, 21, 30], ["size"], {"ties": 0}), ([0, 2, 1, 0], [4, 5, 6, 7], ["ties", "size"], {})])
+def test_what_is_the_same_for_all_is_said_once(hand, ties, size, columns, constant):
+    path = T.entry_path(hand, "beauty", "HGN", 0)
+    rows = pl.DataFrame(dict(candidates="uni99", rank=[1, 3, 2, 4], ties=ties, size=size))
+    T.write_entry(path, json.loads(path.read_text()), rows)
+    assert pl.read_parquet(ranks_file(path)).columns == ["candidates", "rank", *columns]
+    assert json.loads(path.read_text())["constant"] == constant
+    for x, want in zip(T.read_tables(hand)[0]["lists"]["uni99"], ([1, 3, 2, 4], ties, size)):
+        assert x.tolist() == np.broadcast_to(want, 4).tolist()
+
+
+def flipped(content): return content[:30] + bytes([content[30] ^ 1]) + content[31:]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:len(b)//2], lambda b: b"", lambda b: b + b"x",
+                                    flipped, lambda b: b"version https://git-lfs.github.com/spec/v1\n"])
+def test_damaged_ranks_are_named(hand, damage):
+    file = ranks_file(T.entry_path(hand, "beauty", "HGN", 0))
+    file.write_bytes(damage(file.read_bytes()))
+    said = rf"{file.name} is damaged, which hgn-0.json names; .* ganprompt keep RUN --study {hand.name}"
+    with pytest.raises(UserError, match=said): T.read_tables(hand)
+
+
+@pytest.mark.parametrize("lose", ["unlink", "rename"])
+def test_missing_ranks_are_named(hand, lose):
+    file = ranks_file(T.entry_path(hand, "beauty", "HGN", 0))
+    file.unlink() if lose == "unlink" else file.rename(file.with_name("hgn-0.parquet"))
+    said = rf"{file.name} is missing, which hgn-0.json names; restore it"
+    with pytest.raises(UserError, match=said): T.read_tables(hand)
+
+
+def test_ranks_of_another_entry_are_not_taken_for_its_own(hand):
+    mine, other = (ranks_file(T.entry_path(hand, "beauty", "HGN", seed)) for seed in (0, 1))
+    shutil.copy(other, mine)
+    with pytest.raises(UserError, match=f"{mine.name} is damaged"): T.read_tables(hand)
+
+
+def contents(folder): return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_replacing_an_entry_touches_no_other(hand):
+    before, path = contents(hand), T.entry_path(hand, "beauty", "HGN", 0)
+    mine = {path, ranks_file(path)}
+    put(hand, "HGN", 0, "5 5 5 5")
+    after = contents(hand)
+    assert all(after[p] == b for p, b in before.items() if p not in mine)
+    assert set(after) - set(before) == {ranks_file(path)} and set(before) - set(after) == mine - {path}
+    put(hand, "HGN", 0, "2 3 9 12")
+    assert contents(hand) == before
+
+
+class Kill(BaseException): pass
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_a_kill_leaves_the_old_entry_or_the_new_one(hand, monkeypatch, step):
+    "Killed before the ranks have their name, before the JSON is written or has its name, and before the old ranks go."
+    def figures():
+        mine = [e for e in T.read_tables(hand) if "weights" in e]
+        return [(e["model"], e["seed"], e["weights"], e["lists"]["uni99"].rank.tolist()) for e in mine]
+    path = put(hand, "HGN", 0, "1 2 3 4", weights=1)
+    with monkeypatch.context() as m:
+        def dies(*args, **more): raise Kill
+        m.setattr(*[(T.Path, "rename"), (T, "write_json"), (T.Path, "replace"), (T.Path, "unlink")][step], dies)
+        with pytest.raises(Kill): put(hand, "HGN", 0, "4 3 2 1", weights=2)
+    old, new = ("HGN", 0, 1, [1, 2, 3, 4]), ("HGN", 0, 2, [4, 3, 2, 1])
+    assert figures() == [new if step == 3 else old]
+    put(hand, "HGN", 0, "4 3 2 1", weights=2)
+    assert figures() == [new] and ranks_file(path) and T.read_tables(hand)
+
+
+def test_a_first_entry_that_was_cut_short_is_not_there(tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        def dies(*args): raise Kill
+        m.setattr(T, "write_json", dies)
+        with pytest.raises(Kill): put(tmp_path, "HGN", 0, "1 2")
+    assert T.lacking(tmp_path, "beauty", 0, ["HGN"]) == ["HGN"]
+    put(tmp_path, "HGN", 0, "2 1")
+    assert T.lacking(tmp_path, "beauty", 0, ["HGN"]) == [] and len(contents(tmp_path)) == 2
+
+
+def test_entries_of_two_machines_are_put_together_by_copying(tmp_path):
+    "Each made some of the models, both made one of them; the last copy of its JSON counts."
+    def all_of(study): return {e["model"]: e["lists"]["uni99"].rank.tolist() for e in T.read_tables(study)}
+    here, there = tmp_path/"here", tmp_path/"there"
+    for model, ranks in (("HGN", "1 2 3"), ("SASRec", "3 2 1")): put(here, model, 0, ranks)
+    for model, ranks in (("MF", "4 4 4"), ("SASRec", "1 1 1")): put(there, model, 0, ranks)
+    shutil.copytree(there, here, dirs_exist_ok=True)
+    assert all_of(here) == {"HGN": [1, 2, 3], "MF": [4, 4, 4], "SASRec": [1, 1, 1]}
+    put(here, "SASRec", 0, "2 2 2")
+    assert all_of(here)["SASRec"] == [2, 2, 2] and len(contents(here)) == 6
+
+
+def test_the_kept_results_are_whole_and_small():
+    "Every file of ranks is named by the JSON beside it, and by it alone."
+    home, named = T.root()/"data/results", set()
+    for path in home.glob("*/*/*.json"):
+        if path.name == "data.json": continue
+        named.add(T.ranks_path(path, json.loads(path.read_text())["ranks_digest"]))
+    assert named == set(home.rglob("*.parquet")) and all(p.stat().st_size < 150_000 for p in home.rglob("*.*"))
