@@ -7,13 +7,13 @@ __all__ = ['PASSING', 'Parameter', 'read_parameters', 'Chapter', 'job_cells', 'r
            'unknown', 'read_config', 'read_preset', 'absolute', 'recall', 'note_run', 'resolve', 'ask_first',
            'stage_call', 'upstream', 'ask_run', 'duration', 'Progress', 'execute', 'current', 'run_chapter',
            'write_report', 'launch', 'RunCommand', 'cli', 'shown', 'choose', 'run', 'stage_row', 'as_table', 'show',
-           'read_plan', 'fill', 'home_of', 'check_home', 'keep', 'plan_of', 'tables', 'compare', 'fetch', 'robustness',
-           'main']
+           'read_plan', 'fill', 'studies', 'study_of', 'check_home', 'keep', 'plan_of', 'tables', 'compare', 'fetch',
+           'robustness', 'main']
 
 # %% ../nbs/11_cli.ipynb #11-002
 import ast, difflib, importlib, io, itertools, json, os, re, shutil, sys, time, tokenize
 from contextlib import nullcontext
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -561,12 +561,18 @@ def fill(
     return failed
 
 # %% ../nbs/11_cli.ipynb #11-058
-def home_of(
+@cache
+def studies() -> dict: # Kind -> `Study`; "" for what no chapter knows
+    "The kinds of studies that the chapters name."
+    names = [path.stem for path in Path(ganprompt.__file__).parent.glob("[a-z]*.py") if path.stem != "cli"]
+    return {kind: s for name in names for kind, s in getattr(importlib.import_module(f"ganprompt.{name}"), "STUDIES", {}).items()}
+
+def study_of(
     study:str, # A folder under data/results, or a path
-): # (the study, the folder of its pages or None for figures/, its kind: robustness-mine is another robustness)
-    "Where a study is kept."
+): # (the study, the folder of its pages, `Study`)
+    "Where a study is kept, where its pages go, and how: robustness-mine is another robustness."
     own = Path(study).expanduser().absolute() if "/" in study else None
-    return own or study, own, Path(study).name.partition("-")[0]
+    return own or study, own or workspace()/"figures", studies().get(Path(study).name.partition("-")[0], studies()[""])
 
 def check_home(
     study:str, # As given with --study
@@ -578,39 +584,28 @@ def check_home(
     if not (workspace()/"data/results"/study).is_dir(): raise UserError(f"--study: the project has no study {study!r}; for one of your own name a folder, as in --study ./{study}")
     for run in runs:
         name = data.dataset_info(run)["dataset"]
-        what = "made up" if name == "demo" and study != "benchmarks" else "data of your own" if told(data.categories, name) else ""
+        what = "made up" if name == "demo" and not study_of(study)[2].synthetic else "data of your own" if told(data.categories, name) else ""
         if what: raise UserError(f"{name} is {what}, and data/results/{study} is the project's, about real data that others can get; nothing was kept. Name a folder of your own, as in --study ./{study}: results and pages go there")
 
 @cli.command()
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
 @click.option("--study", metavar="NAME", default="end_to_end", help="Folder under data/results; or, with a slash in it, a folder of your own  [end_to_end]")
 def keep(runs, study):
-    "Keep the results of runs, and Figure 3 of the first run of each data set; or, with --study benchmarks, their measurements; or, with --study tables, standard, robustness or ablation, each model's ranks."
-    from ganprompt import benchmarks, figures, metrics, study as robust, tables
+    """Keep the results of runs, as their kind of study keeps them: figures of merit and the first run's Figure 3, the
+    ranks of each model, or measurements; and remake its pages."""
     runs = [absolute("run", run) for run in runs]
     check_home(study, runs)
-    study, out, kind = home_of(study)
-    if kind in ("tables", "standard"):
-        for path in [p for run in runs for p in tables.keep_models(run, study)] + tables.make_tables(*([study, out] if out else [])): click.echo(shown(path))
-        return
-    if robust.kind_of(study):
-        for path in [p for run in runs for p in robust.keep_study(run, study)] + robust.draw_study(study, out): click.echo(shown(path))
-        return
-    if kind == "benchmarks":
-        for path in [*map(benchmarks.keep_benchmarks, runs), *benchmarks.draw_benchmarks()]: click.echo(shown(path))
-        return
-    for run in runs: click.echo(shown(metrics.keep(run, study)))
-    for path in {figures.keep_figure(run, out) for run in reversed(runs)}: click.echo(shown(path))
-    click.echo(shown(metrics.summary(study, out)))
+    study, out, kind = study_of(study)
+    kept = [path for run in reversed(runs) for path in kind.keep(run, study, out)]
+    for path in dict.fromkeys([*kept, *kind.draw(study, out)]): click.echo(shown(path))
 
 # %% ../nbs/11_cli.ipynb #11-058s
 def plan_of(
     study:str, # Folder under data/results
 ) -> Path: # data/STUDY.yaml
     "The plan of a study: its own, or else that of its kind."
-    from ganprompt.study import kind_of
-    own = root()/"data"/f"{Path(study).name}.yaml"
-    return own if own.is_file() else own.with_name(f"{kind_of(study) or Path(study).name}.yaml")
+    own, kind = root()/"data"/f"{Path(study).name}.yaml", Path(study).name.partition("-")[0]
+    return own if own.is_file() or kind not in studies() else own.with_name(f"{kind}.yaml")
 
 @cli.command()
 @click.argument("study", default="tables")
@@ -618,12 +613,10 @@ def plan_of(
 @click.option("--plan", metavar="FILE", default="", help="What they are  [data/STUDY.yaml]")
 @click.option("--runs", metavar="FOLDER", default="", help="Where its run folders go  [runs]")
 def tables(study, data_dir, plan, runs):
-    "Remake the tables and pictures of a study from its kept results; with --data-dir, make the missing results of tables, standard, robustness or ablation first."
-    from ganprompt import benchmarks, metrics, study as robust, tables
-    (study, out, _), kind = home_of(study), robust.kind_of(study)
+    "Remake the tables and pictures of a study from its kept results; with --data-dir, make what its plan names and is missing first."
+    study, out, kind = study_of(study)
     failed = fill(read_plan(plan or plan_of(study)), study, data_dir, runs) if data_dir is not None else []
-    draw = {"benchmarks": benchmarks.draw_benchmarks, "tables": lambda: tables.make_tables(*([study, out] if out else [])), "standard": lambda: tables.write_published(workspace()/"figures")}.get(Path(study).name, partial(robust.draw_study, study, out) if kind else lambda: [metrics.summary(study, out)])
-    for path in draw(): click.echo(shown(path))
+    for path in kind.draw(study, out): click.echo(shown(path))
     if failed: raise UserError("\n".join(["these are missing; the rest is made:", *failed]))
 
 @cli.command()

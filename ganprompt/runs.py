@@ -8,8 +8,8 @@ __all__ = ['PLUMBING', 'PACKAGES', 'SIGNALS', 'LARGE', 'UserError', 'Killed', 'l
            'sources', 'complete', 'manifest', 'contents', 'fingerprint', 'differing', 'changes', 'stale', 'fresh',
            'existing_runs', 'lock', 'versions', 'device_words', 'commit', 'replacing', 'remembered', 'grown', 'covered',
            'begun', 'stage', 'once', 'kept', 'seed_all', 'save_checkpoint', 'load_checkpoint', 'device', 'finite',
-           'need', 'Run', 'rank', 'is_main', 'shard', 'part', 'Lost', 'summed', 'totals', 'gathered', 'possible',
-           'in_processes', 'set_threads']
+           'need', 'Run', 'Study', 'rank', 'is_main', 'shard', 'part', 'Lost', 'summed', 'totals', 'gathered',
+           'possible', 'in_processes', 'set_threads']
 
 # %% ../nbs/00_runs.ipynb #00-002
 import ast, difflib, fcntl, hashlib, inspect, io, json, logging, math, os, pickle, platform, random, re, resource, shutil, signal, socket, subprocess, sys, tempfile, threading, time, traceback
@@ -17,6 +17,7 @@ from contextlib import contextmanager, redirect_stdout
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import ganprompt
 
@@ -731,6 +732,12 @@ class Run:
     ) -> Path: # Its folder
         "The folder of a stage that is complete and up to date; `UserError` otherwise."
         return need(self, name)
+
+class Study(NamedTuple):
+    "A kind of study: what it keeps of a run, and what is drawn of what is kept. A chapter names its kinds in `STUDIES`."
+    keep:Callable # (run, study, folder of the pages) -> files that were written
+    draw:Callable # (study, folder of the pages) -> files that were written
+    synthetic:bool = False # Whether the project's own may hold made-up data
 
 # %% ../nbs/00_runs.ipynb #00-055
 def rank() -> tuple[int, int]: # (index of this process, how many there are); (0, 1) outside of `in_processes`

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'FIRST', 'SHOWN', 'ABOUT', 'WHOLE', 'STATISTICS', 'SEPARABILITY', 'CONTROLS', 'HEAT', 'BEFORE_AFTER', 'WORDS',
-           'VIEWS', 'AGAINST', 'PAGES', 'defaults', 'read_entries', 'first_stage', 'encoder_for', 'other_form',
-           'tuned_model', 'first_places', 'bank_file', 'answers_table', 'unshifted', 'answers_of', 'shown_of',
-           'run_entry', 'stage_page', 'asked_entries', 'unseen_in', 'check_study', 'room_study', 'join_tables',
-           'make_study', 'kept_measures', 'keep_study', 'read_study_entries', 'table_of', 'by_entry', 'unseen_at',
-           'drawn_cps', 'drawn', 'ahead', 'epochs_of', 'separated', 'costliest', 'study_notes', 'study_page',
-           'plot_study_groups', 'plot_study_heat', 'plot_separated', 'in_words', 'plot_figure1', 'kind_of',
-           'draw_study']
+           'VIEWS', 'AGAINST', 'PAGES', 'STUDIES', 'defaults', 'read_entries', 'first_stage', 'encoder_for',
+           'other_form', 'tuned_model', 'first_places', 'bank_file', 'answers_table', 'unshifted', 'answers_of',
+           'shown_of', 'run_entry', 'stage_page', 'asked_entries', 'unseen_in', 'check_study', 'room_study',
+           'join_tables', 'make_study', 'kept_measures', 'keep_study', 'read_study_entries', 'table_of', 'by_entry',
+           'unseen_at', 'drawn_cps', 'drawn', 'ahead', 'epochs_of', 'separated', 'costliest', 'study_notes',
+           'study_page', 'plot_study_groups', 'plot_study_heat', 'plot_separated', 'in_words', 'plot_figure1',
+           'kind_of', 'draw_study']
 
 # %% ../nbs/10c_study.ipynb #10c-004
 import inspect, json, string, textwrap, time
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np, polars as pl, yaml
 
 # %% ../nbs/10c_study.ipynb #10c-005
-from .runs import UserError, below, device, digest, listed, manifest, need, once, refuse, root, run_folder, stage, strange, told, workspace, write_json
+from .runs import Study, UserError, below, device, digest, listed, manifest, need, once, refuse, root, run_folder, stage, strange, told, workspace, write_json
 from .data import dataset_info
 from .prompts import read_templates
 from .attributes import make_attributes
@@ -594,3 +594,6 @@ def draw_study(
             made.append(out/name)
             save_figure(fig, made[-1])
     return made
+
+# %% ../nbs/10c_study.ipynb #10c-022z
+STUDIES = {kind: Study(lambda run, study, out: keep_study(run, study), draw_study) for kind in PAGES}
