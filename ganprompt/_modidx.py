@@ -647,6 +647,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'ganprompt.recommender.room_recommender': ( 'recommender.html#room_recommender',
                                                                                    'ganprompt/recommender.py'),
                                        'ganprompt.recommender.sample_rows': ('recommender.html#sample_rows', 'ganprompt/recommender.py'),
+                                       'ganprompt.recommender.save_adapters': ( 'recommender.html#save_adapters',
+                                                                                'ganprompt/recommender.py'),
                                        'ganprompt.recommender.save_recommender': ( 'recommender.html#save_recommender',
                                                                                    'ganprompt/recommender.py'),
                                        'ganprompt.recommender.score_lists': ('recommender.html#score_lists', 'ganprompt/recommender.py'),

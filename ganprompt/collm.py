@@ -18,7 +18,7 @@ from .backbones import Reader, answers, backbone, encode, load_tokenizer, plot_c
 from .baselines import attempt, finish, make_baselines, rank_rows, show_models
 from .data import load_candidates, load_sequences, load_training
 from .prompts import pad
-from .recommender import (CausalLM, add_adapters, find_llm, llm_faults, load_llm, prefix_room, sample_rows, training_items, tune_on_states,
+from .recommender import (CausalLM, add_adapters, find_llm, llm_faults, load_llm, prefix_room, sample_rows, save_adapters, training_items, tune_on_states,
                                    weight_files)
 from .runs import UserError, begun, below, device, fresh, manifest, need, not_positive, once, refuse, root, run_folder, seed_all, stage, write_json
 from .scorer import score_rows, square
@@ -106,7 +106,7 @@ class TextLM(CausalLM):
     def save(self, folder):
         "Write what was trained: the adapters, or the mapping."
         from safetensors.torch import save_file
-        if self.soft is None: return self.peft.save_pretrained(folder/"adapter", safe_serialization=True)
+        if self.soft is None: return save_adapters(self.peft, folder/"adapter")
         save_file({k: v.contiguous().cpu() for k, v in self.soft.mapping.state_dict().items()}, folder/"mapping.safetensors")
 
 # %% ../nbs/08c_collm.ipynb #08c-017

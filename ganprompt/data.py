@@ -970,7 +970,7 @@ def _make(folder, source, rating, core, cut, protocol, min_history, max_history,
         titles_from=source.meta.path.name if source.meta else None, titles_missing="" if titles else _where_titles(source),
         synthetic=source.name == "demo", cut=cut, protocol=protocol,
         rating=rating, core=core, candidates={name: dict(least=s[0], most=s[1]) for name, s in sizes.items()}, notes=notes))
-    split = dict(this["sequences"]["split"].value_counts().rows())
+    split = dict(this["sequences"]["split"].value_counts().sort("split").rows())
     return dict(users=len(this["users"]), items=len(this["items"]), interactions=len(this["core"]), titles=titles,
                 load_and_cut_seconds=round(seconds, 2), **split)
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['KINDS', 'POCKET_LINEAR', 'SCORES', 'LISTS', 'freeze_encoder', 'T5Decoder', 'T5Ranker', 'projection', 'in_four_bits',
            'load_llm', 'read_prefix', 'answer_tails', 'answer_whole', 'window', 'prefix_room', 'CausalLM',
-           'add_adapters', 'new_recommender', 'linear_layers', 'lora_faults', 'llm_faults', 'save_recommender',
-           'load_recommender', 'trained_causal', 'uncached_logits', 'Trained', 'Best', 'rec_loss', 'list_auc',
-           'divergence', 'Reworded', 'worded', 'ask', 'prompts_a_row', 'logits_at', 'training_items', 'tune_on_states',
-           'sample_rows', 'weight_files', 'tune', 'tune_kind', 'score_lists', 'find_llm', 'wordings_faults',
-           'check_recommender', 'room_recommender', 'make_recommender']
+           'add_adapters', 'save_adapters', 'new_recommender', 'linear_layers', 'lora_faults', 'llm_faults',
+           'save_recommender', 'load_recommender', 'trained_causal', 'uncached_logits', 'Trained', 'Best', 'rec_loss',
+           'list_auc', 'divergence', 'Reworded', 'worded', 'ask', 'prompts_a_row', 'logits_at', 'training_items',
+           'tune_on_states', 'sample_rows', 'weight_files', 'tune', 'tune_kind', 'score_lists', 'find_llm',
+           'wordings_faults', 'check_recommender', 'room_recommender', 'make_recommender']
 
 # %% ../nbs/06_recommender.ipynb #06-004
 import json, math, os
@@ -236,7 +236,7 @@ class CausalLM:
     def save(self, folder):
         "Write adapters and projection as safetensors."
         from safetensors.torch import save_file
-        self.peft.save_pretrained(folder/"adapter", safe_serialization=True)
+        save_adapters(self.peft, folder/"adapter")
         save_file({k: v.contiguous().cpu() for k, v in self.module["projection"].state_dict().items()}, folder/"projection.safetensors")
 
 # %% ../nbs/06_recommender.ipynb #06-017
@@ -250,6 +250,16 @@ def add_adapters(
     config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2*rank, target_modules=modules if modules == "all-linear" else listed(modules))
     try: return get_peft_model(lm, config).eval()
     except ValueError as e: raise UserError(f"no adapters for lora_modules={modules!r}: {str(e).splitlines()[0]}; name modules of the model, as in q_proj,v_proj") from None
+
+def save_adapters(
+    lm, # From `add_adapters`
+    folder:Path, # Where they go
+):
+    "Write adapters as safetensors. What peft writes beside them gets one order, and names no folder of this machine."
+    config = lm.peft_config["default"]
+    config.base_model_name_or_path, config.target_modules = Path(config.base_model_name_or_path).name, sorted(config.target_modules)
+    lm.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    (folder/"README.md").unlink(missing_ok=True)
 
 def new_recommender(
     kind:str, # t5-decoder, t5-ranker or causal-lm

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 GANPROMPT = str(Path(sys.executable).with_name("ganprompt"))
 SMALL = dict(pocket_width=32, pocket_layers=1, pocket_epochs=1, recommender_epochs=2, valid_users=100, test_users=200, held_out_users=100, figure_users=60, resamples=100)
-MAY_DIFFER = "wall_seconds", "peak_memory_mb", "finished", "resumed", "device", "versions", "commit", "seconds" # of a manifest: when and where, not what
+MAY_DIFFER = "wall_seconds", "peak_memory_mb", "finished", "resumed", "device", "versions", "commit", "seconds", "load_and_cut_seconds" # of a manifest: when and where, not what
 
 
 def command(folder, processes, values, only=""):

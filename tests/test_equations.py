@@ -1,4 +1,5 @@
 "The paper's equations as the library computes them, against numpy and plain forward passes on a tiny shop; and models that must learn in the right direction."
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -370,6 +371,9 @@ def test_the_causal_recommender_reads_projected_states_before_the_question(tmp_p
     np.testing.assert_allclose(z, [[alone(r, i) for i in range(12)] for r in range(5)], atol=1e-4)
     (tmp_path/"kept").mkdir()
     recommender.save_recommender(model, tmp_path/"kept", dict(kind="causal-lm", t5=tmp_path/"t5", llm=tmp_path/"llm", four_bit=False, attributes=False))
+    beside = json.loads((tmp_path/"kept/adapter/adapter_config.json").read_text())
+    assert beside["base_model_name_or_path"] == "llm" and beside["target_modules"] == sorted(beside["target_modules"]) and len(beside["target_modules"]) == 14
+    assert not any(str(tmp_path) in p.read_text() for p in (tmp_path/"kept/adapter").iterdir() if p.suffix != ".safetensors")
     again = recommender.load_recommender(tmp_path/"kept", reader)
     assert not again.attributes
     np.testing.assert_allclose(np.stack(score_rows(again, questions, np.arange(5), lists)), z, atol=1e-5)
