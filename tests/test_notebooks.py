@@ -60,3 +60,19 @@ def test_a_stage_can_be_made_without_its_lesson():
         code = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
         done = subprocess.run([f"{sys.prefix}/bin/ruff", "check", "--isolated", "--select", "F821", "--output-format", "concise", "-"], input=code, text=True, capture_output=True)
         assert f"make_{c.stage}(" in code and done.returncode == 0, (c.path.name, done.stdout)
+
+
+def test_a_chapter_imports_only_from_chapters_with_a_lower_number():
+    number = {p.stem.split("_", 1)[1]: int(p.stem.split("_")[0]) for p in (root()/"nbs").glob("[0-9]*.ipynb")}
+    for name in number:
+        imported = set(re.findall(r"^from \.(\w+) import", (root()/f"ganprompt/{name}.py").read_text(), re.M))
+        assert not {other for other in imported if number[other] >= number[name]}, name
+
+
+def test_every_name_in_contributing_is_there():
+    text = (root()/"CONTRIBUTING.md").read_text()
+    for line in text.splitlines():
+        if chapter := re.search(r"\(nbs/\d\d_(\w+)\.ipynb\)", line):
+            source = (root()/f"ganprompt/{chapter[1]}.py").read_text()
+            for name in re.findall(r"`(\w+)`", line[chapter.end():]): assert re.search(rf"\b{name}\b", source), (name, chapter[1])
+    for path in re.findall(r"\((nbs/[\w.]+)\)|`(data/[\w.]+)`", text): assert (root()/(path[0] or path[1])).exists(), path

@@ -65,7 +65,7 @@ def test_stage_1_in_two_processes_from_papermill(ready, finished, tmp_path):
 def test_stage_2_in_two_processes_from_papermill(finished, tmp_path):
     run = copy(finished, tmp_path/"mill")
     shutil.rmtree(run/"recommender")
-    mill("06_recommender", run, tmp_path/"out.ipynb")
+    mill("07_recommender", run, tmp_path/"out.ipynb")
     assert manifest(run, "recommender")["metrics"]["processes"] == 2
     one, two = (pl.read_parquet(r/"recommender/scores.parquet") for r in (finished, run))
     assert one.select("model", "user").equals(two.select("model", "user"))
