@@ -19,7 +19,8 @@ class WithChapters(build_py):
         super().run()
         if self.editable_mode: return
         for folder in ("nbs", "data"):
-            copytree(here / folder, Path(self.build_lib) / "ganprompt/repository" / folder, dirs_exist_ok=True, ignore=ignore_patterns("raw", "results", ".*", "__pycache__"))
+            copytree(here / folder, Path(self.build_lib) / "ganprompt/repository" / folder, dirs_exist_ok=True,
+                     ignore=ignore_patterns("raw", "results", ".*", "__pycache__"))
 
 
 setup(
@@ -27,5 +28,6 @@ setup(
     author=meta["author"], license=meta["license"], python_requires=">=" + meta["min_python"],
     long_description=(here / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     packages=["ganprompt"], cmdclass={"build_py": WithChapters}, install_requires=lines("requirements"),
-    extras_require={extra: lines(f"{extra}_requirements") for extra in ("dev", "baselines", "test")}, entry_points={"console_scripts": lines("console_scripts")},
+    extras_require={extra: lines(f"{extra}_requirements") for extra in ("dev", "baselines", "test")},
+    entry_points={"console_scripts": lines("console_scripts")},
 )

@@ -57,7 +57,8 @@ def fill(
     import torch
     order, limit = np.argsort([len(p) for p in prompts], kind="stable"), model.config.max_position_embeddings
     if (longest := len(prompts[order[-1]])) > limit:
-        raise UserError(f"an attribute prompt has {longest} tokens and the model reads {limit}; lower --history-items or --title-tokens")
+        raise UserError(f"an attribute prompt has {longest} tokens and the model reads {limit}; lower --history-items "
+                        "or --title-tokens")
     out, slot = np.empty((len(prompts), len(words)), np.float32), None
     def at_slot(module, args, made):
         made.last_hidden_state = made.last_hidden_state[slot]
@@ -68,7 +69,8 @@ def fill(
             for rows in np.array_split(order, -(-len(order) // batch_size)):
                 ids, mask = (x.to(model.device) for x in pad([prompts[r] for r in rows], tokenizer.pad_token_id))
                 slot = ids == tokenizer.mask_token_id
-                out[rows] = model(input_ids=ids, attention_mask=mask).logits[:, words].float().log_softmax(-1).cpu().numpy()
+                out[rows] = model(input_ids=ids, attention_mask=mask).logits[:,
+                        words].float().log_softmax(-1).cpu().numpy()
     finally: hook.remove()
     return out
 
@@ -104,7 +106,8 @@ def listener(
     "Ask the run's masked model. Histories that make the same prompt are read once."
     about = backbone(run, "bert")
     tokenizer, model = load_tokenizer(about["path"]), load_model(about["path"], "bert").to(device())
-    enc = PromptEncoder(tokenizer, load_templates(run)["attribute"], load_titles(run), about["title_tokens"], about["history_items"], dataset_item=dataset_info(run)["item_noun"])
+    enc = PromptEncoder(tokenizer, load_templates(run)["attribute"], load_titles(run), about["title_tokens"],
+                        about["history_items"], dataset_item=dataset_info(run)["item_noun"])
     def ask(histories, words):
         prompts = [tuple(enc.ids(h, attribute=tokenizer.mask_token)) for h in histories]
         place = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
@@ -143,8 +146,10 @@ def choices(
     voted = {way: vote(s, logp) for way, s in scores.items()}
     order = {way: o for way, (_, o) in voted.items()} | {"frequency": np.argsort(-purchases, kind="stable")}
     best = {way: [words[i] for i in o[:k]] for way, o in order.items()}
-    table = pl.DataFrame({"word": words, **{way: v for way, (v, _) in voted.items()}, "mean_probability": np.exp(logp).mean(0), "purchases": purchases})
-    return table, {way: {"words": w, "found": None if known is None else len(known & set(w))} for way, w in best.items()}
+    table = pl.DataFrame({"word": words, **{way: v for way, (v, _) in voted.items()},
+                          "mean_probability": np.exp(logp).mean(0), "purchases": purchases})
+    return table, {way: {"words": w, "found": None if known is None else len(known & set(w))} for way,
+                   w in best.items()}
 
 # %% ../nbs/04_attributes.ipynb #04-026
 def plot_counts(
@@ -157,7 +162,8 @@ def plot_counts(
     "Votes beside word frequency; the attributes in orange."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(9, 4), layout="constrained")
-    for ax, column, title in zip(fig.subplots(1, 2), (way, "purchases"), ("votes of shoppers", "purchases with the word")):
+    for ax, column, title in zip(fig.subplots(1, 2), (way, "purchases"),
+                                 ("votes of shoppers", "purchases with the word")):
         top = table.sort(column, "mean_probability", descending=True).head(n)
         colours = ["#D55E00" if w in chosen else "#999999" for w in top["word"]]
         ax.barh([w + " *"*(w in (known or ())) for w in top["word"]], top[column], color=colours)
@@ -177,7 +183,8 @@ def row_words(
     rows = pl.concat([load_sequences(run, split) for split in ("train", "valid", "test")])
     past = rows["history"].to_list()
     known = np.array([any(titles[i] != UNKNOWN for i in h[-shown:]) for h in past])
-    return rows.select("row", "user", "split", attribute=pl.Series(own_words(ask(past, chosen), level, chosen, known), dtype=pl.String))
+    return rows.select("row", "user", "split", attribute=pl.Series(own_words(ask(past, chosen), level, chosen, known),
+            dtype=pl.String))
 
 # %% ../nbs/04_attributes.ipynb #04-026b
 def check_attributes(
@@ -198,7 +205,9 @@ def make_attributes(
     def make(folder):
         tokenizer, ask = listener(run)
         logp, words, purchases = ballot(run, tokenizer, ask)
-        if not 1 <= k <= len(words): raise UserError(f"k={k} attributes were asked for, and the titles have {len(words)} usable words; set k between 1 and that")
+        if not 1 <= k <= len(words):
+            raise UserError(f"k={k} attributes were asked for, and the titles have {len(words)} usable words; set k "
+                            "between 1 and that")
         known, way = truth(run), "calibrated" if calibrate else "plain"
         table, ways = choices(logp, words, purchases, k, known)
         chosen = ways[way]["words"]

@@ -33,8 +33,10 @@ def collaborative_model(
     "An untrained causal self-attention model over item ids."
     from torch import nn
     layer = nn.TransformerEncoderLayer(width, 2, 2*width, dropout, "gelu", batch_first=True, norm_first=True)
-    model = nn.ModuleDict({"item": nn.Embedding(n_items, width), "place": nn.Embedding(places, width), "bias": nn.Embedding(n_items, 1),
-                           "drop": nn.Dropout(dropout), "layers": nn.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)})
+    model = nn.ModuleDict({"item": nn.Embedding(n_items, width), "place": nn.Embedding(places, width),
+                           "bias": nn.Embedding(n_items, 1),
+                           "drop": nn.Dropout(dropout), "layers": nn.TransformerEncoder(layer, 2, nn.LayerNorm(width),
+                                   enable_nested_tensor=False)})
     for name in "item", "place": nn.init.normal_(model[name].weight, std=.02)
     nn.init.zeros_(model["bias"].weight)
     return model.to(device())
@@ -48,7 +50,8 @@ def place_states(
     from torch import nn
     n = items.shape[1]
     x = model["drop"](model["item"](items) + model["place"].weight[:n])
-    return model["layers"](x, mask=nn.Transformer.generate_square_subsequent_mask(n, device=items.device), is_causal=True)
+    return model["layers"](x, mask=nn.Transformer.generate_square_subsequent_mask(n, device=items.device),
+                           is_causal=True)
 
 def last_states(
     model, # From `collaborative_model`
@@ -94,7 +97,8 @@ def info_nce(
     "Contrastive loss in both directions (section 4.2.1)."
     import torch
     own = torch.arange(len(text), device=text.device)
-    return sum(torch.nn.functional.cross_entropy(max_sim(*pair)/temperature, own) for pair in ((text, ids), (ids, text)))/2
+    return sum(torch.nn.functional.cross_entropy(max_sim(*pair)/temperature, own)
+               for pair in ((text, ids), (ids, text)))/2
 
 # %% ../nbs/13_ctrl.ipynb #13-021
 class Aligner:
@@ -108,7 +112,8 @@ class Aligner:
         from torch import nn
         self.model, self.t5, self.pad_id = model, load_model(path, "t5").to(device()), reader.tokenizer.pad_token_id
         self.prompt, width = reader.encoder(reader.templates["recommendation"]), model["item"].embedding_dim
-        self.heads = nn.ModuleDict({"ids": subspaces(2*width, spaces), "text": subspaces(self.t5.config.d_model, spaces)}).to(device())
+        self.heads = nn.ModuleDict({"ids": subspaces(2*width, spaces),
+                                    "text": subspaces(self.t5.config.d_model, spaces)}).to(device())
         self.trained = nn.ModuleDict({"model": model, "language": self.t5.encoder, "heads": self.heads})
 
     def project(self, side, x):
@@ -124,7 +129,8 @@ class Aligner:
 
     def text(self, histories, items):
         "The same samples as text: the mean of the encoder's states, projected."
-        ids, mask = (t.to(device()) for t in pad([self.prompt.ids(h, int(i)) for h, i in zip(histories, items)], self.pad_id))
+        ids, mask = (t.to(device()) for t in pad([self.prompt.ids(h, int(i)) for h, i in zip(histories, items)],
+                                                 self.pad_id))
         return self.project("text", pool(encode(self.t5, ids, mask), mask))
 
 # %% ../nbs/13_ctrl.ipynb #13-022
@@ -137,7 +143,8 @@ def align(
 )->list[dict]: # One row a step: loss, accuracy
     "Step 1: both models learn to recognise a sample in the other's terms."
     histories, items = rows["history"].to_list(), rows["target"].to_numpy()
-    opt, schedule = adamw(aligner.trained.parameters(), p["ctrl_align_lr"], p["ctrl_align_epochs"]*math.ceil(len(items)/size))
+    opt, schedule = adamw(aligner.trained.parameters(), p["ctrl_align_lr"],
+                          p["ctrl_align_epochs"]*math.ceil(len(items)/size))
     aligner.trained.train()
     def update(at, rng):
         chosen = [histories[i] for i in at], items[at]
@@ -146,7 +153,8 @@ def align(
         descend(loss, opt, schedule)
         return {"loss": loss.item(), "accuracy": matched(max_sim(text, ids).detach().cpu().numpy())}
     lengths = np.array([min(len(h), aligner.prompt.history_items) for h in histories])
-    return train(update, dict(models=aligner.trained, opt=opt, schedule=schedule), len(items), p["ctrl_align_epochs"], size, folder, p["seed"], "CTRL, step 1", lengths)
+    return train(update, dict(models=aligner.trained, opt=opt, schedule=schedule), len(items), p["ctrl_align_epochs"],
+                 size, folder, p["seed"], "CTRL, step 1", lengths)
 
 # %% ../nbs/13_ctrl.ipynb #13-023
 def matched(
@@ -168,7 +176,9 @@ def similarities(
     "How well each text suits each sample."
     import torch
     aligner.trained.eval()
-    with torch.inference_mode(): return max_sim(*(side(rows["history"].to_list(), rows["target"].to_numpy()) for side in (aligner.text, aligner.ids))).cpu().numpy()
+    with torch.inference_mode():
+        return max_sim(*(side(rows["history"].to_list(), rows["target"].to_numpy())
+                         for side in (aligner.text, aligner.ids))).cpu().numpy()
 
 # %% ../nbs/13_ctrl.ipynb #13-025
 def plot_alignment(
@@ -197,7 +207,8 @@ def purchase_loss(
     mask, # 1 where there is an item
     others, # Items drawn at random (m)
 ): # Scalar
-    "Binary cross-entropy at every place; bought and not bought weigh the same. An `other` that stands in the piece itself is left out there."
+    """Binary cross-entropy at every place; bought and not bought weigh the same. An `other` that stands in the piece
+    itself is left out there."""
     from torch.nn.functional import softplus
     real, own = mask[:, 1:] == 1, ((items[:, :, None] == others) & (mask[:, :, None] == 1)).any(1)
     h, bought = place_states(model, items[:, :-1])[real], items[:, 1:][real]
@@ -213,7 +224,9 @@ def catalogue_scores(
     "Scores of all items, from ids alone."
     import torch
     model.eval()
-    with torch.inference_mode(): return np.concatenate([item_scores(model, last_states(model, histories[i:i + 512])).cpu().numpy() for i in range(0, len(histories), 512)])
+    with torch.inference_mode():
+        return np.concatenate([item_scores(model, last_states(model, histories[i:i + 512])).cpu().numpy()
+                               for i in range(0, len(histories), 512)])
 
 def score_run(
     run:str, # Run
@@ -237,20 +250,23 @@ def fine_tune(
 )->list[dict]: # One row a step; the last step of an epoch has valid_auc
     "Step 2: purchases, with the AUC on validation lists to say when to stop."
     import torch
-    pieces, at = windows(load_training(run), len(model["place"].weight)), sample_rows(load_sequences(run, "valid")["user"], p["valid_users"], p["seed"])
+    pieces, at = windows(load_training(run), len(model["place"].weight)), sample_rows(load_sequences(run,
+            "valid")["user"], p["valid_users"], p["seed"])
     opt, schedule = adamw(model.parameters(), p["ctrl_lr"], p["ctrl_epochs"]*math.ceil(len(pieces)/size))
     trained = Trained(model)
     best = Best(trained, p["ctrl_patience"])
     def update(rows, rng):
         model.train()
         items, mask = (t.to(device()) for t in pad([pieces[r] for r in rows], 0))
-        loss = purchase_loss(model, items, mask, torch.from_numpy(rng.integers(model["item"].num_embeddings, size=p["ctrl_negatives"])).to(device()))
+        loss = purchase_loss(model, items, mask, torch.from_numpy(rng.integers(model["item"].num_embeddings,
+                size=p["ctrl_negatives"])).to(device()))
         descend(loss, opt, schedule)
         return {"loss": loss.item()}
     def after_epoch(epoch, curves):
         curves[-1]["valid_auc"] = list_auc([z[:21] for z in score_run(run, model, "valid", at, "uni99")[1]])
         return best.stop(curves[-1]["valid_auc"])
-    curves = train(update, dict(model=trained, opt=opt, schedule=schedule, best=best), len(pieces), p["ctrl_epochs"], size, folder, p["seed"], f"{folder.name}, step 2",
+    curves = train(update, dict(model=trained, opt=opt, schedule=schedule, best=best), len(pieces), p["ctrl_epochs"],
+                   size, folder, p["seed"], f"{folder.name}, step 2",
                    np.array([len(x) for x in pieces]), after_epoch)
     trained.load_state_dict(best.weights)
     return curves
@@ -278,13 +294,15 @@ def step_1(
     folder:Path, # Gets the model, similarities and their picture
     p:dict, # The stage's parameters
 ):
-    "Align the model with the run's T5, and show the alignment on validation samples, from which nothing is learned. Writes the aligned model, its curves and similarities."
+    """Align the model with the run's T5, and show the alignment on validation samples, from which nothing is
+    learned. Writes the aligned model, its curves and similarities."""
     aligner, valid = Aligner(model, *reader_for(run), p["ctrl_spaces"]), load_sequences(run, "valid")
     shown = valid[sample_rows(valid["user"], p["valid_users"], p["seed"])]
     found = {"before": similarities(aligner, shown)}
     curves = align(aligner, load_sequences(run, "train"), folder, p)
     found["after"] = similarities(aligner, shown)
-    rows = [pl.DataFrame({"moment": moment, "text": i, "sample": range(len(row)), "similarity": row}) for moment, s in found.items() for i, row in enumerate(s)]
+    rows = [pl.DataFrame({"moment": moment, "text": i, "sample": range(len(row)), "similarity": row}) for moment,
+            s in found.items() for i, row in enumerate(s)]
     pl.concat(rows).write_parquet(folder/"similarity.parquet")
     plot_alignment({moment: s[:40, :40] for moment, s in found.items()}).savefig(folder/"alignment.png", dpi=110)
     weights = sum(w.numel() for w in aligner.t5.encoder.parameters())
@@ -303,7 +321,8 @@ def new_model(
 ): # Untrained collaborative model
     "The same random weights for both models; as many places as the longest training history."
     seed_all(p["seed"])
-    return collaborative_model(len(load_titles(run)), load_sequences(run, "train")["history"].list.len().max(), p["ctrl_width"])
+    return collaborative_model(len(load_titles(run)), load_sequences(run, "train")["history"].list.len().max(),
+                               p["ctrl_width"])
 
 def train_ctrl(
     run:str, # Run
@@ -322,11 +341,15 @@ def train_ctrl(
     once(work, None, make)
     curves, model = pl.read_parquet(work/"curves.parquet"), load_ctrl(work/"model.safetensors").to(device())
     trained, rows = time.time(), sample_rows(load_sequences(run, "test")["user"], p["test_users"], 0)
-    frames = [rank_rows(name, users, kind, z) for kind in ("uni99", "full") for users, z in [score_run(run, model, "test", rows, kind)]]
+    frames = [rank_rows(name, users, kind, z) for kind in ("uni99", "full") for users,
+              z in [score_run(run, model, "test", rows, kind)]]
     t5 = backbone(run, "t5") if aligned else {"pocket": False, "name": None}
-    return frames, {"pocket": t5["pocket"], "backbone": t5["name"], "settings": {k: v for k, v in p.items() if aligned or k not in STEP_1}, "search": [],
-                    "valid": curves["valid_auc"].max(), "valid_metric": "auc", "parameters": sum(w.numel() for w in model.parameters()),
-                    "seconds": {"search": 0., "train": round(trained - began, 2), "score": round(time.time() - trained, 2)}}
+    return frames, {"pocket": t5["pocket"], "backbone": t5["name"],
+                    "settings": {k: v for k, v in p.items() if aligned or k not in STEP_1}, "search": [],
+                    "valid": curves["valid_auc"].max(), "valid_metric": "auc",
+                    "parameters": sum(w.numel() for w in model.parameters()),
+                    "seconds": {"search": 0., "train": round(trained - began, 2),
+                                "score": round(time.time() - trained, 2)}}
 
 # %% ../nbs/13_ctrl.ipynb #13-038
 def check_ctrl(
@@ -334,12 +357,15 @@ def check_ctrl(
 )->list[str]: # A sentence for everything that cannot work
     "Look at sizes and rates."
     odd = p["ctrl_width"] < 2 or p["ctrl_width"] % 2
-    return [*([f"ctrl_width={p['ctrl_width']} must be an even number, for two attention heads; set --ctrl-width"] if odd else []),
-            *below(p, 1, "ctrl_spaces", "ctrl_align_epochs", "ctrl_epochs", "ctrl_negatives"), *below(p, 0, "seed", "test_users", "valid_users", "ctrl_patience"),
+    return [*([f"ctrl_width={p['ctrl_width']} must be an even number, for two attention heads; set --ctrl-width"]
+              if odd else []),
+            *below(p, 1, "ctrl_spaces", "ctrl_align_epochs", "ctrl_epochs", "ctrl_negatives"),
+            *below(p, 0, "seed", "test_users", "valid_users", "ctrl_patience"),
             *not_positive(p, "ctrl_temperature", "ctrl_align_lr", "ctrl_lr")]
 
 def make_ctrl(
-    run:str="demo", seed:int=0, test_users:int=1000, valid_users:int=300, ctrl_width:int=64, ctrl_spaces:int=4, ctrl_temperature:float=.4, ctrl_align_epochs:int=2,
+    run:str="demo", seed:int=0, test_users:int=1000, valid_users:int=300, ctrl_width:int=64, ctrl_spaces:int=4,
+    ctrl_temperature:float=.4, ctrl_align_epochs:int=2,
     ctrl_align_lr:float=3e-3, ctrl_epochs:int=30, ctrl_lr:float=3e-3, ctrl_negatives:int=128, ctrl_patience:int=8,
 )->Path: # Folder with ranks.parquet, models.json, and a folder for each model
     "Stage `ctrl`. The parameters are explained at the head of the chapter."
@@ -348,6 +374,7 @@ def make_ctrl(
     backbone(run, "t5")
     def make(folder):
         models = {}
-        frames = [attempt(models, name, family, lambda: train_ctrl(run, name, folder, params), folder) for name, family in MODELS.items()]
+        frames = [attempt(models, name, family, lambda: train_ctrl(run, name, folder, params), folder) for name,
+                  family in MODELS.items()]
         return finish(folder, frames, models)
     return stage(run, "ctrl", params, make, inputs=["data", "prompts", "backbones"])

@@ -11,7 +11,8 @@ __all__ = ['ATTRIBUTES', 'KINDS', 'FILLERS', 'BRANDS', 'SIZES', 'MARKS', 'SEPARA
            'load_training', 'load_candidates', 'download', 'fetch']
 
 # %% ../nbs/01_data.ipynb #01-002
-import ast, codecs, csv, gzip, hashlib, http.client, io, itertools, json, random, re, time, urllib.error, urllib.request, zlib
+import ast, codecs, csv, gzip, hashlib, http.client, io, itertools, json, random, re, time, urllib.error, urllib.request
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -27,10 +28,12 @@ from fastcore.basics import patch
 from .runs import Run, UserError, below, need, refuse, root, sha256, stage, told, workspace, write_json
 
 # %% ../nbs/01_data.ipynb #01-006
-ATTRIBUTES = {"organic": 26, "vintage": 23, "waterproof": 20, "wireless": 17, "handmade": 14} # Attribute → share of the items, %
+# Attribute → share of the items, %
+ATTRIBUTES = {"organic": 26, "vintage": 23, "waterproof": 20, "wireless": 17, "handmade": 14}
 KINDS = "lamp bag watch blanket mug camera jacket soap candle speaker".split()
 FILLERS = "new classic set pack".split()
-BRANDS = ["Alder", "Brightway", "Corvane", "Dunmore", "Elkin", "Fernhill", "Garrow", "Hollis", "Moss &amp; Pine", "Norvell", "Ostra", "Quillon"]
+BRANDS = ["Alder", "Brightway", "Corvane", "Dunmore", "Elkin", "Fernhill", "Garrow", "Hollis", "Moss &amp; Pine",
+          "Norvell", "Ostra", "Quillon"]
 SIZES = "8 oz", "12 oz", "10 inch", "16 inch", "small", "large"
 
 # %% ../nbs/01_data.ipynb #01-007
@@ -132,12 +135,14 @@ def categories(
 ) -> tuple: # (name, categories to look for, noun)
     "What a data set's name stands for. Raises `UserError` with the nearest name if it is unknown."
     info = sources()
-    names = {_plain(c): (c, [c], c.replace("_", " ").lower() + " products") for r in info["releases"].values() for c in r["categories"]}
+    names = {_plain(c): (c, [c], c.replace("_", " ").lower() + " products") for r in info["releases"].values()
+             for c in r["categories"]}
     for name, about in info["datasets"].items():
         for key in (name, about["categories"][0]): names[_plain(key)] = (name, about["categories"], about["noun"])
     if _plain(dataset) in names: return names[_plain(dataset)]
     near = get_close_matches(_plain(dataset), names, n=1, cutoff=0)
-    raise UserError(f"unknown data set {dataset!r}; did you mean {names[near[0]][0]!r}? Known: demo, beauty, toys, sports, the categories in "
+    raise UserError(f"unknown data set {dataset!r}; did you mean {names[near[0]][0]!r}? Known: demo, beauty, toys, "
+                    "sports, the categories in "
                     "data/sources.yaml, or the path of a file of your own (.csv, .jsonl, .parquet …)")
 
 # %% ../nbs/01_data.ipynb #01-021
@@ -150,7 +155,8 @@ def _binary(path):
 def _reading(path, encoding="utf-8"):
     "Turn what goes wrong while a file is read into a `UserError`."
     try: yield
-    except (EOFError, gzip.BadGzipFile, zlib.error): raise UserError(f"{path}: truncated or damaged gzip file; fetch it again") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        raise UserError(f"{path}: truncated or damaged gzip file; fetch it again") from None
     except UnicodeDecodeError as e: raise _undecodable(path, encoding, e) from None
     except OSError as e: raise UserError(f"{path}: cannot be read ({e.strerror or e}); check the path") from None
 
@@ -160,10 +166,13 @@ def _undecodable(path, encoding, error):
         for n, line in enumerate(f, 1):
             try: line.decode(encoding)
             except UnicodeDecodeError as e:
-                before, around = (line[max(0, e.start - 20):e.start + more].decode("cp1252", "replace") for more in (0, 20))
+                before, around = (line[max(0, e.start - 20):e.start + more].decode("cp1252", "replace")
+                                  for more in (0, 20))
                 return UserError(f"{path}, line {n}: byte 0x{line[e.start]:02x} after {before!r} is not {encoding}; "
-                                 f"save the file as UTF-8, or name its encoding, as in --encoding cp1252 (then it reads {around.strip()!r})")
-    return UserError(f"{path}: not {encoding} ({error.reason}); save the file as UTF-8, or name its encoding with --encoding")
+                                 "save the file as UTF-8, or name its encoding, as in --encoding cp1252 (then it "
+                                 f"reads {around.strip()!r})")
+    return UserError(f"{path}: not {encoding} ({error.reason}); save the file as UTF-8, or name its encoding with "
+                     "--encoding")
 
 # %% ../nbs/01_data.ipynb #01-021a
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
@@ -172,11 +181,13 @@ def _encoding(path, head, asked):
     "The encoding of a text file: by its mark, as asked for, or UTF-8."
     try: b"x".decode(asked or "utf-8", "ignore")
     except LookupError:
-        raise UserError(f"encoding={asked!r} is not known; well known are utf-8, utf-16, cp1252 (Windows) and latin-1") from None
+        raise UserError(f"encoding={asked!r} is not known; well known are utf-8, utf-16, cp1252 (Windows) and "
+                        "latin-1") from None
     found = next((name for mark, name in MARKS.items() if head.startswith(mark)), asked)
     if not found and b"\0" in head[:1000] and head[:4] != b"PAR1":
         order = "be" if head[:1] == bytes(1) else "le"
-        raise UserError(f"{path}: looks like UTF-16 without a mark; save it as UTF-8, or give --encoding utf-16-{order}")
+        raise UserError(f"{path}: looks like UTF-16 without a mark; save it as UTF-8, or give --encoding "
+                        f"utf-16-{order}")
     return found or "utf-8"
 
 def _kind(path, head, encoding):
@@ -185,9 +196,11 @@ def _kind(path, head, encoding):
     if head[:4] == b"PAR1": return "parquet"
     if not text: raise UserError(f"{path}: the file is empty")
     if path.name.endswith(".parquet"): raise UserError(f"{path} is not a parquet file; it begins with {head[:20]!r}")
-    if head[:4] == b"PK\3\4": raise UserError(f"{path} is a workbook or an archive; save the table as CSV, or unpack the file")
+    if head[:4] == b"PK\3\4":
+        raise UserError(f"{path} is a workbook or an archive; save the table as CSV, or unpack the file")
     if text[0] == "[": raise UserError(f"{path} is one JSON list; write JSON lines, one object a line")
-    if re.match("(?i)<(!doctype|html)", text): raise UserError(f"{path} is a web page, not a table; fetch the file again")
+    if re.match("(?i)<(!doctype|html)", text):
+        raise UserError(f"{path} is a web page, not a table; fetch the file again")
     return "json" if text[0] == "{" else "csv"
 
 # %% ../nbs/01_data.ipynb #01-021b
@@ -203,7 +216,8 @@ def _object(line, where):
 
 def _split(lines, separator):
     "Pairs of a row's first line, counted from 1, and its fields. Raises `csv.Error` that begins with the line."
-    if len(separator) > 1: yield from ((n, line.rstrip("\r\n").split(separator)) for n, line in enumerate(lines, 1) if line.strip())
+    if len(separator) > 1:
+        yield from ((n, line.rstrip("\r\n").split(separator)) for n, line in enumerate(lines, 1) if line.strip())
     else:
         rows, start = csv.reader(lines, delimiter=separator, strict=True), 1
         while True:
@@ -214,14 +228,17 @@ def _split(lines, separator):
             start = rows.line_num + 1
 
 def _records(file):
-    "Pairs of line and row: a dictionary of a JSON object, a list of fields. Raises `UserError` for what cannot be read."
+    """Pairs of line and row: a dictionary of a JSON object, a list of fields. Raises `UserError` for what cannot be
+    read."""
     path = file.path
     with _reading(path, file.encoding), io.TextIOWrapper(_binary(path), file.encoding, newline="") as lines:
-        if file.kind == "json": yield from ((n, _object(line, f"{path}, line {n}")) for n, line in enumerate(lines, 1) if line.strip())
+        if file.kind == "json":
+            yield from ((n, _object(line, f"{path}, line {n}")) for n, line in enumerate(lines, 1) if line.strip())
         else:
             try: yield from _split(lines, file.separator)
             except csv.Error as e:
-                raise UserError(f"{path}, {e}; a field with quotation marks in it needs them around it, too, and doubled within") from None
+                raise UserError(f"{path}, {e}; a field with quotation marks in it needs them around it, too, and "
+                                "doubled within") from None
 
 # %% ../nbs/01_data.ipynb #01-021c
 SEPARATORS = "::", "\t", ";", ",", "|"
@@ -236,7 +253,8 @@ def _separator(lines, known):
         return found
     def fit(s):
         first, *rest = rows(s) or [[]]
-        return len({x.strip() for x in first} & known), len(first) > 1, sum(len(r) == len(first) for r in rest), -SEPARATORS.index(s)
+        return len({x.strip() for x in first} & known), len(first) > 1, sum(len(r) == len(first)
+                for r in rest), -SEPARATORS.index(s)
     return max(SEPARATORS, key=fit)
 
 def sniff(
@@ -254,7 +272,8 @@ def sniff(
             raise UserError(f"{path}: damaged parquet file ({str(e).splitlines()[0]}); write it again") from None
     if kind == "json":
         file = File(path, kind, encoding=encoding)
-        return File(path, kind, list({k: 0 for _, row in itertools.islice(_records(file), 100) for k in row}), encoding=encoding)
+        return File(path, kind, list({k: 0 for _, row in itertools.islice(_records(file), 100) for k in row}),
+                    encoding=encoding)
     lines = head.decode(encoding, "ignore").splitlines(keepends=True)
     lines = lines[:-1] if len(head) == 1 << 16 else lines # the last one may be cut
     separator = {"tab": "\t", "\\t": "\t"}.get(separator, separator) or _separator(lines, known)
@@ -284,14 +303,16 @@ def _amazon(dataset, folder, encoding=""):
                 path = folder/file
                 tried.append(file)
                 if not path.is_file(): continue
-                table = sniff(path, encoding) if ".csv" in file else File(path, "json", encoding=_encoding(path, b"", encoding))
+                table = (sniff(path, encoding) if ".csv" in file
+                         else File(path, "json", encoding=_encoding(path, b"", encoding)))
                 if table.kind == "csv" and table.header == ("csv" in release): continue
                 meta = release["meta"].format(category)
                 there = (folder/m for m in (meta, meta.removesuffix(".gz")) if (folder/m).is_file())
                 meta = next((File(m, "json", encoding=table.encoding) for m in there), None)
                 fields = {c: str(i) for i, c in enumerate(release["csv"], 1)} if not table.header else release["fields"]
                 return Source(name, noun, table, fields, meta, dict(item=release["fields"]["item"], title="title"))
-    raise UserError(f"no review file of {name!r} in {folder}; looked for {', '.join(dict.fromkeys(tried))}; bring it with "
+    raise UserError(f"no review file of {name!r} in {folder}; looked for {', '.join(dict.fromkeys(tried))}; bring it "
+                    "with "
                     f"`ganprompt fetch {name}`, or name the folder that holds it with --data-dir")
 
 # %% ../nbs/01_data.ipynb #01-023
@@ -302,24 +323,31 @@ def _pairs(columns):
     "Our name → the file's name, as the user gave them."
     pairs = [p.partition("=")[::2] for p in columns.split(",") if p]
     wrong = [k for k, v in pairs if k.strip() not in FIELDS or not v.strip()]
-    if wrong: raise UserError(f"columns: {wrong[0]!r} is not understood; write user=…,item=…,rating=…,time=…,title=… with the names in your file")
+    if wrong:
+        raise UserError(f"columns: {wrong[0]!r} is not understood; write user=…,item=…,rating=…,time=…,title=… with "
+                        "the names in your file")
     return {k.strip(): v.strip() for k, v in pairs}
 
 def _need_columns(file, wanted):
     "Raise `UserError` unless the file has all `wanted` columns: our name → the file's."
     missing = {c: name for c, name in wanted.items() if name not in file.names}
     if not missing: return
-    how = "" if file.kind != "csv" else f" (separator {file.separator!r}, {file.encoding}{'' if file.header else ', no header'})"
-    raise UserError(f"{file.path}: no column {', '.join(map(repr, missing.values()))}; it has {', '.join(file.names)}{how}; "
-                    f"name your own, as in --columns {','.join(f'{c}=…' for c in missing)}; if they are not told apart, give --separator or --encoding")
+    how = "" if file.kind != "csv" else (f" (separator {file.separator!r}, "
+                                         f"{file.encoding}{'' if file.header else ', no header'})")
+    raise UserError(f"{file.path}: no column {', '.join(map(repr, missing.values()))}; it has "
+                    f"{', '.join(file.names)}{how}; "
+                    f"name your own, as in --columns {','.join(f'{c}=…' for c in missing)}; if they are not told "
+                    "apart, give --separator or --encoding")
 
 # %% ../nbs/01_data.ipynb #01-023a
 def _items(path, encoding, separator, pairs, forms):
     "The file of titles, and what item and title are called in it."
     if not path.is_file(): raise UserError(f"no file {path}; check the path given as --items-file")
-    file = sniff(path, encoding, separator, {form[c] for form in forms for c in ("item", "title") if c in form} | set(pairs.values()))
+    file = sniff(path, encoding, separator, {form[c] for form in forms for c in ("item", "title") if c in form}
+                 | set(pairs.values()))
     if not file.header: return file, {"item": "1", "title": pairs.get("title", "2")}
-    item = next((x for x in [pairs.get("item"), *(form["item"] for form in forms)] if x in file.names), pairs.get("item", "item"))
+    item = next((x for x in [pairs.get("item"), *(form["item"] for form in forms)] if x in file.names),
+                pairs.get("item", "item"))
     return file, {"item": item, "title": pairs.get("title", "title")}
 
 def _own(path, columns, items_file="", separator="", encoding=""):
@@ -329,7 +357,8 @@ def _own(path, columns, items_file="", separator="", encoding=""):
     names = {name for form in forms for name in form.values()} | {v for v in pairs.values() if not v.isdigit()}
     file = sniff(path, encoding, separator, names)
     if not file.header: forms = [dict(zip(FIELDS, file.names))] if len(file.names) in (4, 5) or pairs else forms
-    fields = next((f for f in (form | pairs for form in forms) if {f.get(c) for c in TYPES} <= set(file.names)), forms[0] | pairs)
+    fields = next((f for f in (form | pairs for form in forms) if {f.get(c) for c in TYPES} <= set(file.names)),
+                  forms[0] | pairs)
     wanted = [*TYPES, *(["title"] if "title" in pairs and not items_file else [])]
     _need_columns(file, {c: fields.get(c, c) for c in wanted})
     meta = (file, fields) if fields.get("title") in file.names else (None, None)
@@ -350,17 +379,20 @@ OWN = re.compile(r"[/\\]|\.(csv|tsv|txt|dat|data|json|jsonl|ndjson|parquet)(\.gz
 
 def find_source(
     dataset:str, # This and the others as in the parameters
-    data_dir:str="", columns:str="", items_file:str="", separator:str="", encoding:str="", date_format:str="", rating_scale:str="1-5",
+    data_dir:str="", columns:str="", items_file:str="", separator:str="", encoding:str="", date_format:str="",
+    rating_scale:str="1-5",
 ) -> Source:
     "Find the files of a data set and how they are written. Raises `UserError` if they are not there, or lack a column."
     if OWN.search(dataset): source = _own(Path(dataset).expanduser(), columns, items_file, separator, encoding)
     else:
         if separator or columns or items_file:
-            raise UserError(f"columns, separator and items_file are for a file of your own; {dataset!r} names a release, whose files are known")
+            raise UserError(f"columns, separator and items_file are for a file of your own; {dataset!r} names a "
+                            "release, whose files are known")
         home = root()/"data/demo" if categories(dataset)[0] == "demo" else workspace()/"data/raw"
         source = _amazon(dataset, Path(data_dir).expanduser() if data_dir else home, encoding)
     if date_format and "%" not in date_format:
-        raise UserError(f"date_format={date_format!r} names no parts of a date; write it as in %d/%m/%Y or %Y-%m-%d %H:%M:%S")
+        raise UserError(f"date_format={date_format!r} names no parts of a date; write it as in %d/%m/%Y or %Y-%m-%d "
+                        "%H:%M:%S")
     source.date_format, source.scale = date_format, _scale(rating_scale)
     return source
 
@@ -385,7 +417,8 @@ def _rows(file):
         if file.kind == "csv":
             if len(row) != len(file.names):
                 raise UserError(f"{file.path}, line {line}: {len(row)} fields in place of {len(file.names)}: "
-                                f"{file.separator.join(row)[:80]!r}; put quotation marks around a field that holds {file.separator!r}, or correct or remove the line")
+                                f"{file.separator.join(row)[:80]!r}; put quotation marks around a field that holds "
+                                f"{file.separator!r}, or correct or remove the line")
             row = dict(zip(file.names, row))
         yield line, row
 
@@ -402,13 +435,16 @@ def _raw(file, types, careful=False):
 
 # %% ../nbs/01_data.ipynb #01-028
 def _ragged(file):
-    "Whether rows of a csv file may have too many or too few fields, by separators outside of quotation marks: polars does not say."
+    """Whether rows of a csv file may have too many or too few fields, by separators outside of quotation marks:
+    polars does not say."""
     one = len(file.separator) == 1
-    lf = pl.scan_csv(_readable(file), has_header=False, schema={"line": pl.String}, separator="\x01", quote_char=None, glob=False,
+    lf = pl.scan_csv(_readable(file), has_header=False, schema={"line": pl.String}, separator="\x01", quote_char=None,
+                     glob=False,
                      skip_rows=int(file.header))
     line = pl.col("line").str.replace_all('"[^"]*"', "") if one else pl.col("line")
     odd = line.str.count_matches(file.separator if one else "\x1f", literal=True) != len(file.names) - 1
-    return lf.select((odd | line.is_null() | (pl.lit(one) & line.str.contains('"', literal=True))).any()).collect(engine="streaming").item()
+    return lf.select((odd | line.is_null() | (pl.lit(one) & line.str.contains('"',
+            literal=True))).any()).collect(engine="streaming").item()
 
 MISSING = ["", "NA", "N/A", "nan", "NaN", "null", "NULL", "None"]
 
@@ -421,10 +457,12 @@ def _id(c, type):
     c = pl.col(c)
     if type == pl.String: return c
     if not type.is_float(): return c.cast(pl.String)
-    return pl.when(c == c.floor()).then(c.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(c.fill_nan(None).cast(pl.String))
+    whole = c.cast(pl.Int64, strict=False).cast(pl.String)
+    return pl.when(c == c.floor()).then(whole).otherwise(c.fill_nan(None).cast(pl.String))
 
 # %% ../nbs/01_data.ipynb #01-028b
-DAY, CLOCK = r"(\d{1,4})([-/.])(\d{1,2})\2(\d{1,4})", r"([T ])\d{1,2}:\d\d(:\d\d(?:\.\d+)?)?( ?[AaPp][Mm])?( ?UTC)?(Z|[+-]\d\d:?\d\d)?"
+DAY, CLOCK = r"(\d{1,4})([-/.])(\d{1,2})\2(\d{1,4})", (r"([T ])\d{1,2}:\d\d(:\d\d(?:\.\d+)?)?( ?[AaPp][Mm])?( "
+                                                       r"?UTC)?(Z|[+-]\d\d:?\d\d)?")
 DATE = re.compile(f"{DAY}(?:{CLOCK})?")
 
 def date_formats(
@@ -435,7 +473,8 @@ def date_formats(
     if not m or {len(m[1]), len(m[4])} not in ({4, 1}, {4, 2}, {2}, {1, 2}): return {}
     orders = ["Ymd"] if len(m[1]) == 4 else ["dmY", "mdY"] if len(m[4]) == 4 else ["dmy", "mdy", "ymd"]
     half = (m[7] or "")[:-2] + "%p" if m[7] else ""
-    parts = [m[5], "%I" if half else "%H", ":%M", ":%S%.f" if m[6] else "", half, m[8] or "", "%#z" if m[9] else ""] if m[5] else []
+    parts = ([m[5], "%I" if half else "%H", ":%M", ":%S%.f" if m[6] else "", half, m[8] or "", "%#z" if m[9] else ""]
+             if m[5] else [])
     return {o: m[2].join(f"%{x}" for x in o) + "".join(parts) for o in orders}
 
 def _moment(c, formats):
@@ -452,7 +491,8 @@ def _sample(source):
     file, names = source.reviews, [source.fields[c] for c in ("rating", "time")]
     if file.kind == "parquet": rows = pl.scan_parquet(file.path, glob=False).select(names).head(200).collect().rows()
     else: rows = [[row.get(c) for c in names] for _, row in itertools.islice(_rows(file), 200)]
-    return ([t for t in map(_as_text, column) if t and t.strip() not in MISSING] for column in (zip(*rows) if rows else ([], [])))
+    return ([t for t in map(_as_text, column) if t and t.strip() not in MISSING]
+            for column in (zip(*rows) if rows else ([], [])))
 
 def _types(source):
     "What polars shall take ratings and times for: numbers, if all of the first ones are."
@@ -471,7 +511,8 @@ def _clock(source, raw):
     usual = {order: sorted({f[order] for f in found}) for order in sorted(set.intersection(*map(set, found)))}
     def unread(lf, orders): # order → number of times that it cannot read
         if not orders: return {}
-        return lf.select(_unread(name, _moment(name, f)).sum().alias(o) for o, f in orders.items()).collect().row(0, named=True)
+        return lf.select(_unread(name, _moment(name, f)).sum().alias(o) for o, f in orders.items()).collect().row(0,
+                named=True)
     first = pl.LazyFrame({name: texts})
     usual = {o: usual[o] for o, n in unread(first, usual).items() if not n}
     where = f"{source.reviews.path}: the times in {name!r}, such as {texts[0]!r},"
@@ -494,8 +535,10 @@ def _clock(source, raw):
 def scan(
     source:Source,
     careful:bool=False, # Row by row, where polars fails or is too lenient
-) -> tuple: # LazyFrames: user, item, rating, time, bad (rating or time are no numbers); the file's columns. And the formats of the times
-    "Read lazily, in the file's order, with our names for the columns. Times stay in seconds or milliseconds; dates become milliseconds."
+) -> tuple: # LazyFrames: user, item, rating, time, bad (rating or time are no numbers); the file's columns. And the
+    # formats of the times
+    """Read lazily, in the file's order, with our names for the columns. Times stay in seconds or milliseconds; dates
+    become milliseconds."""
     f, types = source.fields, TYPES if source.reviews.kind == "parquet" else _types(source)
     raw = _raw(source.reviews, {f[c]: pl.String if careful else t for c, t in types.items()}, careful)
     has = raw.collect_schema()
@@ -506,7 +549,8 @@ def scan(
     if has[f["time"]].is_temporal(): values["time"] = pl.col(f["time"]).dt.epoch("ms")
     bad = pl.any_horizontal(pl.lit(False), *(_unread(f[c], values[c]) for c in text))
     ids = (_id(f[c], has[f[c]]).alias(c) for c in ("user", "item"))
-    lf = raw.select(*ids, rating=values["rating"].cast(pl.Float64).fill_nan(None), time=values["time"].cast(pl.Int64, strict=False), bad=bad)
+    lf = raw.select(*ids, rating=values["rating"].cast(pl.Float64).fill_nan(None),
+                    time=values["time"].cast(pl.Int64, strict=False), bad=bad)
     return lf, raw, formats
 
 # %% ../nbs/01_data.ipynb #01-030
@@ -515,7 +559,8 @@ def _place(source, row):
     file = source.reviews
     if file.kind == "parquet": return f"{file.path}, row {row + 1}"
     if file.kind == "json":
-        with _binary(file.path) as f: line = next(itertools.islice((n for n, text in enumerate(f, 1) if text.strip()), row, None))
+        with _binary(file.path) as f:
+            line = next(itertools.islice((n for n, text in enumerate(f, 1) if text.strip()), row, None))
     else: line = next(itertools.islice(_records(file), row + file.header, None))[0]
     return f"{file.path}, line {line}"
 
@@ -530,10 +575,13 @@ def _refuse(source, lf, raw, formats):
     row, good = _first(lf, pl.col("bad"))
     names = [source.fields[c] for c in ("rating", "time")]
     texts = raw.select(names).slice(row, 1).collect().row(0, named=True)
-    wrong = next(c for c in ("rating", "time") if good[c] is None and (texts[source.fields[c]] or "").strip() not in MISSING)
+    wrong = next(c for c in ("rating", "time") if good[c] is None
+                 and (texts[source.fields[c]] or "").strip() not in MISSING)
     name = source.fields[wrong]
-    what = "is not a date" + "".join(f" as {f!r} reads it" for f in formats[:1]) if wrong == "time" and formats else "is not a number"
-    raise UserError(f"{_place(source, row)}: {name!r} {what}: {texts[name]!r}; correct or remove this line, leave the field empty "
+    what = ("is not a date" + "".join(f" as {f!r} reads it" for f in formats[:1]) if wrong == "time"
+            and formats else "is not a number")
+    raise UserError(f"{_place(source, row)}: {name!r} {what}: {texts[name]!r}; correct or remove this line, leave the "
+                    "field empty "
                     "if the value is not known, or check --columns")
 
 # %% ../nbs/01_data.ipynb #01-032
@@ -557,7 +605,8 @@ def _collect(source, queries):
 
 # %% ../nbs/01_data.ipynb #01-034
 def _drop(drops, step, rows_out, why, rows_in=None):
-    drops.append({"step": step, "rows_in": drops[-1]["rows_out"] if rows_in is None else rows_in, "rows_out": rows_out, "why": why})
+    drops.append({"step": step, "rows_in": drops[-1]["rows_out"] if rows_in is None else rows_in, "rows_out": rows_out,
+                  "why": why})
 
 def _check_values(source, lf, counts, dates):
     "Raise `UserError` for a column without any value, ratings above the scale, and times in two units."
@@ -565,14 +614,18 @@ def _check_values(source, lf, counts, dates):
     for c in TYPES:
         if counts["rows"] and counts[c] == counts["rows"]:
             has = ", ".join(next(_rows(source.reviews))[1]) if source.reviews.kind == "json" else source.fields[c]
-            raise UserError(f"{path}: no row has a value for {source.fields[c]!r}; the first row has {has}; is this the right file?")
+            raise UserError(f"{path}: no row has a value for {source.fields[c]!r}; the first row has {has}; is this "
+                            "the right file?")
     if counts["above"]:
         row, values = _first(lf, r > high)
-        raise UserError(f"{_place(source, row)}: rating {values['rating']:g} is outside {low:g} to {high:g} (rows above: {counts['above']}); "
-                        f"if ratings go further, give their scale, as in --rating-scale 0-10; if not, correct or remove the line")
+        raise UserError(f"{_place(source, row)}: rating {values['rating']:g} is outside {low:g} to {high:g} (rows "
+                        f"above: {counts['above']}); "
+                        "if ratings go further, give their scale, as in --rating-scale 0-10; if not, correct or "
+                        "remove the line")
     early, late = counts["early"] or 0, counts["late"] or 0
     if not dates and 1e8 < early < 1e11 < late:
-        raise UserError(f"{path}: times from {early} to {late} cannot all be seconds, nor all milliseconds; write them in one unit")
+        raise UserError(f"{path}: times from {early} to {late} cannot all be seconds, nor all milliseconds; write "
+                        "them in one unit")
 
 # %% ../nbs/01_data.ipynb #01-036
 def _enum(ids):
@@ -626,7 +679,8 @@ def read_reviews(
     _drop(drops, "rating", len(df), f"rating below {rating:g}")
     _drop(drops, "repeat", len(first), "the user has this item already")
     timeless = first["time"].null_count()
-    if timeless: _drop(drops, "no time", len(first), f"{timeless} rows without a time: kept, first in their user's history")
+    if timeless:
+        _drop(drops, "no time", len(first), f"{timeless} rows without a time: kept, first in their user's history")
     return first, drops
 
 # %% ../nbs/01_data.ipynb #01-041
@@ -651,7 +705,8 @@ def cut_reviews(
     "Cut rare users and items away."
     last = pl.col("user").is_last_distinct()
     kept = k_core(df if cut == "literal" else df.filter(~last), core)
-    aside = df.clear() if cut == "literal" else df.filter(last).join(kept, on="user", how="semi").join(kept, on="item", how="semi")
+    aside = df.clear() if cut == "literal" else df.filter(last).join(kept, on="user", how="semi").join(kept, on="item",
+            how="semi")
     return kept, aside
 
 # %% ../nbs/01_data.ipynb #01-048
@@ -660,7 +715,8 @@ def histories(
     min_history:int=3, max_history:int=10, # Lengths
     max_sequence:int=0, # Length of the parts; 0: one part a user
 ) -> pl.DataFrame: # user, part, place (0, 1, … within the part), size (of the part), time, history, target
-    "All histories with their targets, vectorised: the history is the ten shifted copies of the item column, without the nulls."
+    """All histories with their targets, vectorised: the history is the ten shifted copies of the item column,
+    without the nulls."""
     step = max_sequence or len(df) + 1
     df = df.with_columns(part=pl.col("position") // step, place=pl.col("position") % step)
     group = ["user", "part"]
@@ -678,17 +734,20 @@ def split_of(
     left = pl.col("size") - pl.col("place")
     valid, test = left == 2, left == 1
     if protocol == "time": valid, test = (pl.col("time") >= times.quantile(q, "higher") for q in (.8, .9))
-    return rows.select(pl.when(test).then(pl.lit("test")).when(valid).then(pl.lit("valid")).otherwise(pl.lit("train")).alias("split"))["split"]
+    name = pl.when(test).then(pl.lit("test")).when(valid).then(pl.lit("valid")).otherwise(pl.lit("train"))
+    return rows.select(split=name)["split"]
 
 # %% ../nbs/01_data.ipynb #01-052
 def split_rows(
     rows:pl.DataFrame, # From `histories`
     times:pl.Series, # Times of all interactions
     protocol:str="leave-one-out", # or time
-) -> pl.DataFrame: # user, split (train, valid or test), history, target, row (the sequence's number, whatever is drawn of them later)
+) -> pl.DataFrame: # user, split (train, valid or test), history, target, row (the sequence's number, whatever is drawn
+    # of them later)
     "Say which sequence is for what."
     rows = rows.with_columns(split=split_of(rows, times, protocol))
-    if protocol == "time": rows = rows.filter((pl.col("split") == "train") | (pl.int_range(pl.len()).over("user", "split") == 0))
+    if protocol == "time":
+        rows = rows.filter((pl.col("split") == "train") | (pl.int_range(pl.len()).over("user", "split") == 0))
     return rows.select("user", "split", "history", "target", row=pl.int_range(pl.len(), dtype=pl.Int32))
 
 # %% ../nbs/01_data.ipynb #01-055
@@ -746,7 +805,8 @@ def _titles_of(lines, wanted, path):
         if not found or found[1] not in wanted or found[1] in titles: continue
         try: row = json.loads(line) if line.startswith('{"') else ast.literal_eval(line)
         except (ValueError, SyntaxError):
-            raise UserError(f"{path}, line {n}: not JSON, nor a Python literal: {line.strip()[:80]!r}; correct or remove the line") from None
+            raise UserError(f"{path}, line {n}: not JSON, nor a Python literal: {line.strip()[:80]!r}; correct or "
+                            "remove the line") from None
         if row.get("title"): titles[found[1]] = row["title"]
     return titles
 
@@ -757,11 +817,14 @@ def _own_titles(file, item, title, wanted, checked):
         try:
             if file.kind == "csv" and not checked and not careful and _ragged(file): continue
             raw = _raw(file, {item: pl.String, title: pl.String}, careful)
-            pairs = raw.select(_id(item, raw.collect_schema()[item]).alias("item"), pl.col(title).cast(pl.String).alias("title"))
-            return pairs.drop_nulls().filter(pl.col("item").is_in(list(wanted))).unique("item", keep="first", maintain_order=True).collect()
+            pairs = raw.select(_id(item, raw.collect_schema()[item]).alias("item"),
+                               pl.col(title).cast(pl.String).alias("title"))
+            return pairs.drop_nulls().filter(pl.col("item").is_in(list(wanted))).unique("item", keep="first",
+                    maintain_order=True).collect()
         except pl.exceptions.PolarsError as e:
             if careful or file.kind == "parquet":
-                raise UserError(f"{file.path}: cannot be read: {str(e).splitlines()[0]}; write the file again") from None
+                raise UserError(f"{file.path}: cannot be read: {str(e).splitlines()[0]}; write the file "
+                                "again") from None
 
 def read_titles(
     source:Source,
@@ -793,14 +856,16 @@ def prepare(
     "Cut, number the ids, make the sequences. Nothing here depends on the order of users in the file."
     kept, aside = cut_reviews(reviews, core, cut)
     users, items = (kept[c].unique().cast(pl.String).sort() for c in ("user", "item"))
-    ids = {c: pl.DataFrame({c: s.cast(kept[c].dtype), "id": np.arange(len(s), dtype=np.int32)}) for c, s in (("user", users), ("item", items))}
+    ids = {c: pl.DataFrame({c: s.cast(kept[c].dtype), "id": np.arange(len(s), dtype=np.int32)}) for c,
+           s in (("user", users), ("item", items))}
     df = pl.concat([kept, aside])
     for c in ids: df = df.join(ids[c], on=c, maintain_order="left").drop(c).rename({"id": c})
     df = df.sort("user", maintain_order=True).with_columns(position=pl.int_range(pl.len(), dtype=pl.Int32).over("user"))
     df = df.select("user", "item", pl.col("rating").cast(pl.Float32), "time", "position")
     rows = histories(df, min_history, max_history, max_sequence)
     df = df.with_columns(split=split_of(histories(df, 0, 1, max_sequence), df["time"], protocol))
-    return dict(core=kept, interactions=df, sequences=rankable(split_rows(rows, df["time"], protocol), df), users=users, items=items)
+    return dict(core=kept, interactions=df, sequences=rankable(split_rows(rows, df["time"], protocol), df), users=users,
+                items=items)
 
 # %% ../nbs/01_data.ipynb #01-067
 def table1_row(dataset, source, cut, made):
@@ -808,7 +873,8 @@ def table1_row(dataset, source, cut, made):
     n, u, i = len(made["core"]), len(made["users"]), len(made["items"])
     sequences = (made["sequences"]["split"] == "test").sum()
     sparsity = round(100 - 100*n / max(1, u*i), 2)
-    return dict(dataset=dataset, source=source, cut=cut, users=u, items=i, interactions=n, sequences=sequences, sparsity=sparsity)
+    return dict(dataset=dataset, source=source, cut=cut, users=u, items=i, interactions=n, sequences=sequences,
+                sparsity=sparsity)
 
 # %% ../nbs/01_data.ipynb #01-068
 def table1(
@@ -821,7 +887,8 @@ def table1(
     return pl.concat([ours, paper.with_columns(source=pl.lit("paper"), cut=pl.lit("as reported")).select(ours.columns)])
 
 # %% ../nbs/01_data.ipynb #01-072b
-FORM = "columns", "items_file", "separator", "encoding", "date_format", "rating_scale" # Parameters that say how files are written
+# Parameters that say how files are written
+FORM = "columns", "items_file", "separator", "encoding", "date_format", "rating_scale"
 
 def _source(p):
     "The source that the parameters name. Raises `UserError` also if no rating can be high enough."
@@ -834,8 +901,10 @@ def check_data(
     p:dict, # The stage's parameters
 ) -> list[str]: # A sentence for everything that cannot work
     "Look at the values, and for the files and their columns."
-    return [*told(_choice, "cut", p["cut"], ["literal", "holdout-first"]), *told(_choice, "protocol", p["protocol"], ["leave-one-out", "time"]),
-            *told(_check_lengths, *(p[k] for k in ("core", "min_history", "max_history", "max_sequence"))), *below(p, 0, "split_seed"), *told(_source, p)]
+    return [*told(_choice, "cut", p["cut"], ["literal", "holdout-first"]),
+            *told(_choice, "protocol", p["protocol"], ["leave-one-out", "time"]),
+            *told(_check_lengths, *(p[k] for k in ("core", "min_history", "max_history", "max_sequence"))),
+            *below(p, 0, "split_seed"), *told(_source, p)]
 
 def room_data(
     p:dict, # All parameters
@@ -853,13 +922,15 @@ def _choice(name, value, known):
 def _check_lengths(core, min_history, max_history, max_sequence):
     "Raise `UserError` for lengths that make no sense."
     if core < 1 or max_sequence < 0: raise UserError("core must be at least 1, and max_sequence 0 or more")
-    if not 1 <= min_history <= max_history: raise UserError(f"min_history={min_history} must be at least 1, and at most max_history={max_history}")
+    if not 1 <= min_history <= max_history:
+        raise UserError(f"min_history={min_history} must be at least 1, and at most max_history={max_history}")
 
 # %% ../nbs/01_data.ipynb #01-074
 def gentler(
     source:Source, rating:float=5., core:int=5, # As in the parameters
     cut:str="literal", min_history:int=3, # As in the parameters
-) -> list: # Dictionaries: rating, core, interactions, users (with more than `min_history` purchases); the nearest values first
+) -> list: # Dictionaries: rating, core, interactions, users (with more than `min_history` purchases); the nearest
+    # values first
     "What gentler values of `rating` and `core` would keep."
     df, _ = _all_reviews(source, source.scale[0])
     lower = sorted(df.filter(pl.col("rating") < rating)["rating"].unique(), reverse=True)
@@ -874,17 +945,20 @@ def gentler(
 def _advice(source, kept, **how):
     "Lines that name gentler values, if they keep more users."
     found = [g for g in gentler(source, **how) if g["users"] > kept][:6]
-    return [f"  --rating {g['rating']:g} --core {g['core']} would keep {g['interactions']:,} interactions, {g['users']:,} users with more than "
+    return [f"  --rating {g['rating']:g} --core {g['core']} would keep {g['interactions']:,} interactions, "
+            f"{g['users']:,} users with more than "
             f"{how['min_history']} of them" for g in found]
 
-def _drop_lines(drops): return [f"  {d['step']:>9} {d['rows_in']:>9,} -> {d['rows_out']:>9,}  {d['why']}" for d in drops]
+def _drop_lines(drops):
+    return [f"  {d['step']:>9} {d['rows_in']:>9,} -> {d['rows_out']:>9,}  {d['why']}" for d in drops]
 
 def _enough(made, drops, source, **how):
     "Raise `UserError` with the drops if there is nothing to test on."
     missing = {"train", "valid", "test"} - set(made["sequences"]["split"])
     if not missing: return
     advice = _advice(source, 0, **how) or ["  no rating and core keep more: bring more data"]
-    head = f"{source.name}: nothing left for {', '.join(sorted(missing))} after the cut; lower --core or --rating, or bring more data"
+    head = (f"{source.name}: nothing left for {', '.join(sorted(missing))} after the cut; lower --core or --rating, or "
+            "bring more data")
     raise UserError("\n".join([head, *_drop_lines(drops), *advice]))
 
 # %% ../nbs/01_data.ipynb #01-074a
@@ -909,12 +983,14 @@ def _where_titles(source):
     "How titles can be had."
     if not source.own: return f"`ganprompt fetch {source.name}` brings the meta file with titles of the 2014 release"
     file = source.reviews if source.meta is None else source.meta
-    return (f"{file.path.name} has the columns {', '.join(file.names)}: give the file that holds the items' titles, with --items-file FILE, "
+    return (f"{file.path.name} has the columns {', '.join(file.names)}: give the file that holds the items' titles, "
+            "with --items-file FILE, "
             "or name the column with them, as in --columns title=…")
 
 # %% ../nbs/01_data.ipynb #01-075
 def _write_candidates(folder, made, seed):
-    "Write the three candidate lists of validation and test rows; return lengths of the sampled ones, and their HR@10 in random order."
+    """Write the three candidate lists of validation and test rows; return lengths of the sampled ones, and their
+    HR@10 in random order."""
     df, rows = made["interactions"], made["sequences"].filter(pl.col("split") != "train")
     own = df.group_by("user").agg("item").sort("user")
     names = _names(made["users"]), _names(made["items"])
@@ -922,7 +998,8 @@ def _write_candidates(folder, made, seed):
     counts = np.bincount(train.to_numpy(), minlength=len(made["items"])) + 1.
     for k, (name, weights) in enumerate((("uni99", np.ones_like(counts)), ("pop99", counts))):
         lists = sample(rows, own["item"].to_list(), *names, weights, seed=2*seed + k)
-        rows.select("user", "split", "row", items=pl.Series(lists).cast(pl.List(pl.Int32))).write_parquet(folder/f"candidates_{name}.parquet")
+        rows.select("user", "split", "row",
+                    items=pl.Series(lists).cast(pl.List(pl.Int32))).write_parquet(folder/f"candidates_{name}.parquet")
         n = np.array([len(x) for x in lists])
         sizes[name] = int(n.min()), int(n.max()), round(float(np.minimum(1, 10/n).mean()), 4)
     others = pl.col("item").list.set_difference(pl.concat_list("target")).list.sort()
@@ -935,7 +1012,8 @@ def _write_names(folder, made, source):
     "Write users.parquet and items.parquet, with the truth on the demo; return the number of titles."
     titles = read_titles(source, set(made["items"]))
     users = pl.DataFrame({"raw_user": made["users"]}).with_row_index("user").cast({"user": pl.Int32})
-    items = pl.DataFrame({"raw_item": made["items"], "title": pl.Series([titles.get(i) for i in made["items"]], dtype=pl.String)})
+    items = pl.DataFrame({"raw_item": made["items"], "title": pl.Series([titles.get(i) for i in made["items"]],
+            dtype=pl.String)})
     items = items.with_row_index("item").cast({"item": pl.Int32})
     if source.name == "demo":
         truth = json.loads((source.reviews.path.parent/"truth.json").read_text())
@@ -950,12 +1028,15 @@ def _make(folder, source, rating, core, cut, protocol, min_history, max_history,
     "Fill the stage's folder."
     start, how = time.time(), dict(rating=rating, core=core, cut=cut, min_history=min_history)
     reviews, drops = read_reviews(source, rating)
-    make = partial(prepare, reviews, core, protocol=protocol, min_history=min_history, max_history=max_history, max_sequence=max_sequence)
+    make = partial(prepare, reviews, core, protocol=protocol, min_history=min_history, max_history=max_history,
+                   max_sequence=max_sequence)
     this = make(cut=cut)
     seconds = time.time() - start
-    if cut == "holdout-first": _drop(drops, "hold out", len(reviews) - reviews["user"].n_unique(), "each user's last item, set aside")
+    if cut == "holdout-first":
+        _drop(drops, "hold out", len(reviews) - reviews["user"].n_unique(), "each user's last item, set aside")
     _drop(drops, "core", len(this["core"]), f"user or item with fewer than {core} interactions")
-    if cut == "holdout-first": _drop(drops, "give back", len(this["interactions"]), "last items of users and items that are still there")
+    if cut == "holdout-first":
+        _drop(drops, "give back", len(this["interactions"]), "last items of users and items that are still there")
     tested = this["sequences"].filter(pl.col("split") == "test")["user"].n_unique()
     _drop(drops, "test", tested, "users (not rows): those without a test sequence", rows_in=len(this["users"]))
     _enough(this, drops, source, **how)
@@ -964,23 +1045,31 @@ def _make(folder, source, rating, core, cut, protocol, min_history, max_history,
     sizes, titles = _write_candidates(folder, this, split_seed), _write_names(folder, this, source)
     notes = _notes(source, drops, tested, sizes, titles, **how)
     pl.DataFrame(drops).write_csv(folder/"drops.csv")
-    (folder/"summary.txt").write_text("\n".join([*_drop_lines(drops), *(f"WARNING: {note}" for note in notes)]) + "\n", encoding="utf-8")
-    table1(source.name, {c: this if c == cut else make(cut=c) for c in ("literal", "holdout-first")}).write_csv(folder/"table1.csv")
-    write_json(folder/"dataset.json", dict(dataset=source.name, item_noun=source.noun, has_titles=titles > 0, titles=titles,
-        titles_from=source.meta.path.name if source.meta else None, titles_missing="" if titles else _where_titles(source),
+    (folder/"summary.txt").write_text("\n".join([*_drop_lines(drops), *(f"WARNING: {note}" for note in notes)]) + "\n",
+                                      encoding="utf-8")
+    table1(source.name, {c: this if c == cut else make(cut=c)
+                         for c in ("literal", "holdout-first")}).write_csv(folder/"table1.csv")
+    write_json(folder/"dataset.json", dict(dataset=source.name, item_noun=source.noun, has_titles=titles > 0,
+                                           titles=titles,
+        titles_from=source.meta.path.name if source.meta else None, titles_missing="" if titles
+        else _where_titles(source),
         synthetic=source.name == "demo", cut=cut, protocol=protocol,
-        rating=rating, core=core, candidates={name: dict(least=s[0], most=s[1]) for name, s in sizes.items()}, notes=notes))
+        rating=rating, core=core, candidates={name: dict(least=s[0], most=s[1]) for name, s in sizes.items()},
+        notes=notes))
     split = dict(this["sequences"]["split"].value_counts().sort("split").rows())
     return dict(users=len(this["users"]), items=len(this["items"]), interactions=len(this["core"]), titles=titles,
                 load_and_cut_seconds=round(seconds, 2), **split)
 
 # %% ../nbs/01_data.ipynb #01-078
 def make_data(
-    run:str="demo", dataset:str="demo", data_dir:str="", rating:float=5., core:int=5, cut:str="literal", protocol:str="leave-one-out",
-    min_history:int=3, max_history:int=10, max_sequence:int=0, split_seed:int=0, columns:str="", items_file:str="", separator:str="",
+    run:str="demo", dataset:str="demo", data_dir:str="", rating:float=5., core:int=5, cut:str="literal",
+    protocol:str="leave-one-out",
+    min_history:int=3, max_history:int=10, max_sequence:int=0, split_seed:int=0, columns:str="", items_file:str="",
+    separator:str="",
     encoding:str="", date_format:str="", rating_scale:str="1-5",
 ) -> Path: # The folder of stage `data`
-    "Make stage `data`; the parameters are explained at the top of the chapter. Raises `UserError` for whatever is wrong with them or the files."
+    """Make stage `data`; the parameters are explained at the top of the chapter. Raises `UserError` for whatever is
+    wrong with them or the files."""
     p = dict(locals())
     refuse(check_data(p))
     source = _source(p)
@@ -988,8 +1077,11 @@ def make_data(
                max_sequence=max_sequence, split_seed=split_seed)
     files = list(dict.fromkeys(f.path for f in (source.reviews, source.meta) if f))
     if source.name == "demo": files.append(source.reviews.path.parent/"truth.json")
-    given = {k: str(Path(v).expanduser().absolute()) if v and is_path else v for k, v, is_path in (("dataset", dataset, source.own), ("data_dir", data_dir, True), ("items_file", items_file, True))}
-    return stage(run, "data", dict(dataset=source.name, **{k: p[k] for k in FORM}, **how), lambda folder: _make(folder, source, **how),
+    given = {k: str(Path(v).expanduser().absolute()) if v and is_path else v for k, v,
+             is_path in (("dataset", dataset, source.own), ("data_dir", data_dir, True),
+                         ("items_file", items_file, True))}
+    return stage(run, "data", dict(dataset=source.name, **{k: p[k] for k in FORM}, **how),
+                 lambda folder: _make(folder, source, **how),
                  files=[*files, root()/"data/sources.yaml", root()/"data/paper_table1.csv"], given=given)
 
 # %% ../nbs/01_data.ipynb #01-080
@@ -1012,8 +1104,10 @@ def load_training(
 ) -> list[list[int]]: # Items of each user's training part, oldest first; the index is the user
     "What may be learned from: each user's purchases that are not held out."
     folder = need(run, "data", make_data)
-    rows = pl.read_parquet(folder/"interactions.parquet").filter(pl.col("split") == "train").group_by("user").agg("item")
-    return pl.read_parquet(folder/"users.parquet").join(rows, on="user", how="left", maintain_order="left")["item"].fill_null([]).to_list()
+    rows = pl.read_parquet(folder/"interactions.parquet").filter(pl.col("split")
+            == "train").group_by("user").agg("item")
+    return pl.read_parquet(folder/"users.parquet").join(rows, on="user", how="left",
+                                                        maintain_order="left")["item"].fill_null([]).to_list()
 
 def load_candidates(
     run:str, # Run
@@ -1027,7 +1121,8 @@ def load_candidates(
     users = rows["user"].to_numpy()
     if name != "full": return users, [np.asarray(x, np.int32) for x in rows["items"].to_list()]
     items = np.arange(pl.scan_parquet(folder/"items.parquet").select(pl.len()).collect().item(), dtype=np.int32)
-    return users, [np.r_[t, np.delete(items, [t, *exclude])].astype(np.int32) for t, exclude in zip(rows["target"], rows["exclude"].to_list())]
+    return users, [np.r_[t, np.delete(items, [t, *exclude])].astype(np.int32) for t,
+                   exclude in zip(rows["target"], rows["exclude"].to_list())]
 
 # %% ../nbs/01_data.ipynb #01-081b
 @patch(as_prop=True)
@@ -1054,7 +1149,8 @@ def candidates(self:Run,
 ) -> pl.DataFrame: # user, items (targets first)
     "The lists that are ranked, row by row as in `sequences`."
     users, lists = load_candidates(self, name, split)
-    return pl.DataFrame({"user": users, "items": [x.tolist() for x in lists]}, schema={"user": pl.Int32, "items": pl.List(pl.Int32)})
+    return pl.DataFrame({"user": users, "items": [x.tolist() for x in lists]},
+                        schema={"user": pl.Int32, "items": pl.List(pl.Int32)})
 
 @patch
 def shopper(self:Run,
@@ -1069,13 +1165,16 @@ def _fill(url, part):
     "Download what is missing from `part`. Raises `ConnectionError` if the connection ends too early."
     from tqdm import tqdm
     have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"User-Agent": "ganprompt"} | ({"Range": f"bytes={have}-"} if have else {}))
+    request = urllib.request.Request(url, headers={"User-Agent": "ganprompt"}
+                                     | ({"Range": f"bytes={have}-"} if have else {}))
     with urllib.request.urlopen(request, timeout=60) as reply:
         if reply.status == 200: have = 0 # the server sends all of it, whatever we asked for
         total = have + int(reply.headers["Content-Length"])
-        with open(part, "ab" if have else "wb") as f, tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem) as bar:
+        with open(part, "ab" if have else "wb") as f, tqdm(total=total, initial=have, unit="B", unit_scale=True,
+                                                           desc=part.stem) as bar:
             while block := reply.read(1 << 18): bar.update(f.write(block))
-    if part.stat().st_size < total: raise ConnectionError(f"connection cut after {part.stat().st_size} of {total} bytes")
+    if part.stat().st_size < total:
+        raise ConnectionError(f"connection cut after {part.stat().st_size} of {total} bytes")
 
 # %% ../nbs/01_data.ipynb #01-084
 def _sound(file, name):
@@ -1084,7 +1183,8 @@ def _sound(file, name):
         if name.suffix == ".gz":
             with gzip.open(file) as f:
                 while f.read(1 << 20): pass
-    except (EOFError, gzip.BadGzipFile, zlib.error): raise UserError(f"{name}: not a sound gzip file; delete it and fetch again") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        raise UserError(f"{name}: not a sound gzip file; delete it and fetch again") from None
     mark, now = name.with_name(name.name + ".sha256"), sha256(file)
     if mark.exists() and mark.read_text().split()[0] != now:
         raise UserError(f"{name}: its SHA-256 is {now[:12]}…, but {mark.name} records {mark.read_text()[:12]}…; "
@@ -1106,11 +1206,15 @@ def download(
     for left in range(tries - 1, -1, -1):
         try: _fill(url, part); break
         except urllib.error.HTTPError as e:
-            if e.code != 416: raise UserError(f"{url}: the server says {e.code} {e.reason}; check category and release, or give another --base-url") from None
+            if e.code != 416:
+                raise UserError(f"{url}: the server says {e.code} {e.reason}; check category and release, or give "
+                                "another --base-url") from None
             if e.headers.get("Content-Range") == f"bytes */{part.stat().st_size}": break # nothing was missing
             part.unlink()
         except (urllib.error.URLError, OSError, http.client.HTTPException) as e: error = getattr(e, "reason", e)
-        if not left: raise UserError(f"{url}: {error}; check the network and fetch again: it goes on from what is there") from None
+        if not left:
+            raise UserError(f"{url}: {error}; check the network and fetch again: it goes on from what is "
+                            "there") from None
         time.sleep(wait)
     try: _sound(part, path)
     except UserError: part.unlink(); raise
@@ -1128,7 +1232,8 @@ def fetch(
     about = sources()["releases"][release]
     name, wanted, _ = categories(category)
     known = [c for c in wanted if c in about["categories"]]
-    if not known: raise UserError(f"the {release} release has no category {name!r}; it has {', '.join(about['categories'])}")
+    if not known:
+        raise UserError(f"the {release} release has no category {name!r}; it has {', '.join(about['categories'])}")
     files = [f.format(known[0]) for f in about["fetch"]]
     home = (base_url or about["home"]).rstrip("/")
     to = Path(folder).expanduser() if folder else workspace()/"data"/"raw"

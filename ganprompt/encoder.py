@@ -15,12 +15,14 @@ import numpy as np
 import polars as pl
 
 from .attributes import load_attributes, make_attributes
-from .backbones import OPTIMIZERS, Reader, adamw, backbone, descend, encode, label_loss, load_model, load_tokenizer, model_bytes, negatives, plot_curves, train
+from .backbones import (OPTIMIZERS, Reader, adamw, backbone, descend, encode, label_loss, load_model,
+                                 load_tokenizer, model_bytes, negatives, plot_curves, train)
 from .data import load_sequences
 from .prompts import pad
 from fastcore.basics import patch
 
-from .runs import Run, below, device, gathered, in_processes, is_main, need, not_positive, part, possible, refuse, seed_all, shard, stage, strange, told, totals, write_json
+from .runs import (Run, below, device, gathered, in_processes, is_main, need, not_positive, part, possible,
+                            refuse, seed_all, shard, stage, strange, told, totals, write_json)
 
 # %% ../nbs/05_encoder.ipynb #05-007
 def pool(
@@ -53,7 +55,8 @@ def js(
     "Mean Jensen-Shannon divergence over the pairs, in nats (section 3.2.3)."
     import torch
     p, q = (v.to(torch.promote_types(v.dtype, torch.float32)).softmax(-1) for v in pairs(x))
-    def log(t): return t.clamp(min=1.2e-38).log() # the least that float32 holds: far-apart states have probabilities of 0, which add nothing
+    # the least that float32 holds: far-apart states have probabilities of 0, which add nothing
+    def log(t): return t.clamp(min=1.2e-38).log()
     log_m = log((p + q)/2)
     return ((p*(log(p) - log_m)).sum(-1) + (q*(log(q) - log_m)).sum(-1)).mean()/2
 
@@ -122,7 +125,8 @@ class Versions:
 
     def ids(self, row, version):
         "Token ids of one version of a history: 0 is plain."
-        return self.adversarial.ids(self.past[row], attribute=self.words[version - 1]) if version else self.plain.ids(self.past[row])
+        return (self.adversarial.ids(self.past[row], attribute=self.words[version - 1]) if version
+                else self.plain.ids(self.past[row]))
 
     def batch(self, rows):
         "All versions of some histories as padded ids, in the order history, version."
@@ -208,7 +212,8 @@ def separability(
     near = NearestNeighbors(n_neighbors=min(11, len(flat))).fit(flat).kneighbors(flat, return_distance=False)[:, 1:]
     z = StandardScaler().fit(flat[:half]).transform(flat)
     probe = LogisticRegression(max_iter=500).fit(z[:half], names[:half])
-    return {"silhouette": float(silhouette_score(flat, names)), "knn_purity": float((names[near] == names[:, None]).mean()),
+    return {"silhouette": float(silhouette_score(flat, names)), "knn_purity": float((names[near]
+            == names[:, None]).mean()),
             "linear_probe": float(probe.score(z[half:], names[half:]))}
 
 # %% ../nbs/05_encoder.ipynb #05-029
@@ -226,7 +231,8 @@ def _states(x, held, moment):
     "Pooled states as rows."
     users, versions = x.shape[:2]
     return pl.DataFrame({"stage": [moment]*users*versions, "user": np.repeat(held["user"].to_numpy(), versions),
-        "version": np.tile(np.arange(versions, dtype=np.int32), users), "x": x.reshape(users*versions, -1).astype(np.float32).tolist()},
+        "version": np.tile(np.arange(versions, dtype=np.int32), users),
+        "x": x.reshape(users*versions, -1).astype(np.float32).tolist()},
         schema_overrides={"x": pl.List(pl.Float32)})
 
 # %% ../nbs/05_encoder.ipynb #05-030
@@ -257,7 +263,8 @@ def train_encoder(
     opt_d, _ = adamw(D.parameters(), encoder_lr, 1, optimizer)
     update = adversarial_update(model.train(), D, versions, opt_g, schedule, opt_d, **losses)
     parts = dict(model=model, D=D, opt_g=opt_g, schedule=schedule, opt_d=opt_d)
-    curves = train(update, parts, n, encoder_epochs, encoder_batch, folder, seed, "stage 1", np.array([len(h) for h in versions.past]))
+    curves = train(update, parts, n, encoder_epochs, encoder_batch, folder, seed, "stage 1",
+                   np.array([len(h) for h in versions.past]))
     after = version_states(model.eval(), shown)
     with torch.inference_mode(): accuracy = version_loss(D, torch.from_numpy(after).to(device()))[1].item()
     if is_main():
@@ -270,9 +277,12 @@ def check_encoder(
     p:dict, # The stage's parameters
 )->list[str]: # A sentence for everything that cannot work
     "Look at switches, sizes and rates."
-    return [*strange(p, js_sign=(-1, 1), coupling=COUPLINGS, lm_target=TARGETS, optimizer=OPTIMIZERS), *below(p, 1, "encoder_batch", "encoder_epochs"),
-            *below(p, 2, "held_out_users"), *below(p, 0, "seed"), *not_positive(p, "encoder_lr"), *told(possible, p["processes"]),
-            *(f"{n}={p[n]} is not a number to weigh with" for n in ("alpha", "beta", "gamma") if not math.isfinite(p[n]))]
+    return [*strange(p, js_sign=(-1, 1), coupling=COUPLINGS, lm_target=TARGETS, optimizer=OPTIMIZERS),
+            *below(p, 1, "encoder_batch", "encoder_epochs"),
+            *below(p, 2, "held_out_users"), *below(p, 0, "seed"), *not_positive(p, "encoder_lr"),
+            *told(possible, p["processes"]),
+            *(f"{n}={p[n]} is not a number to weigh with" for n in ("alpha", "beta", "gamma")
+              if not math.isfinite(p[n]))]
 
 def room_encoder(
     p:dict, # All parameters
@@ -282,15 +292,18 @@ def room_encoder(
 
 # %% ../nbs/05_encoder.ipynb #05-032
 def make_encoder(
-    run:str="demo", seed:int=0, alpha:float=1., beta:float=.1, gamma:float=.3, js_sign:int=-1, coupling:str="cooperative",
-    lm_target:str="next-title", optimizer:str="adam", encoder_lr:float=1e-3, encoder_batch:int=16, encoder_epochs:int=1, held_out_users:int=350,
+    run:str="demo", seed:int=0, alpha:float=1., beta:float=.1, gamma:float=.3, js_sign:int=-1,
+    coupling:str="cooperative",
+    lm_target:str="next-title", optimizer:str="adam", encoder_lr:float=1e-3, encoder_batch:int=16, encoder_epochs:int=1,
+    held_out_users:int=350,
     processes:int=1,
 )->Path: # Folder with the encoder, its curves, states of held-out users before and after
     "Stage `encoder` (stage 1 of the paper, section 3.4.1). The parameters are explained at the head of the chapter."
     refuse(check_encoder(locals()))
     need(run, "attributes", make_attributes)
     params = {k: v for k, v in locals().items() if k not in ("run", "processes")}
-    return stage(run, "encoder", params, lambda folder: tune_encoder(run, folder, params, processes), inputs=["data", "prompts", "backbones", "attributes"])
+    return stage(run, "encoder", params, lambda folder: tune_encoder(run, folder, params, processes),
+                 inputs=["data", "prompts", "backbones", "attributes"])
 
 def tune_encoder(
     run:str, # Run with stages up to attributes
@@ -302,8 +315,11 @@ def tune_encoder(
     (reader, path), words = reader_for(run), load_attributes(run)[:p.get("k")]
     rows, held = split_users(run, p["held_out_users"], p["seed"])
     versions, shown = Versions(reader, words, rows), Versions(reader, words, held)
-    def fit(): return train_encoder(path, versions, shown, folder, **{k: v for k, v in p.items() if k not in ("held_out_users", "k")})
-    return _write(folder, reader.tokenizer, held, *in_processes(processes, fit)) | ({"processes": processes} if processes > 1 else {})
+    def fit():
+        return train_encoder(path, versions, shown, folder, **{k: v for k, v in p.items()
+                                                               if k not in ("held_out_users", "k")})
+    return (_write(folder, reader.tokenizer, held, *in_processes(processes, fit))
+            | ({"processes": processes} if processes > 1 else {}))
 
 # %% ../nbs/05_encoder.ipynb #05-033
 def _write(folder, tokenizer, held, curves, before, after, accuracy):

@@ -58,7 +58,8 @@ def gather_update(
         x, y = pool(states, mask).view(*chosen.shape, -1), pool(*read([titles[i] for i in nexts[rows]]))
         answered = torch.from_numpy(rng.integers(len(x), size=len(rows))*len(rows) + np.arange(len(rows))).to(dev)
         labels, used = (t.to(dev) for t in pad([plain.titles[i] + plain.end for i in nexts[rows]], pad_id))
-        lm = model(encoder_outputs=(states[answered],), attention_mask=mask[answered], labels=labels.masked_fill(used == 0, -100)).loss
+        lm = model(encoder_outputs=(states[answered],), attention_mask=mask[answered],
+                   labels=labels.masked_fill(used == 0, -100)).loss
         item = torch.from_numpy(nexts[rows]).to(dev)
         twin = (item[:, None] == item) & ~torch.eye(len(rows), dtype=torch.bool, device=dev)
         same = contrast(x[0], x[-1], p["temperature"]) if len(x) > 1 else 0*lm
@@ -91,7 +92,8 @@ def likeness_of(
     texts = [t["text"] for i, t in enumerate(bank_for(reader)) if not i or t["split"] == "unseen-paraphrase"]
     def states(text):
         q = Questions(reader, {}, rows, text)
-        ids, mask = (t.to(model.device) for t in pad([q.context(r) for r in range(len(rows))], reader.tokenizer.pad_token_id))
+        ids, mask = (t.to(model.device) for t in pad([q.context(r) for r in range(len(rows))],
+                                                     reader.tokenizer.pad_token_id))
         with torch.inference_mode(): return pool(encode(model, ids, mask), mask).float().cpu().numpy()
     return likeness(np.stack([states(text) for text in texts]))
 
@@ -106,11 +108,14 @@ def tune_gather(
     seed_all(p["seed"])
     model = load_model(path, "t5").to(device())
     before = likeness_of(model, run, reader)
-    opt, schedule = adamw(model.parameters(), p["gather_lr"], p["gather_epochs"]*math.ceil(len(rows)/p["gather_batch"]), "adam")
-    asked = worded(reader, {}, rows, dict(attributes=False, wordings=p["gather_wordings"], nonsense=p["gather_nonsense"], seed=p["seed"]))
+    opt, schedule = adamw(model.parameters(), p["gather_lr"], p["gather_epochs"]*math.ceil(len(rows)/p["gather_batch"]),
+                          "adam")
+    asked = worded(reader, {}, rows, dict(attributes=False, wordings=p["gather_wordings"],
+                                          nonsense=p["gather_nonsense"], seed=p["seed"]))
     update = gather_update(model.train(), reader, asked, rows["target"].to_numpy(), opt, schedule, p)
     lengths = np.array([len(h) for h in rows["history"].to_list()])
-    curves = train(update, dict(model=model, opt=opt, schedule=schedule), len(rows), p["gather_epochs"], p["gather_batch"], folder, p["seed"], "gathering", lengths)
+    curves = train(update, dict(model=model, opt=opt, schedule=schedule), len(rows), p["gather_epochs"],
+                   p["gather_batch"], folder, p["seed"], "gathering", lengths)
     model.eval().save_pretrained(folder/"model"); reader.tokenizer.save_pretrained(folder/"model")
     table = pl.DataFrame(curves).with_columns(model=pl.lit("gathering"))
     table.write_parquet(folder/"curves.parquet")
@@ -121,9 +126,11 @@ def check_gather(
     p:dict, # The stage's parameters
 )->list[str]: # A sentence for everything that cannot work
     "Look at sizes and rates."
-    return [*below(p, 1, "gather_wordings", "gather_batch", "gather_epochs"), *below(p, 0, "seed", "gather_nonsense", "gather_same", "gather_next"),
+    return [*below(p, 1, "gather_wordings", "gather_batch", "gather_epochs"),
+            *below(p, 0, "seed", "gather_nonsense", "gather_same", "gather_next"),
             *not_positive(p, "temperature", "gather_lr"), *wordings_faults(p["gather_wordings"], p["gather_nonsense"])]
 
+# %% ../nbs/14_gather.ipynb #14-017u
 def room_gather(
     p:dict, # All parameters
 )->float: # Bytes that the stage will write, about
@@ -131,10 +138,12 @@ def room_gather(
     return 7*model_bytes(p["t5"])
 
 def make_gather(
-    run:str="demo", seed:int=0, gather_wordings:int=16, gather_nonsense:int=48, gather_same:float=0., gather_next:float=1., temperature:float=.1, gather_lr:float=1e-3, gather_batch:int=48, gather_epochs:int=1,
+    run:str="demo", seed:int=0, gather_wordings:int=16, gather_nonsense:int=48, gather_same:float=0.,
+    gather_next:float=1., temperature:float=.1, gather_lr:float=1e-3, gather_batch:int=48, gather_epochs:int=1,
 )->Path: # Folder with the encoder in `model/`, and its curves
     "Stage `gather`: an alternative to stage 1 of the paper. The parameters are explained at the head of the chapter."
     refuse(check_gather(locals()))
     params = {k: v for k, v in locals().items() if k != "run"}
     need(run, "attributes", make_attributes)
-    return stage(run, "gather", params, lambda folder: tune_gather(run, folder, params), inputs=["data", "prompts", "backbones"], files=[root()/"data/templates.yaml"])
+    return stage(run, "gather", params, lambda folder: tune_gather(run, folder, params),
+                 inputs=["data", "prompts", "backbones"], files=[root()/"data/templates.yaml"])

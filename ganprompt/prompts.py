@@ -24,15 +24,19 @@ from fastcore.basics import patch
 from .runs import Run, UserError, need, refuse, root, stage, told
 
 # %% ../nbs/02_prompts.ipynb #02-007
-TAGS = ("a abbr b big body br button center code div em font form h1 h2 h3 h4 h5 h6 head hr html i iframe img input label li link meta noscript "
-        "ol option p pre s script select small span strong style sub sup table tbody td th thead title tr u ul").replace(" ", "|")
+TAGS = ("a abbr b big body br button center code div em font form h1 h2 h3 h4 h5 h6 head hr html i iframe img input "
+        "label li link meta noscript "
+        "ol option p pre s script select small span strong style sub sup table tbody td th thead title tr u "
+        "ul").replace(" ", "|")
 TAG = re.compile(rf"(?is)<(script|style)\b.*?(</\1\s*>|$)|<!--.*?(-->|$)|</?(?:{TAGS})(?:\s[^<>]*)?/?>")
-SCRIPT = r"\b(?:var|let|const)\s+[\w$]+\s*=|\bfunction\b\s*\w*\s*\([^()]*\)\s*\{|\b(?:window|document)\s*\.\s*\w+\s*[=(.]"
+SCRIPT = (r"\b(?:var|let|const)\s+[\w$]+\s*=|\bfunction\b\s*\w*\s*\([^()]*\)\s*\{"
+          r"|\b(?:window|document)\s*\.\s*\w+\s*[=(.]")
 CODE = re.compile(SCRIPT + r"|^[^{}]*\{\s*[\w-]+\s*:[^{}]*\}\s*$") # or one rule of a style sheet
 
 def clean_title(
     title:str|None, # Raw title
-)->str: # Title without HTML entities, tags and control characters, single spaces; "" if there is none, or a script in its place
+)->str: # Title without HTML entities, tags and control characters, single spaces; "" if there is none, or a script in
+    # its place
     "The title as a reader would see it."
     text = html.unescape(html.unescape(title or ""))
     if CODE.search(text := TAG.sub(" ", text)): return ""
@@ -50,14 +54,17 @@ HISTORY, UNKNOWN = ("purchase_history", "title_seq"), "unknown item"
 NOISES, CASES = ("drop", "typo", "keyboard"), ("lower", "upper", "title")
 ANY = None # any text
 _LIST = {"sep": ANY, "mark": ANY, "order": ("newest",), "case": CASES, "noise": NOISES, "cut": ANY, "inject": ANY}
-OPTIONS = {"purchase_history": _LIST, "title_seq": _LIST, "target_item": {"case": CASES, "noise": NOISES, "cut": ANY}, "attribute": {"wrong": ("",)}} # slot -> option -> values
+# slot -> option -> values
+OPTIONS = {"purchase_history": _LIST, "title_seq": _LIST, "target_item": {"case": CASES, "noise": NOISES, "cut": ANY},
+           "attribute": {"wrong": ("",)}}
 
 # %% ../nbs/02_prompts.ipynb #02-011
 def options(spec:str)->dict[str, str]: # Option -> value
     "What stands behind a slot's colon."
     return dict(o.partition("=")[::2] for o in spec.split("&") if o)
 
-def parsed(text:str)->list[tuple]: # (words before, slot name or None, its options); ValueError if the braces do not match
+# (words before, slot name or None, its options); ValueError if the braces do not match
+def parsed(text:str)->list[tuple]:
     "A template in pieces; doubled braces are single ones in the words."
     out, words = [], ""
     for before, name, spec, _ in string.Formatter().parse(text):
@@ -87,13 +94,16 @@ def put(
 
 def fixed_words(text:str)->set[str]: # Words
     "The words that a template has of its own, those around its titles too."
-    return {w for before, _, o in parsed(text) for part in (before, o.get("sep", ","), o.get("mark", ""), o.get("inject", "")) for w in part.split()}
+    return {w for before, _, o in parsed(text) for part in (before, o.get("sep", ","), o.get("mark", ""),
+                                                            o.get("inject", "")) for w in part.split()}
 
 # %% ../nbs/02_prompts.ipynb #02-014
 KEYS, RATE = ("qwertyuiop", "asdfghjkl", "zxcvbnm"), .2
 NEAR = {c: row[max(0, i - 1):i] + row[i + 1:i + 2] for row in KEYS for i, c in enumerate(row)}
 
-def _inner(word): return [i for i in range(1, len(word) - 2) if word[i:i + 2].isalpha() and word[i] != word[i + 1] and word[i].lower() in NEAR]
+def _inner(word):
+    return [i for i in range(1, len(word) - 2) if word[i:i + 2].isalpha() and word[i] != word[i + 1]
+            and word[i].lower() in NEAR]
 
 def slip(
     word:str, # One word
@@ -137,23 +147,29 @@ def nonsense(
     "Templates of random words, in which only the slots mean something."
     rng = random.Random(f"nonsense {seed}")
     def letters(alphabet, most): return "".join(rng.choices(alphabet, k=rng.randint(1, most)))
-    def some(most): return [escaped(rng.choice(words)) if rng.random() < .5 else letters(rng.choice(ALPHABETS), 9) for _ in range(rng.randint(0, most))]
+    def some(most):
+        return [escaped(rng.choice(words)) if rng.random() < .5 else letters(rng.choice(ALPHABETS), 9)
+                for _ in range(rng.randint(0, most))]
     def mark(): return letters(string.ascii_lowercase + MARKS, 6) if rng.random() < .5 else ""
     def text(cut):
-        slots = ["{purchase_history:sep=%s&mark=%s&cut=%s}" % (rng.choice([",", mark()]), mark(), cut), "{target_item:cut=%s}" % cut][::rng.choice([1, 1, -1])]
+        slots = ["{purchase_history:sep=%s&mark=%s&cut=%s}" % (rng.choice([",", mark()]), mark(), cut),
+                 "{target_item:cut=%s}" % cut][::rng.choice([1, 1, -1])]
         return " ".join([*some(12), slots[0], *some(8), slots[1], *some(8)])
-    return [dict(zip(FIELDS, (f"nonsense-{i + 1}", "recommendation", "nonsense", "seen", text(f"{seed}.{i + 1}")))) for i in range(n)]
+    return [dict(zip(FIELDS, (f"nonsense-{i + 1}", "recommendation", "nonsense", "seen", text(f"{seed}.{i + 1}"))))
+            for i in range(n)]
 
 # %% ../nbs/02_prompts.ipynb #02-017
 def _loose(text):
     "Slots that touch something other than white space."
     pieces = parsed(text)
     after = [before for before, _, _ in pieces[1:]] + [" "]
-    def touches(i, before, then): return i and not before or before and not before[-1].isspace() or not then[:1].isspace()
+    def touches(i, before, then):
+        return i and not before or before and not before[-1].isspace() or not then[:1].isspace()
     return [name for i, ((before, name, _), then) in enumerate(zip(pieces, after)) if name and touches(i, before, then)]
 
 BRACES = "a brace that is no slot's is doubled: write {{ and }}, as in {{\"bought\": [ {purchase_history} ]}}"
 
+# %% ../nbs/02_prompts.ipynb #02-017u
 def _faults_of_slots(
     text:str, task:str, # Of one template
 )->list[str]: # What is wrong with its slots
@@ -163,31 +179,38 @@ def _faults_of_slots(
     (must, may), names = SLOTS[task], [name for name, _ in found]
     strange = [n for n in dict.fromkeys(names) if not re.fullmatch(r"\w+", n)]
     faults = [f"{{{n[:30]} … is no slot; {BRACES}" for n in strange[:1]]
-    lost = [n for n in sorted(must - set(names)) if not (strange and f"{{{n}" in text)] # what stands within other braces is there
+    # what stands within other braces is there
+    lost = [n for n in sorted(must - set(names)) if not (strange and f"{{{n}" in text)]
     faults += [f"a template of task {task} needs the slot {{{n}}}" for n in lost]
     known = ", ".join(sorted(must | may))
-    faults += [f"unknown slot {{{n}}}; known: {known}; {BRACES}" for n in sorted(set(names) - must - may - set(strange))]
+    faults += [f"unknown slot {{{n}}}; known: {known}; {BRACES}"
+               for n in sorted(set(names) - must - may - set(strange))]
     if len(set(names)) < len(names): faults.append("a slot stands twice")
     for name, option, value in ((n, k, v) for n, o in found if n in must | may for k, v in o.items()):
         known = OPTIONS.get(name, {})
-        if option not in known: faults.append(f"slot {{{name}}} has no option {option!r}; it has: {', '.join(known) or 'none'}")
+        if option not in known:
+            faults.append(f"slot {{{name}}} has no option {option!r}; it has: {', '.join(known) or 'none'}")
         elif known[option] is not ANY and value not in known[option]:
             faults.append(f"slot {{{name}}}: {option}={value} is unknown; one of {', '.join(known[option])}")
     loose = [n for n in _loose(text) if n not in strange]
     return faults + [f"every slot needs white space on both sides; {{{n}}} lacks it" for n in loose[:1]]
 
+# %% ../nbs/02_prompts.ipynb #02-017v
 def _faults(
     t:dict, # One template: field -> text
     seen:set, # Ids so far
 )->list[tuple]: # (field or None, what is wrong with it)
     "The faults of a template."
     if wrong := set(t) - {"noise"} ^ set(FIELDS):
-        return [(None, f"the fields must be {', '.join(FIELDS)}, and may be noise; missing or unknown: {', '.join(sorted(wrong))}")]
+        return [(None, f"the fields must be {', '.join(FIELDS)}, and may be noise; missing or unknown: "
+                       f"{', '.join(sorted(wrong))}")]
     faults = []
     if t["id"] in seen: faults.append(("id", f"the id {t['id']!r} is used twice"))
     if t["task"] not in SLOTS: faults.append(("task", f"unknown task {t['task']!r}; one of {', '.join(SLOTS)}"))
-    if t["split"] not in SPLITS: faults.append(("split", f"split must be one of {', '.join(SPLITS)}, not {t['split']!r}"))
-    if t.get("noise", "drop") not in NOISES: faults.append(("noise", f"noise must be one of {', '.join(NOISES)}, not {t['noise']!r}"))
+    if t["split"] not in SPLITS:
+        faults.append(("split", f"split must be one of {', '.join(SPLITS)}, not {t['split']!r}"))
+    if t.get("noise", "drop") not in NOISES:
+        faults.append(("noise", f"noise must be one of {', '.join(NOISES)}, not {t['noise']!r}"))
     return faults + [("text", f) for f in (_faults_of_slots(t["text"], t["task"]) if t["task"] in SLOTS else [])]
 
 # %% ../nbs/02_prompts.ipynb #02-018
@@ -195,13 +218,17 @@ def read_templates(
     path, # YAML file: a list of templates
 )->list[dict]: # Templates in file order, each with the keys of `FIELDS`
     "Read and check a template file. UserError with all faults, each with line and column."
-    if not Path(path).is_file(): raise UserError(f"no template file {path}; leave `templates` empty for data/templates.yaml")
+    if not Path(path).is_file():
+        raise UserError(f"no template file {path}; leave `templates` empty for data/templates.yaml")
     try: node = yaml.compose(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise UserError(f"{path} is not YAML: {e}; see data/templates.yaml for the form") from None
-    if not isinstance(node, yaml.SequenceNode): raise UserError(f"{path}, line 1: a list of templates was expected; see data/templates.yaml")
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not YAML: {e}; see data/templates.yaml for the form") from None
+    if not isinstance(node, yaml.SequenceNode):
+        raise UserError(f"{path}, line 1: a list of templates was expected; see data/templates.yaml")
     found, faults = [], []
     for n in node.value:
-        values = {k.value: v for k, v in n.value if isinstance(v, yaml.ScalarNode)} if isinstance(n, yaml.MappingNode) else {}
+        values = ({k.value: v for k, v in n.value if isinstance(v, yaml.ScalarNode)} if isinstance(n, yaml.MappingNode)
+                  else {})
         t = {k: v.value for k, v in values.items()}
         for field, fault in _faults(t, {f.get("id") for f in found}):
             at = values.get(field, n).start_mark
@@ -244,7 +271,8 @@ def render(
 )->str:
     "The prompt as text (section 3.1). ValueError if a slot has no value."
     if values.get("attribute") and "attribute" not in slots(text): text = f"{FOCUS} {text}"
-    if missing := set(slots(text)) - {k for k, v in values.items() if v is not None}: raise ValueError(f"no value for slot {min(missing)}")
+    if missing := set(slots(text)) - {k for k, v in values.items() if v is not None}:
+        raise ValueError(f"no value for slot {min(missing)}")
     def fill(name, o):
         if name not in HISTORY: return styled(values[name], o)
         return " ".join(p if isinstance(p, str) else styled(values[name][p], o) for p in sequence(len(values[name]), o))
@@ -284,9 +312,11 @@ class PromptEncoder:
     ):
         self.tokenizer, self.history_items, self.words = tokenizer, history_items, {}
         self.start, self.end = _ends(tokenizer)
-        self.gap = " " if self._raw("a a") == self._raw("a") + self._raw(" a") else "" # some tokenisers put the space themselves
+        # some tokenisers put the space themselves
+        self.gap = " " if self._raw("a a") == self._raw("a") + self._raw(" a") else ""
         text = put(text, user_entity=user_entity, dataset_item=dataset_item)
-        self.plan, self.focus = self._plan(text), self._plan(f"{FOCUS} {text}") # the second is for templates without {attribute}
+        # the second is for templates without {attribute}
+        self.plan, self.focus = self._plan(text), self._plan(f"{FOCUS} {text}")
         if "attribute" in slots(text): self.focus = self.plan
         style = {name: o for _, name, o in parsed(text) if name}
         self.listing, self.lists = next((o for name, o in style.items() if name in HISTORY), {}), {}
@@ -299,7 +329,8 @@ class PromptEncoder:
     def _tok(self, text): return self._raw(self.gap + text)
 
     def _plan(self, text):
-        "The template as a list of token lists (fixed pieces) and slot names. A new line beside a slot is part of the words, for there are tokenisers that keep it; a slot is read with a space before it."
+        """The template as a list of token lists (fixed pieces) and slot names. A new line beside a slot is part of
+        the words, for there are tokenisers that keep it; a slot is read with a space before it."""
         parts = []
         for i, (before, name, _) in enumerate(parsed(text.strip(" \t"))):
             words = re.sub(r"^[^\S\n]+", "", before) if i else before
@@ -309,7 +340,8 @@ class PromptEncoder:
 
     def _list(self, n):
         "How a history of n titles is written: places, and tokens of the words around them."
-        if n not in self.lists: self.lists[n] = [p if p.__class__ is int else self._tok(p) for p in sequence(n, self.listing)]
+        if n not in self.lists:
+            self.lists[n] = [p if p.__class__ is int else self._tok(p) for p in sequence(n, self.listing)]
         return self.lists[n]
 
     def ids(self,
@@ -325,7 +357,8 @@ class PromptEncoder:
                 kept = history[-self.history_items:]
                 for part in self._list(len(kept)): out += self.titles[kept[part]] if part.__class__ is int else part
             elif piece == "target_item" and target is not None: out += self.targets[target]
-            elif piece == "attribute" and attribute: out += self.words.get(attribute) or self.words.setdefault(attribute, self._tok(attribute))
+            elif piece == "attribute" and attribute:
+                out += self.words.get(attribute) or self.words.setdefault(attribute, self._tok(attribute))
             else: raise ValueError(f"no value for slot {piece}")
         return out + self.end
 
@@ -351,9 +384,11 @@ def titles_table(
     titles = [clean_title(t) for t in items["title"]] if "title" in items.columns else []
     if not any(titles):
         how = info.get("titles_missing") or "none of its titles has words"
-        raise UserError(f"the data set {info['dataset']!r} has no item titles, and a text model reads nothing else; {how}; "
+        raise UserError(f"the data set {info['dataset']!r} has no item titles, and a text model reads nothing else; "
+                        f"{how}; "
                         "without titles, use a model that reads item ids")
-    marked = [bool(t and (TAG.search(html.unescape(html.unescape(t))) or not clean)) for t, clean in zip(items["title"], titles)]
+    marked = [bool(t and (TAG.search(html.unescape(html.unescape(t))) or not clean)) for t,
+              clean in zip(items["title"], titles)]
     return pl.DataFrame({"item": items["item"], "title": [t or UNKNOWN for t in titles], "cleaned": marked})
 
 # %% ../nbs/02_prompts.ipynb #02-053
@@ -363,9 +398,11 @@ def choose(
 )->list[dict]: # One template a task
     "The chosen recommendation template and the first of each other task."
     tasks = {task: [t for t in bank if t["task"] == task] for task in SLOTS}
-    if empty := [task for task, found in tasks.items() if not found]: raise UserError(f"the template file has no template of task {empty[0]}")
+    if empty := [task for task, found in tasks.items() if not found]:
+        raise UserError(f"the template file has no template of task {empty[0]}")
     n = len(tasks["recommendation"])
-    if not 1 <= template <= n: raise UserError(f"template {template} does not exist; the file has recommendation templates 1 to {n}")
+    if not 1 <= template <= n:
+        raise UserError(f"template {template} does not exist; the file has recommendation templates 1 to {n}")
     return [found[template - 1 if task == "recommendation" else 0] for task, found in tasks.items()]
 
 # %% ../nbs/02_prompts.ipynb #02-053b
@@ -395,9 +432,11 @@ def make_prompts(
     def make(folder):
         table = titles_table(run)
         table.drop("cleaned").write_parquet(folder/"titles.parquet")
-        (folder/"templates.yaml").write_text(yaml.safe_dump(used, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        (folder/"templates.yaml").write_text(yaml.safe_dump(used, sort_keys=False, allow_unicode=True),
+                                             encoding="utf-8")
         without = int((table["title"] == UNKNOWN).sum())
-        return {"items": len(table), "without_title": without, "titles_with_tags_or_scripts": int(table["cleaned"].sum())}
+        return {"items": len(table), "without_title": without,
+                "titles_with_tags_or_scripts": int(table["cleaned"].sum())}
     return stage(run, "prompts", dict(template=template, templates=templates), make, inputs=["data"], files=[path])
 
 # %% ../nbs/02_prompts.ipynb #02-056

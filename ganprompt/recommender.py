@@ -19,16 +19,20 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import polars as pl
 
-from .backbones import (Reader, adamw, answer_logits, answers, backbone, check_causal, check_t5, close, descend, encode, first_step, last_logits, load_model, load_tokenizer, model_bytes, model_faults, negatives, plot_curves,
+from .backbones import (Reader, adamw, answer_logits, answers, backbone, check_causal, check_t5, close,
+                                 descend, encode, first_step, last_logits, load_model, load_tokenizer, model_bytes,
+                                 model_faults, negatives, plot_curves,
                                  question_tails, resolve, t5_logits, to_fetch, train, train_pocket, weights)
 from .data import load_candidates, load_sequences, load_training
 from .encoder import make_encoder, pool, reader_for
 from .prompts import nonsense as templates_of_nonsense, pad, read_templates
 from fastcore.basics import patch
 
-from .runs import (Run, UserError, below, device, gathered, in_processes, is_main, kept, listed, need, not_positive, once, part, possible, refuse,
+from .runs import (Run, UserError, below, device, gathered, in_processes, is_main, kept, listed, need,
+                            not_positive, once, part, possible, refuse,
                             root, seed_all, shard, stage, strange, told, totals, write_json)
-from .scorer import Questions, States, bank_for, fast_math, own_attributes, score_rows, scores_of, square, token_batches, wanted
+from .scorer import (Questions, States, bank_for, fast_math, own_attributes, score_rows, scores_of, square,
+                              token_batches, wanted)
 
 # %% ../nbs/07_recommender.ipynb #07-007
 def freeze_encoder(
@@ -114,7 +118,8 @@ def in_four_bits():
     "Raise `UserError` where a model cannot be loaded in 4 bits."
     import importlib.util
     if device().type != "cuda" or not importlib.util.find_spec("bitsandbytes"):
-        raise UserError("four_bit needs a GPU and the package bitsandbytes (pip install bitsandbytes); leave it out, or set --four-bit false")
+        raise UserError("four_bit needs a GPU and the package bitsandbytes (pip install bitsandbytes); leave it out, "
+                        "or set --four-bit false")
 
 def load_llm(
     folder:str, # Folder of a causal language model
@@ -126,7 +131,8 @@ def load_llm(
     else:
         in_four_bits()
         bits = tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
-        model = tf.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, quantization_config=bits).eval()
+        model = tf.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True,
+                                                        trust_remote_code=False, quantization_config=bits).eval()
     check_causal(model)
     return model.requires_grad_(False)
 
@@ -154,7 +160,8 @@ def answer_tails(
     layers, before = memory
     cache = DynamicCache([(k[owner], v[owner]) for k, v in layers])
     places = before.sum(1)[owner, None] + torch.arange(ids.shape[1], device=ids.device)
-    return last_logits(lm, mask, rows, input_ids=ids, attention_mask=torch.cat([before[owner], mask], 1), position_ids=places, past_key_values=cache)
+    return last_logits(lm, mask, rows, input_ids=ids, attention_mask=torch.cat([before[owner], mask], 1),
+                       position_ids=places, past_key_values=cache)
 
 def answer_whole(
     lm, # Causal language model
@@ -164,7 +171,8 @@ def answer_whole(
     "The same with each text read from its first token to its last."
     import torch
     tails = lm.get_input_embeddings()(ids)
-    texts = [torch.cat([embeds[o, :n], t[:m]]) for o, n, t, m in zip(owner.tolist(), before.sum(1)[owner].tolist(), tails, mask.sum(1).tolist())]
+    texts = [torch.cat([embeds[o, :n], t[:m]]) for o, n, t, m in zip(owner.tolist(), before.sum(1)[owner].tolist(),
+            tails, mask.sum(1).tolist())]
     lengths = torch.tensor([len(t) for t in texts], device=mask.device)
     x = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
     seen = (torch.arange(x.shape[1], device=x.device) < lengths[:, None]).long()
@@ -177,7 +185,8 @@ def window(
     "How far back the layer with the shortest sight looks."
     about = config.get_text_config()
     if set(getattr(about, "layer_types", None) or [""]) == {"full_attention"}: return math.inf
-    return min((w for k in ("sliding_window", "attention_chunk_size", "window_size") if (w := getattr(about, k, None))), default=math.inf)
+    return min((w for k in ("sliding_window", "attention_chunk_size", "window_size") if (w := getattr(about, k, None))),
+               default=math.inf)
 
 def prefix_room(
     lm, # Causal language model
@@ -187,12 +196,14 @@ def prefix_room(
     words = lm.get_input_embeddings()
     n, dev = words.weight.shape[0]//2, words.weight.device
     ids, owner = n - torch.arange(1, 6, device=dev).repeat(2, 1)%n, torch.tensor([0, 1, 1], device=dev)
-    before, mask = torch.tensor([[1]*5, [1, 1, 0, 0, 0]], device=dev), torch.tensor([[1, 1], [1, 1], [1, 0]], device=dev)
+    before, mask = torch.tensor([[1]*5, [1, 1, 0, 0, 0]], device=dev), torch.tensor([[1, 1], [1, 1], [1, 0]],
+            device=dev)
     with torch.inference_mode():
         embeds, tails = words(ids), (owner, ids[owner, :2], mask, slice(None))
         whole = answer_whole(lm, embeds, before, *tails)
         try: same = close(answer_tails(lm, read_prefix(lm, embeds, before), *tails), whole)
-        except (AttributeError, IndexError, TypeError, ValueError, RuntimeError): same = False # a model without such a past
+        # a model without such a past
+        except (AttributeError, IndexError, TypeError, ValueError, RuntimeError): same = False
     return window(lm.config) if same else 0
 
 # %% ../nbs/07_recommender.ipynb #07-016
@@ -206,7 +217,8 @@ class CausalLM:
         tokenizer, # Its tokenizer
     ):
         import torch
-        self.t5, self.peft, self.lm, self.pad_id = t5.requires_grad_(False), lm, lm.get_base_model(), reader.tokenizer.pad_token_id
+        self.t5, self.peft, self.lm, self.pad_id = (t5.requires_grad_(False), lm, lm.get_base_model(),
+                                                    reader.tokenizer.pad_token_id)
         self.names, self.tails = answers(tokenizer, "?"), question_tails(reader, tokenizer)
         self.tail_lengths, self.tail_pad = np.array([len(t) for t in self.tails]), tokenizer.pad_token_id or 0
         self.room = prefix_room(self.lm)
@@ -230,14 +242,16 @@ class CausalLM:
         import torch
         ids, mask = (t.to(self.t5.device) for t in pad([self.tails[i] for i in items.ravel()], self.tail_pad))
         owner = torch.arange(len(items), device=ids.device).repeat_interleave(items.shape[1])
-        known = answer_tails(self.lm, memory, owner, ids, mask, rows) if isinstance(memory[0], list) else answer_whole(self.lm, *memory, owner, ids, mask, rows)
+        known = (answer_tails(self.lm, memory, owner, ids, mask, rows) if isinstance(memory[0], list)
+                 else answer_whole(self.lm, *memory, owner, ids, mask, rows))
         return known.view(*items.shape, -1)
 
     def save(self, folder):
         "Write adapters and projection as safetensors."
         from safetensors.torch import save_file
         save_adapters(self.peft, folder/"adapter")
-        save_file({k: v.contiguous().cpu() for k, v in self.module["projection"].state_dict().items()}, folder/"projection.safetensors")
+        save_file({k: v.contiguous().cpu() for k, v in self.module["projection"].state_dict().items()},
+                  folder/"projection.safetensors")
 
 # %% ../nbs/07_recommender.ipynb #07-017
 def add_adapters(
@@ -247,9 +261,12 @@ def add_adapters(
 ): # The model with fresh low-rank adapters, which alone can be trained
     "LoRA, by peft. `UserError` if the model has no such modules."
     from peft import LoraConfig, get_peft_model
-    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2*rank, target_modules=modules if modules == "all-linear" else listed(modules))
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2*rank, target_modules=modules if modules
+                        == "all-linear" else listed(modules))
     try: return get_peft_model(lm, config).eval()
-    except ValueError as e: raise UserError(f"no adapters for lora_modules={modules!r}: {str(e).splitlines()[0]}; name modules of the model, as in q_proj,v_proj") from None
+    except ValueError as e:
+        raise UserError(f"no adapters for lora_modules={modules!r}: {str(e).splitlines()[0]}; name modules of the "
+                        "model, as in q_proj,v_proj") from None
 
 def save_adapters(
     lm, # From `add_adapters`
@@ -257,7 +274,8 @@ def save_adapters(
 ):
     "Write adapters as safetensors. What peft writes beside them gets one order, and names no folder of this machine."
     config = lm.peft_config["default"]
-    config.base_model_name_or_path, config.target_modules = Path(config.base_model_name_or_path).name, sorted(config.target_modules)
+    config.base_model_name_or_path, config.target_modules = (Path(config.base_model_name_or_path).name,
+                                                             sorted(config.target_modules))
     lm.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     (folder/"README.md").unlink(missing_ok=True)
 
@@ -285,7 +303,8 @@ def linear_layers(
 )->list[str]: # Names of its linear layers, as in model.layers.0.self_attn.q_proj
     "What may get an adapter."
     if llm == "pocket": return list(POCKET_LINEAR)
-    return [k.removesuffix(".weight") for k, shape in weights(Path(resolve(llm))).items() if len(shape) == 2 and k.endswith(".weight") and ".0." in k]
+    return [k.removesuffix(".weight") for k, shape in weights(Path(resolve(llm))).items() if len(shape) == 2
+            and k.endswith(".weight") and ".0." in k]
 
 def lora_faults(
     p:dict, # Parameters with llm and lora_modules
@@ -295,7 +314,8 @@ def lora_faults(
     there = linear_layers(p["llm"])
     wrong = [m for m in listed(p["lora_modules"]) or [""] if not any(k == m or k.endswith(f".{m}") for k in there)]
     known = ", ".join(dict.fromkeys(k.rpartition(".")[2] for k in there))
-    return [f"lora_modules={p['lora_modules']!r}: {p['llm']} has no linear layer {m!r}; it has {known}; or leave it at all-linear" for m in wrong]
+    return [f"lora_modules={p['lora_modules']!r}: {p['llm']} has no linear layer {m!r}; it has {known}; or leave it "
+            "at all-linear" for m in wrong]
 
 def llm_faults(
     p:dict, # Parameters with llm, lora_rank, lora_modules, download, perhaps four_bit
@@ -303,7 +323,8 @@ def llm_faults(
     "Look for the causal model, and at what is to be adapted in it."
     model = model_faults(p, "llm", "causal")
     here = not model and (p["llm"] == "pocket" or not to_fetch(p["llm"], p["download"]))
-    return [*model, *(lora_faults(p) if here else []), *below(p, 1, "lora_rank"), *(told(in_four_bits) if p.get("four_bit") else [])]
+    return [*model, *(lora_faults(p) if here else []), *below(p, 1, "lora_rank"),
+            *(told(in_four_bits) if p.get("four_bit") else [])]
 
 # %% ../nbs/07_recommender.ipynb #07-018
 def save_recommender(
@@ -322,7 +343,8 @@ def load_recommender(
 ):
     "A trained recommender; its `attributes` says how it was asked."
     about = json.loads((folder/"model.json").read_text())
-    model = trained_causal(folder, about, reader) if about["kind"] == "causal-lm" else KINDS[about["kind"]](load_model(str(folder), "t5").to(device()), reader)
+    model = (trained_causal(folder, about, reader) if about["kind"] == "causal-lm"
+             else KINDS[about["kind"]](load_model(str(folder), "t5").to(device()), reader))
     model.attributes = about["attributes"]
     return model
 
@@ -336,7 +358,8 @@ def trained_causal(
     from safetensors.torch import load_file
     llm = str((folder/about["llm"]).resolve())
     lm = PeftModel.from_pretrained(load_llm(llm, about["four_bit"]), folder/"adapter")
-    out = CausalLM(load_model(str((folder/about["t5"]).resolve()), "t5").to(device()), reader, lm.eval(), load_tokenizer(llm))
+    out = CausalLM(load_model(str((folder/about["t5"]).resolve()), "t5").to(device()), reader, lm.eval(),
+                   load_tokenizer(llm))
     out.module["projection"].load_state_dict(load_file(folder/"projection.safetensors"))
     out.module.to(device())
     return out
@@ -348,7 +371,8 @@ def uncached_logits(
     items, # Item of each question (n,)
     rows, # Rows of the output matrix
 ): # (n, rows)
-    "What `CausalLM` would answer if it read the history anew for every candidate: the reference that the shared prefix is measured against."
+    """What `CausalLM` would answer if it read the history anew for every candidate: the reference that the shared
+    prefix is measured against."""
     import torch
     ids, used = (t.to(mask.device) for t in pad([model.tails[i] for i in items], model.tail_pad))
     prefix = model.module["projection"](states).to(model.lm.dtype)
@@ -426,9 +450,12 @@ def worded(
     clean, rng = Questions(reader, own, rows, attributes=p["attributes"]), np.random.default_rng(p["seed"])
     if p["wordings"] == 1: return [clean]
     words = sorted(t[1:] for t in reader.tokenizer.get_vocab() if t[0] == "▁" and t[1:].isalpha())
-    others = [t for t in bank_for(reader)[1:] if t["split"] == "seen"] + templates_of_nonsense(words, p["nonsense"], p["seed"])
+    others = ([t for t in bank_for(reader)[1:] if t["split"] == "seen"]
+              + templates_of_nonsense(words, p["nonsense"], p["seed"]))
     each = [Questions(reader, own, rows, t["text"], p["attributes"]) for t in others]
-    if p["wordings"] > len(each) + 1: raise UserError(f"wordings={p['wordings']}: there are {len(each) + 1} templates to train on, {p['nonsense']} of them nonsense; choose 1 to {len(each) + 1}, or add seen ones to data/templates.yaml")
+    if p["wordings"] > len(each) + 1:
+        raise UserError(f"wordings={p['wordings']}: there are {len(each) + 1} templates to train on, {p['nonsense']} "
+                        f"of them nonsense; choose 1 to {len(each) + 1}, or add seen ones to data/templates.yaml")
     choice = rng.permuted(np.tile(np.arange(len(each)), (len(rows), 1)), axis=1)
     return [clean, *(Reworded(each, choice[:, v]) for v in range(p["wordings"] - 1))]
 
@@ -460,7 +487,8 @@ def logits_at(
     "Logits of some rows from kept states."
     n = prompts_a_row(model, items)
     wide = ((wording*len(items) + at)[:, None]*n + np.arange(n)).ravel()
-    with fast_math(): return model.answer(model.read(*states.get(wide)), items[at], rows).view(len(at), items.shape[1], -1)
+    with fast_math():
+        return model.answer(model.read(*states.get(wide)), items[at], rows).view(len(at), items.shape[1], -1)
 
 def training_items(
     run:str, # Run
@@ -486,7 +514,8 @@ def tune_on_states(
     "Stage 2: train what comes after the encoder, on kept states."
     import torch
     (states, items), (kept, lists), needed = train_set, valid_set, wanted(model.names, p["score"])
-    opt, schedule = adamw(model.module.parameters(), p["recommender_lr"], p["recommender_epochs"]*math.ceil(len(items)/p["recommender_batch"]))
+    opt, schedule = adamw(model.module.parameters(), p["recommender_lr"],
+                          p["recommender_epochs"]*math.ceil(len(items)/p["recommender_batch"]))
     trained, n = Trained(model.module), prompts_a_row(model, items)
     best, wordings = Best(trained, p["patience"]), len(states.lengths)//(len(items)*n)
     def update(at, rng):
@@ -498,10 +527,13 @@ def tune_on_states(
         return totals({"loss": loss, "apart": apart})
     def after_epoch(epoch, curves):
         mine = shard(len(lists))
-        with torch.inference_mode(): z = [scores_of(logits_at(model, kept, lists, at, needed), p["score"], model.names).cpu() for at in np.array_split(mine, math.ceil(len(mine)/16)) if len(at)]
+        with torch.inference_mode():
+            z = [scores_of(logits_at(model, kept, lists, at, needed), p["score"], model.names).cpu()
+                 for at in np.array_split(mine, math.ceil(len(mine)/16)) if len(at)]
         curves[-1]["valid_auc"] = list_auc(np.concatenate([x for share in gathered(z) for x in share]))
         return best.stop(curves[-1]["valid_auc"])
-    curves = train(update, dict(model=trained, opt=opt, schedule=schedule, best=best), len(items), p["recommender_epochs"], p["recommender_batch"], folder, p["seed"], where,
+    curves = train(update, dict(model=trained, opt=opt, schedule=schedule, best=best), len(items),
+                   p["recommender_epochs"], p["recommender_batch"], folder, p["seed"], where,
                    states.lengths[:len(items)*n:n], after_epoch)
     trained.load_state_dict(best.weights)
     return curves
@@ -536,15 +568,21 @@ def tune(
     p:dict, # The stage's parameters
     how:dict, # processes, cache_gb, cache_file_gb
 )->pl.DataFrame: # Learning curves
-    "Train and save one recommender; one that is whole already is kept, and what only other kinds mind may change meanwhile."
-    others = {"run", "recommender", "test_users", "processes", "cache_gb", "cache_file_gb", "download", "llm"} | (set() if kind == "causal-lm" else {"lora_rank", "lora_modules", "four_bit"})
-    files = weight_files(path) + (weight_files(llm) if kind == "causal-lm" else []) + [root()/"data/templates.yaml"]*(p["wordings"] > 1)
-    rows = once(folder, {"kind": kind} | {k: v for k, v in p.items() if k not in others}, lambda folder: tune_kind(run, kind, path, llm, folder, p, how), files)
+    """Train and save one recommender; one that is whole already is kept, and what only other kinds mind may change
+    meanwhile."""
+    others = ({"run", "recommender", "test_users", "processes", "cache_gb", "cache_file_gb", "download", "llm"}
+              | (set() if kind == "causal-lm" else {"lora_rank", "lora_modules", "four_bit"}))
+    files = (weight_files(path) + (weight_files(llm) if kind == "causal-lm" else [])
+             + [root()/"data/templates.yaml"]*(p["wordings"] > 1))
+    rows = once(folder, {"kind": kind} | {k: v for k, v in p.items() if k not in others},
+                lambda folder: tune_kind(run, kind, path, llm, folder, p, how), files)
     return pl.DataFrame(rows, infer_schema_length=None)
 
+# %% ../nbs/07_recommender.ipynb #07-031u
 def tune_kind(run, kind, path, llm, folder, p, how): # as for `tune`
     "Train and save one recommender. Returns the rows of its learning curves."
-    (reader, _), own, rows, lists = reader_for(run), own_attributes(run), load_sequences(run, "train"), load_sequences(run, "valid")
+    (reader, _), own, rows, lists = reader_for(run), own_attributes(run), load_sequences(run,
+            "train"), load_sequences(run, "valid")
     items = training_items(run, rows, len(reader.titles), p["negatives_per_positive"], p["seed"])
     at = sample_rows(lists["user"], p["valid_users"], p["seed"])
     kept_lists = load_candidates(run, "uni99" if p["candidates"] == "full" else p["candidates"], "valid")[1]
@@ -552,15 +590,19 @@ def tune_kind(run, kind, path, llm, folder, p, how): # as for `tune`
     width = json.loads((Path(path)/"config.json").read_text())["d_model"]
     def states(name, wordings, items):
         prompts = [prompt for questions in wordings for prompt in ask(KINDS[kind], questions, items)]
-        return States(prompts, width, reader.tokenizer.pad_token_id, folder/name, how["cache_gb"], how["cache_file_gb"], how["processes"] > 1), items
-    sets = states("train.bin", worded(reader, own, rows, p), items), states("valid.bin", [Questions(reader, own, lists[at], attributes=p["attributes"])], others)
+        return States(prompts, width, reader.tokenizer.pad_token_id, folder/name, how["cache_gb"], how["cache_file_gb"],
+                      how["processes"] > 1), items
+    sets = states("train.bin", worded(reader, own, rows, p), items), states("valid.bin",
+            [Questions(reader, own, lists[at], attributes=p["attributes"])], others)
     print(f"{folder.name}: {sets[0][0]}")
     def fit():
         seed_all(p["seed"])
         model = new_recommender(kind, path, reader, llm, p["lora_rank"], p["lora_modules"], p["four_bit"])
         for states, _ in sets: states.fill(model.t5)
         curves = tune_on_states(model, *sets, folder, p, f"stage 2, {folder.name}")
-        if is_main(): save_recommender(model, folder, dict(kind=kind, t5=path, llm=llm, **{k: p[k] for k in ("four_bit", "attributes")}))
+        if is_main():
+            save_recommender(model, folder, dict(kind=kind, t5=path, llm=llm,
+                                                 **{k: p[k] for k in ("four_bit", "attributes")}))
         return [row | {"model": folder.name} for row in curves]
     curves = in_processes(how["processes"], fit)
     for states, _ in sets: states.drop()
@@ -586,14 +628,16 @@ def score_lists(
         model, mine = load_recommender(folder, reader), shard(len(at))
         questions = Questions(reader, own, past, attributes=model.attributes)
         chunks = {f"{c[0]}-{c[-1]}.npy": c for c in np.array_split(mine, max(1, math.ceil(len(mine)/chunk))) if len(c)}
-        for file, c in tqdm(chunks.items(), desc=f"scoring, {folder.name}", mininterval=5, ncols=90, disable=not is_main()):
+        for file, c in tqdm(chunks.items(), desc=f"scoring, {folder.name}", mininterval=5, ncols=90,
+                            disable=not is_main()):
             kept(home/file, lambda: np.concatenate(score_rows(model, questions, at[c], lists, score)))
         return [file for share in gathered(list(chunks)) for file in share]
     with TemporaryDirectory() as temporary:
         home = Path(keep or temporary)/folder.name
         files = in_processes(processes, lambda: score_share(home))
         z = np.split(np.concatenate([np.load(home/file) for file in files]), ends[:-1])
-    return pl.DataFrame({"model": folder.name, "row": past["row"].gather(at), "user": users[at], "scores": [x.tolist() for x in z]}, schema_overrides={"scores": pl.List(pl.Float32)})
+    return pl.DataFrame({"model": folder.name, "row": past["row"].gather(at), "user": users[at],
+                         "scores": [x.tolist() for x in z]}, schema_overrides={"scores": pl.List(pl.Float32)})
 
 # %% ../nbs/07_recommender.ipynb #07-033
 def find_llm(
@@ -601,7 +645,8 @@ def find_llm(
     p:dict, # The stage's parameters
     folder:Path, # Where a pocket model goes
 )->str: # Folder of a causal language model
-    "The causal language model by name, or a pocket Llama trained here on the run's training part, as wide as the pocket T5."
+    """The causal language model by name, or a pocket Llama trained here on the run's training part, as wide as the
+    pocket T5."""
     if p["llm"] != "pocket": return resolve(p["llm"], p["download"])
     reader, path = reader_for(run)
     width = json.loads((Path(path)/"config.json").read_text())["d_model"]
@@ -615,8 +660,10 @@ def wordings_faults(
     wordings:int, nonsense:int, # See the parameters
 )->list[str]: # A sentence if there are not so many
     "Whether the bank has enough templates to train on."
-    most = 1 + nonsense + sum(t["task"] == "recommendation" and t["split"] == "seen" for t in read_templates(root()/"data/templates.yaml"))
-    return [f"wordings={wordings}: there are {most} templates to train on, {nonsense} of them nonsense; choose 1 to {most}, or add seen ones to data/templates.yaml"]*(wordings > most)
+    most = 1 + nonsense + sum(t["task"] == "recommendation" and t["split"] == "seen"
+                              for t in read_templates(root()/"data/templates.yaml"))
+    return [f"wordings={wordings}: there are {most} templates to train on, {nonsense} of them nonsense; choose 1 to "
+            f"{most}, or add seen ones to data/templates.yaml"]*(wordings > most)
 
 def check_recommender(
     p:dict, # The stage's parameters
@@ -624,43 +671,59 @@ def check_recommender(
     "Look at switches, sizes and rates, and for the causal model."
     kinds = listed(p["recommender"])
     compares = p["wordings"] > 1 and p["score"] == "yes-no"
-    return [*strange(p | {"recommender": kinds}, recommender=KINDS, score=SCORES, candidates=LISTS), *below(p, 1, "negatives_per_positive", "wordings", "recommender_batch", "recommender_epochs"),
-            *below(p, 0, "seed", "nonsense", "consistency", "patience", "valid_users", "test_users", "cache_gb", "cache_file_gb"), *not_positive(p, "recommender_lr"),
-            *(["consistency compares answers in log-odds to two wordings; it needs --wordings 2 or more and --score yes-no"] if p["consistency"] and not compares else []),
-            *wordings_faults(p["wordings"], p["nonsense"]), *told(possible, p["processes"]), *(llm_faults(p) if "causal-lm" in kinds else [])]
+    return [*strange(p | {"recommender": kinds}, recommender=KINDS, score=SCORES, candidates=LISTS),
+            *below(p, 1, "negatives_per_positive", "wordings", "recommender_batch", "recommender_epochs"),
+            *below(p, 0, "seed", "nonsense", "consistency", "patience", "valid_users", "test_users", "cache_gb",
+                   "cache_file_gb"), *not_positive(p, "recommender_lr"),
+            *(["consistency compares answers in log-odds to two wordings; it needs --wordings 2 or more and --score "
+               "yes-no"] if p["consistency"] and not compares else []),
+            *wordings_faults(p["wordings"], p["nonsense"]), *told(possible, p["processes"]),
+            *(llm_faults(p) if "causal-lm" in kinds else [])]
 
 def room_recommender(
     p:dict, # All parameters
 )->float: # Bytes that the stage will write, about
     "Room for two models of each kind, and a checkpoint of each (what is trained, two moments, the best so far)."
-    return 2*sum(3*model_bytes(p["t5"]) if kind != "causal-lm" else 4*10**8*(p["llm"] != "pocket") for kind in listed(p["recommender"]))
+    return 2*sum(3*model_bytes(p["t5"]) if kind != "causal-lm" else 4*10**8*(p["llm"] != "pocket")
+                 for kind in listed(p["recommender"]))
 
 # %% ../nbs/07_recommender.ipynb #07-034
 def make_recommender(
-    run:str="demo", seed:int=0, recommender:str="t5-decoder", negatives_per_positive:int=4, attributes:bool=True, wordings:int=1, nonsense:int=0, consistency:float=0., score:str="yes-no", candidates:str="uni99", recommender_lr:float=1e-3,
-    recommender_batch:int=64, recommender_epochs:int=6, patience:int=2, valid_users:int=300, test_users:int=1000, llm:str="pocket", lora_rank:int=8,
-    lora_modules:str="all-linear", four_bit:bool=False, download:bool=False, cache_gb:float=4., cache_file_gb:float=50., processes:int=1,
+    run:str="demo", seed:int=0, recommender:str="t5-decoder", negatives_per_positive:int=4, attributes:bool=True,
+    wordings:int=1, nonsense:int=0, consistency:float=0., score:str="yes-no", candidates:str="uni99",
+    recommender_lr:float=1e-3,
+    recommender_batch:int=64, recommender_epochs:int=6, patience:int=2, valid_users:int=300, test_users:int=1000,
+    llm:str="pocket", lora_rank:int=8,
+    lora_modules:str="all-linear", four_bit:bool=False, download:bool=False, cache_gb:float=4., cache_file_gb:float=50.,
+    processes:int=1,
 )->Path: # Folder with the tuned models, scores.parquet and curves.parquet
-    "Stage `recommender` (stage 2 of the paper, section 3.4.2). The parameters are explained at the head of the chapter."
+    """Stage `recommender` (stage 2 of the paper, section 3.4.2). The parameters are explained at the head of the
+    chapter."""
     refuse(check_recommender(locals()))
     params, kinds = locals(), listed(recommender)
-    how = {k: params.pop(k) for k in ("run", "cache_gb", "cache_file_gb", "processes", "download")} # these change no result
+    # these change no result
+    how = {k: params.pop(k) for k in ("run", "cache_gb", "cache_file_gb", "processes", "download")}
     encoder = need(run, "encoder", make_encoder)
     found = resolve(llm, download) if "causal-lm" in kinds and llm != "pocket" else ""
     def make(folder):
         about = backbone(run, "t5")
         lm = find_llm(run, params | how, folder/"llm") if "causal-lm" in kinds else ""
         starts = {"no-stage-1": about["path"], "ganprompt": str(encoder/"model")}
-        names = {name if kind == "t5-decoder" else f"{name}, {kind}": (kind, path) for kind in kinds for name, path in starts.items()}
+        names = {name if kind == "t5-decoder" else f"{name}, {kind}": (kind, path) for kind in kinds for name,
+                 path in starts.items()}
         curves = [tune(run, kind, path, lm, folder/name, params, how) for name, (kind, path) in names.items()]
         at = sample_rows(load_sequences(run, "test")["user"], test_users, 0) # the same users for every seed
-        pl.concat([score_lists(run, folder/name, candidates, at, score, processes, keep=folder/".scores") for name in names]).write_parquet(folder/"scores.parquet")
+        pl.concat([score_lists(run, folder/name, candidates, at, score, processes, keep=folder/".scores")
+                   for name in names]).write_parquet(folder/"scores.parquet")
         table = pl.concat(curves, how="diagonal")
         table.write_parquet(folder/"curves.parquet")
         plot_curves(table, ["loss", "valid_auc"]).savefig(folder/"curves.png", dpi=110)
-        write_json(folder/"recommender.json", {"candidates": candidates, "pocket": about["pocket"], "t5": about["name"], "test_users": len(at)} | ({"llm": llm} if lm else {}))
-        return {f"valid_auc {name}": c["valid_auc"].max() for name, c in zip(names, curves)} | ({"processes": processes} if processes > 1 else {})
-    return stage(run, "recommender", params, make, inputs=["data", "prompts", "backbones", "attributes", "encoder"], files=[root()/"data/templates.yaml"],
+        write_json(folder/"recommender.json", {"candidates": candidates, "pocket": about["pocket"], "t5": about["name"],
+                                               "test_users": len(at)} | ({"llm": llm} if lm else {}))
+        return ({f"valid_auc {name}": c["valid_auc"].max() for name, c in zip(names, curves)}
+                | ({"processes": processes} if processes > 1 else {}))
+    return stage(run, "recommender", params, make, inputs=["data", "prompts", "backbones", "attributes", "encoder"],
+                 files=[root()/"data/templates.yaml"],
                  models=[found] if found else [], grows=["recommender"])
 
 # %% ../nbs/07_recommender.ipynb #07-034b

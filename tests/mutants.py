@@ -1,7 +1,9 @@
 """Plant faults, one at a time, and see whether a test or a chapter notices: `make mutants`.
 
-A mutant is one change of an operator (+ and -, * and /), a comparison (< and <=, == and !=), a sign or an index in a module that computes.
-It is caught if a test that needs no trained run fails on it, or a cell of the module's chapter that holds without a run; what is left is put to the tests that
+A mutant is one change of an operator (+ and -, * and /), a comparison (< and <=, == and !=), a sign or an index in a
+module that computes.
+It is caught if a test that needs no trained run fails on it, or a cell of the module's chapter that holds without a
+run; what is left is put to the tests that
 train a small run first (--quick leaves them out: they take a minute or two a mutant).
 tests/survivors.yaml says of those that were looked at why nothing fails."""
 import argparse, ast, copy, io, json, os, random, signal, sys, tempfile, time
@@ -13,19 +15,28 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = {"prompts": ["prompts", "equations"], "encoder": ["equations"], "scorer": ["sizes", "equations", "scorer", "heads"], "recommender": ["equations", "scorer", "models", "heads", "told"], "gather": ["equations", "study"],
-         "metrics": ["metrics", "equations"], "robustness": ["robustness"], "study": ["study"]} # module -> files of tests
-TRAINED = {"encoder": ["models"], "scorer": ["scorer"], "recommender": ["scorer", "models"], "gather": ["study"], "robustness": ["robustness"], "study": ["study"]} # the same, with a trained run
-AFTER = "gather", "robustness", "study" # what the tests' trained run is made without: for their mutants one is made, and copied
-SHOWN = "plot", "draw", "picture", "caption", "notes", "write", "page", "html", "markdown", "render_", "label", "colour" # what makes pictures and text is looked at, not asserted
-SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult,
+TESTS = {"prompts": ["prompts", "equations"], "encoder": ["equations"],
+         "scorer": ["sizes", "equations", "scorer", "heads"], "recommender": ["equations", "scorer", "models", "heads",
+                 "told"], "gather": ["equations", "study"],
+         # module -> files of tests
+         "metrics": ["metrics", "equations"], "robustness": ["robustness"], "study": ["study"]}
+# the same, with a trained run
+TRAINED = {"encoder": ["models"], "scorer": ["scorer"], "recommender": ["scorer", "models"], "gather": ["study"],
+           "robustness": ["robustness"], "study": ["study"]}
+# what the tests' trained run is made without: for their mutants one is made, and copied
+AFTER = "gather", "robustness", "study"
+# what makes pictures and text is looked at, not asserted
+SHOWN = "plot", "draw", "picture", "caption", "notes", "write", "page", "html", "markdown", "render_", "label", "colour"
+SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
+         ast.Pow: ast.Mult,
          ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 SECONDS = {False: 120, True: 1200} # a mutant that runs longer is caught: it never ends
 
 
 def texts(node):
     "Whether an operand is a text or a list, so that + is no arithmetic."
-    return isinstance(node, (ast.JoinedStr, ast.List, ast.Tuple, ast.ListComp)) or isinstance(node, ast.Constant) and isinstance(node.value, str)
+    return (isinstance(node, (ast.JoinedStr, ast.List, ast.Tuple, ast.ListComp)) or isinstance(node, ast.Constant)
+            and isinstance(node.value, str))
 
 
 def changes(node):
@@ -40,7 +51,8 @@ def changes(node):
         parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         bounds = [b for p in parts for b in ((p.lower, p.upper) if isinstance(p, ast.Slice) else (p,))]
         for i, b in enumerate(bounds):
-            if isinstance(b, ast.Constant) and isinstance(b.value, int) and not isinstance(b.value, bool): yield lambda n, i=i: bump(n, i)
+            if isinstance(b, ast.Constant) and isinstance(b.value, int) and not isinstance(b.value, bool):
+                yield lambda n, i=i: bump(n, i)
 
 
 def bump(node, i):
@@ -53,7 +65,9 @@ def bump(node, i):
 def computing(tree):
     "Numbers of the nodes in functions and classes that compute, without messages, defaults and annotations."
     def visit(node):
-        if isinstance(node, (ast.Raise, ast.Assert, ast.arguments)) or isinstance(node, (ast.FunctionDef, ast.ClassDef)) and any(w in node.name.lower() for w in SHOWN): return
+        if isinstance(node, (ast.Raise, ast.Assert, ast.arguments)) or isinstance(node,
+                (ast.FunctionDef, ast.ClassDef)) and any(w in node.name.lower() for w in SHOWN):
+            return
         yield node
         for name, value in ast.iter_fields(node):
             if name in ("annotation", "returns", "decorator_list"): continue
@@ -65,7 +79,8 @@ def computing(tree):
 
 def owner(tree, line):
     "The function that a line belongs to."
-    return next((n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.lineno <= line <= n.end_lineno), "")
+    return next((n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))
+                 and n.lineno <= line <= n.end_lineno), "")
 
 
 def mutants(module):
@@ -94,7 +109,8 @@ def package(folder, module, source):
 def cells(module):
     "The cells of a module's chapter that are not exported."
     path = next((ROOT/"nbs").glob(f"*_{module}.ipynb"))
-    code = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    code = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"]
+            == "code"]
     return [c for c in code if "#| export" not in c and "#| default_exp" not in c and "nbdev_export" not in c]
 
 
@@ -124,8 +140,12 @@ def noticed(module, expected, trained):
     import pytest
     said, files = io.StringIO(), (TRAINED if trained else TESTS)[module]
     with redirect_stdout(said), redirect_stderr(said):
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--tb=line", "--rootdir", str(ROOT), *(str(ROOT/f"tests/test_{t}.py") for t in files)], plugins=[] if trained else [WithoutRuns()])
-    if code: return next((line for line in said.getvalue().splitlines() if line.startswith(("FAILED", "ERROR"))), f"pytest ends with {code}")
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--tb=line", "--rootdir", str(ROOT),
+                            *(str(ROOT/f"tests/test_{t}.py") for t in files)], plugins=[] if trained
+                            else [WithoutRuns()])
+    if code:
+        return next((line for line in said.getvalue().splitlines() if line.startswith(("FAILED", "ERROR"))),
+                    f"pytest ends with {code}")
     if trained: return ""
     with redirect_stdout(said), redirect_stderr(said): held = chapter(module)
     lost = sorted(set(expected or held) - set(held))
@@ -139,13 +159,18 @@ def in_fork(module, source, expected, trained=False):
         pid = os.fork()
         if not pid:
             try:
-                os.chdir(folder); os.setpgid(0, 0); sys.dont_write_bytecode = True; sys.path.insert(0, folder); os.environ["PYTHONPATH"] = folder
+                os.chdir(folder)
+                os.setpgid(0, 0)
+                sys.dont_write_bytecode = True
+                sys.path.insert(0, folder)
+                os.environ["PYTHONPATH"] = folder
                 answer = noticed(module, expected, trained)
             except BaseException as e: answer = f"{type(e).__name__} at import"
             Path(folder, "answer").write_text(answer); os._exit(0)
         end = time.time() + SECONDS[trained]
         while time.time() < end:
-            if os.waitpid(pid, os.WNOHANG)[0]: return Path(folder, "answer").read_text() if Path(folder, "answer").exists() else "the process died"
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                return Path(folder, "answer").read_text() if Path(folder, "answer").exists() else "the process died"
             time.sleep(.05)
         os.killpg(pid, signal.SIGKILL); os.waitpid(pid, 0)
         return f"not done after {SECONDS[trained]} s"
@@ -154,7 +179,8 @@ def in_fork(module, source, expected, trained=False):
 def trained_run(folder):
     "The tests' trained run, made once."
     from conftest import start, write_shop
-    if not (folder/"whole").exists() and start(folder/"whole", "recommender", write_shop(folder/"shop.csv")).wait(): sys.exit("the tests' trained run fails")
+    if not (folder/"whole").exists() and start(folder/"whole", "recommender", write_shop(folder/"shop.csv")).wait():
+        sys.exit("the tests' trained run fails")
     return str(folder/"whole")
 
 
@@ -177,7 +203,9 @@ def main():
         if not whole.startswith("["): sys.exit(f"{module}: tests or chapter fail as they are: {whole}")
         if module in AFTER and not a.quick: os.environ["FINISHED_RUN"] = trained_run(Path(home.name))
         else: os.environ.pop("FINISHED_RUN", "")
-        def put(m): return in_fork(module, m[2], json.loads(whole)) or ("" if a.quick or module not in TRAINED else in_fork(module, m[2], None, True))
+        def put(m):
+            return (in_fork(module, m[2], json.loads(whole))
+                    or ("" if a.quick or module not in TRAINED else in_fork(module, m[2], None, True)))
         with ThreadPoolExecutor(a.workers) as pool: answers = list(pool.map(put, drawn))
         counts[module] = (sum(map(bool, answers)), len(drawn), len(every))
         print(f"{module:12} {counts[module][0]:3} of {len(drawn)} caught ({len(every)} there are)", flush=True)

@@ -17,25 +17,31 @@ TEMPLATE = "the shopper saw {title_seq} and should focus on {attribute} ."
 @pytest.fixture(scope="module")
 def tokenizer():
     from transformers import BertTokenizer
-    return BertTokenizer(do_lower_case=True).train_new_from_iterator([*TITLES[:3]*20, TEMPLATE], vocab_size=120, show_progress=False)
+    return BertTokenizer(do_lower_case=True).train_new_from_iterator([*TITLES[:3]*20, TEMPLATE], vocab_size=120,
+            show_progress=False)
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
     from transformers import BertConfig, BertForMaskedLM
     torch.manual_seed(0)
-    return BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+    return BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2,
+                                      num_attention_heads=2,
                                       intermediate_size=64, max_position_embeddings=40)).eval()
 
 def test_no_stop_words_pieces_numbers_punctuation(tokenizer):
     counts = word_counts(tokenizer, TITLES, [[0, 1, 2, 3], [2]])
-    assert counts == {"rose": 4, "soap": 2, "oat": 2, "cream": 2} # not the, for, you, 8, oz, b12, nor the pieces of Shampooing
-    assert tokenizer.tokenize("shampooing")[0] in tokenizer.get_vocab() and not set(tokenizer.tokenize("shampooing")) & set(counts)
+    # not the, for, you, 8, oz, b12, nor the pieces of Shampooing
+    assert counts == {"rose": 4, "soap": 2, "oat": 2, "cream": 2}
+    assert (tokenizer.tokenize("shampooing")[0] in tokenizer.get_vocab()
+            and not set(tokenizer.tokenize("shampooing")) & set(counts))
 
-@pytest.mark.parametrize("word", ["the", "for", "##soap", "so", "8", "b12", ",", "[MASK]", "[UNK]", "", "rose-oat", "cannot"])
+@pytest.mark.parametrize("word", ["the", "for", "##soap", "so", "8", "b12", ",", "[MASK]", "[UNK]", "", "rose-oat",
+                                  "cannot"])
 def test_unusable(word): assert not usable(word)
 
 def test_whole_words():
-    assert whole_words(["sham", "##poo", "rose", "so", "##ap", "##y", "oat"]) == ["rose", "oat"] and whole_words([]) == []
+    assert (whole_words(["sham", "##poo", "rose", "so", "##ap", "##y", "oat"]) == ["rose", "oat"]
+            and whole_words([]) == [])
 
 def test_fill_reads_the_mask_and_nothing_else(tokenizer, model):
     enc = PromptEncoder(tokenizer, TEMPLATE, TITLES)
@@ -44,12 +50,14 @@ def test_fill_reads_the_mask_and_nothing_else(tokenizer, model):
     words = tokenizer.convert_tokens_to_ids(["rose", "oat", "cream"])
     got = fill(model, tokenizer, prompts, words, batch_size=2)
     for p, row in zip(prompts, got): # one by one, the transformers way: no batch, no padding
-        with torch.inference_mode(): logits = model(torch.tensor([p])).logits[0, p.index(tokenizer.mask_token_id), words]
+        with torch.inference_mode():
+            logits = model(torch.tensor([p])).logits[0, p.index(tokenizer.mask_token_id), words]
         np.testing.assert_allclose(row, torch.log_softmax(logits, 0), atol=1e-5)
 
 def test_prompt_longer_than_the_model(tokenizer, model):
     enc = PromptEncoder(tokenizer, TEMPLATE, TITLES, title_tokens=99, history_items=99)
-    with pytest.raises(UserError, match="the model reads 40"): fill(model, tokenizer, [enc.ids([3]*20, attribute="[MASK]")], [5])
+    with pytest.raises(UserError, match="the model reads 40"):
+        fill(model, tokenizer, [enc.ids([3]*20, attribute="[MASK]")], [5])
 
 def test_votes_by_hand():
     p = np.array([[.5, .3, .2], [.5, .2, .3], [.8, .1, .1]])
@@ -76,8 +84,11 @@ def run(tmp_path, monkeypatch, tokenizer, model):
     folder = tmp_path/"bert"
     model.save_pretrained(folder); tokenizer.save_pretrained(folder)
     for name in "data", "prompts", "backbones": stage(tmp_path/"r", name, {}, lambda f: (f/"x").write_text("x") and {})
-    rows = pl.DataFrame({"user": [0, 0, 1, 2], "split": ["train", "test", "train", "valid"], "history": [[0, 1], [0, 1, 2], [3], [1, 2, 3]], "row": [0, 1, 2, 3]})
-    stand_ins = dict(load_titles=lambda run: TITLES, load_sequences=lambda run, split: rows.filter(split=split), load_training=lambda run: [[0, 1], [2], [1, 2, 3]], load_templates=lambda run: {"attribute": TEMPLATE},
+    rows = pl.DataFrame({"user": [0, 0, 1, 2], "split": ["train", "test", "train", "valid"],
+                         "history": [[0, 1], [0, 1, 2], [3], [1, 2, 3]], "row": [0, 1, 2, 3]})
+    stand_ins = dict(load_titles=lambda run: TITLES, load_sequences=lambda run, split: rows.filter(split=split),
+                     load_training=lambda run: [[0, 1], [2], [1, 2, 3]],
+                     load_templates=lambda run: {"attribute": TEMPLATE},
         dataset_info=lambda run: {"item_noun": "soaps"}, truth=lambda run: {"rose", "oat"},
         backbone=lambda run, kind: {"path": str(folder), "title_tokens": 8, "history_items": 5})
     for name, f in stand_ins.items(): monkeypatch.setattr(attributes, name, f)
@@ -87,11 +98,14 @@ def run(tmp_path, monkeypatch, tokenizer, model):
 def test_stage(run, calibrate):
     folder = make_attributes(run, k=2, calibrate=calibrate)
     made = json.loads((folder/"attributes.json").read_text())
-    assert len(made["attributes"]) == 2 and made["attributes"] == made["ways"]["calibrated" if calibrate else "plain"]["words"]
-    assert made["found_true"] == len({"rose", "oat"} & set(made["attributes"])) and attributes.load_attributes(run) == made["attributes"]
+    assert len(made["attributes"]) == 2 and made["attributes"] == made["ways"]["calibrated" if calibrate
+            else "plain"]["words"]
+    assert (made["found_true"] == len({"rose", "oat"} & set(made["attributes"]))
+            and attributes.load_attributes(run) == made["attributes"])
     rows, counts = pl.read_parquet(folder/"rows.parquet").sort("row"), pl.read_parquet(folder/"counts.parquet")
     assert rows["user"].to_list() == [0, 0, 1, 2] and set(rows["attribute"]) <= set(made["attributes"])
-    assert counts["plain"].sum() == counts["calibrated"].sum() == 3 and counts["word"].head(2).to_list() == made["attributes"]
+    assert (counts["plain"].sum() == counts["calibrated"].sum() == 3
+            and counts["word"].head(2).to_list() == made["attributes"])
     assert dict(zip(counts["word"], counts["purchases"])) == {"rose": 4, "soap": 3, "oat": 3, "cream": 2}
     assert (folder/"counts.png").stat().st_size > 1000
 
@@ -105,7 +119,8 @@ def test_held_out_purchases_are_not_read(tmp_path):
     make_data(tmp_path/"d")
     training = load_training(tmp_path/"d")
     for split in "valid", "test":
-        for user, target in load_sequences(tmp_path/"d", split).select("user", "target").iter_rows(): assert target not in training[user]
+        for user, target in load_sequences(tmp_path/"d", split).select("user", "target").iter_rows():
+            assert target not in training[user]
 
 # --- a row's own word
 
@@ -115,36 +130,42 @@ def test_own_words_by_hand():
     assert attributes.own_words(logp, np.log([2/3, 1/3]), ["a", "b"], np.array([True, True, False])) == ["b", "a", None]
 
 def test_a_rows_word_comes_from_the_history_that_stands_in_it(finished, tmp_path):
-    "What was bought later changes no word, and nothing else of the shopper does: the word is the same for equal histories."
+    """What was bought later changes no word, and nothing else of the shopper does: the word is the same for equal
+    histories."""
     made = pl.read_parquet(finished/"attributes/rows.parquet").sort("row")
     every = pl.read_parquet(finished/"data/sequences.parquet")
     assert made["row"].to_list() == every["row"].to_list() and made["user"].to_list() == every["user"].to_list()
-    assert made.group_by("user").agg(pl.col("attribute").n_unique())["attribute"].max() > 1 # one word a shopper would be read from later purchases too
+    # one word a shopper would be read from later purchases too
+    assert made.group_by("user").agg(pl.col("attribute").n_unique())["attribute"].max() > 1
     shutil.copytree(finished, tmp_path/"r", ignore=shutil.ignore_patterns("recommender", "encoder", "notebooks"))
     rng, path = np.random.default_rng(0), tmp_path/"r/data/sequences.parquet"
     last = every.sort("row").group_by("user", maintain_order=True).agg(pl.col("row").last())["row"]
     later = pl.col("row").is_in(last.implode())
     other = every["history"].gather(rng.permutation(len(every)))
-    every.with_columns(target=pl.Series(rng.permutation(every["target"])), history=pl.when(later).then(other).otherwise("history")).write_parquet(path)
+    every.with_columns(target=pl.Series(rng.permutation(every["target"])),
+                       history=pl.when(later).then(other).otherwise("history")).write_parquet(path)
     tokenizer, ask = attributes.listener(str(tmp_path/"r"))
     chosen = attributes.load_attributes(str(finished))
     logp, words, _ = attributes.ballot(str(finished), tokenizer, ask)
     level = np.log(np.exp(logp[:, [words.index(w) for w in chosen]]).mean(0))
     again = attributes.row_words(str(tmp_path/"r"), ask, chosen, level).sort("row")
     same = ~made["row"].is_in(last.implode())
-    assert made.filter(same)["attribute"].equals(again.filter(same)["attribute"]) and not made["attribute"].equals(again["attribute"])
+    assert (made.filter(same)["attribute"].equals(again.filter(same)["attribute"])
+            and not made["attribute"].equals(again["attribute"]))
 
 def test_only_what_the_prompt_shows_is_known(run, monkeypatch):
     "A known title before the items that the prompt shows does not help."
     monkeypatch.setattr(attributes, "load_titles", lambda run: [*TITLES, "unknown item"])
-    rows = pl.DataFrame({"user": [0, 0], "split": ["train", "test"], "history": [[0, 4, 4, 4, 4], [0, 4, 4, 4, 4, 4]], "row": [0, 1]})
+    rows = pl.DataFrame({"user": [0, 0], "split": ["train", "test"], "history": [[0, 4, 4, 4, 4], [0, 4, 4, 4, 4, 4]],
+                         "row": [0, 1]})
     monkeypatch.setattr(attributes, "load_sequences", lambda run, split: rows.filter(split=split))
     assert attributes.UNKNOWN == "unknown item"
     words = pl.read_parquet(make_attributes(run, k=2)/"rows.parquet")["attribute"].to_list()
     assert words[0] is not None and words[1] is None
 
 def test_users_without_a_training_part_are_asked_too(shop, tmp_path):
-    "One cut in time for all: whoever came later has no training part. Their rows have words, and no template of the bank fails."
+    """One cut in time for all: whoever came later has no training part. Their rows have words, and no template of
+    the bank fails."""
     from conftest import make
     from ganprompt.data import load_sequences, load_training
     from ganprompt.encoder import reader_for
@@ -152,7 +173,8 @@ def test_users_without_a_training_part_are_asked_too(shop, tmp_path):
     from ganprompt.scorer import Questions, bank_for, own_attributes
     run = str(tmp_path/"r")
     make(run, "attributes", shop, protocol="time", max_sequence=8)
-    training, rows, own, (reader, _) = load_training(run), load_sequences(run, "test"), own_attributes(run), reader_for(run)
+    training, rows, own, (reader, _) = load_training(run), load_sequences(run,
+            "test"), own_attributes(run), reader_for(run)
     late = rows.filter(pl.Series([not len(training[u]) for u in rows["user"]], dtype=pl.Boolean))
     assert len(late) and all(own[r] in attributes.load_attributes(run) for r in late["row"])
     texts = [t["text"] for t in bank_for(reader) if "attribute" in slots(t["text"])]

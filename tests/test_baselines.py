@@ -1,4 +1,5 @@
-"The id models: figures by hand and by another library, no leak, one message for what is missing, a failure that stays alone."
+"""The id models: figures by hand and by another library, no leak, one message for what is missing, a failure that
+stays alone."""
 import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def test_same_rows_for_all(demo):
     users = {tuple(rows["user"]) for _, rows in ranks(demo).group_by("model", "candidates", maintain_order=True)}
     assert users == {tuple(load_sequences(demo, "test")["user"])}
     for name in ("uni99", "full"):
-        assert ranks(demo).filter(model="SASRec", candidates=name)["size"].to_list() == [len(x) for x in load_candidates(demo, name)[1]]
+        assert (ranks(demo).filter(model="SASRec", candidates=name)["size"].to_list()
+                == [len(x) for x in load_candidates(demo, name)[1]])
 
 
 def test_popularity_by_hand(demo):
@@ -68,13 +70,16 @@ def test_popularity_by_hand(demo):
 
 def test_nothing_held_out_in_training_files(demo):
     atomic = run_folder(demo)/"baselines/atomic"
-    hidden = {pair for split in ("valid", "test") for pair in load_sequences(demo, split).select("user", "target").rows()}
+    hidden = {pair for split in ("valid", "test") for pair in load_sequences(demo, split).select("user",
+            "target").rows()}
     paths = [*atomic.glob("*/*.train.inter"), *atomic.glob("*/*.cloze.inter")]
     assert len(paths) == 4
     for path in paths:
-        rows = pl.read_csv(path, separator="\t", schema_overrides={"item_id_list:token_seq": pl.String}).to_dict(as_series=False)
+        rows = pl.read_csv(path, separator="\t",
+                           schema_overrides={"item_id_list:token_seq": pl.String}).to_dict(as_series=False)
         seen = set(zip(rows["user_id:token"], rows["item_id:token"]))
-        seen |= {(u, int(i)) for u, items in zip(rows["user_id:token"], rows.get("item_id_list:token_seq", [])) for i in items.split()}
+        seen |= {(u, int(i)) for u, items in zip(rows["user_id:token"], rows.get("item_id_list:token_seq", []))
+                 for i in items.split()}
         assert len(seen) > 4000 and not seen & hidden, path.name
 
 
@@ -84,17 +89,20 @@ def test_embeddings_are_in_our_numbers(demo):
     tables, (users, lists) = load_file(run_folder(demo)/"baselines/MF.safetensors"), load_candidates(demo, "uni99")
     scores = [tables["item"][x] @ tables["user"][u] for u, x in zip(users, lists)]
     kept = ranks(demo).filter(model="MF", candidates="uni99")["rank"].to_numpy()
-    assert np.mean(kept == rank_rows("MF", users, "uni99", scores)["rank"].to_numpy()) > .99 # sums in another order may swap neighbours
+    # sums in another order may swap neighbours
+    assert np.mean(kept == rank_rows("MF", users, "uni99", scores)["rank"].to_numpy()) > .99
 
 
 def test_failure_resume_and_reuse(small, shop, monkeypatch, tmp_path):
-    "A bad setting stops its model only; what is trained stays trained after a kill; another run takes the chosen settings."
+    """A bad setting stops its model only; what is trained stays trained after a kill; another run takes the chosen
+    settings."""
     good = known_models()
     bad = good | {"HGN": good["HGN"] | {"settings": [{"loss_type": "CE", "pooling_type": "median"}]*2}}
     monkeypatch.setattr(baselines, "known_models", lambda: bad)
     make_baselines(small, models="popularity,HGN,MF", trials=2, id_epochs=2)
     found = about(small)
-    assert found["HGN"]["failed"].startswith("NotImplementedError") and set(ranks(small)["model"]) == {"popularity", "MF"}
+    assert (found["HGN"]["failed"].startswith("NotImplementedError")
+            and set(ranks(small)["model"]) == {"popularity", "MF"})
     assert [t["settings"] for t in found["MF"]["search"]] == good["MF"]["settings"][:2]
     assert found["MF"]["settings"] == max(found["MF"]["search"], key=lambda t: t["valid"])["settings"]
     monkeypatch.undo()
@@ -110,7 +118,8 @@ def test_failure_resume_and_reuse(small, shop, monkeypatch, tmp_path):
     monkeypatch.undo()
     make_baselines(again, seed=1, models="MF,HGN", id_epochs=2, search_run=small)
     found = about(again)
-    assert found["MF"] == {"family": "id", **first} and found["MF"]["settings"] == about(small)["MF"]["settings"] and len(found["MF"]["search"]) == 1
+    assert (found["MF"] == {"family": "id", **first} and found["MF"]["settings"] == about(small)["MF"]["settings"]
+            and len(found["MF"]["search"]) == 1)
     assert "no settings" in found["HGN"]["failed"]
 
 
@@ -121,17 +130,20 @@ def test_a_killed_job_is_no_failed_model(small):
         serving = [p for p in children if b"serve()" in Path(f"/proc/{p}/cmdline").read_bytes()]
         os.kill(serving[0], signal.SIGKILL)
         models = {}
-        with pytest.raises(Killed, match="MF: .*run again to go on"): baselines.attempt(models, "MF", "id", lambda: train({"name": "MF"}))
+        with pytest.raises(Killed, match="MF: .*run again to go on"):
+            baselines.attempt(models, "MF", "id", lambda: train({"name": "MF"}))
     assert models == {}
 
 
 @pytest.mark.parametrize("model", ["SASRec-CE", "BERT4Rec", "MF"])
 def test_a_killed_training_ends_with_the_same_ranks(model, small, tmp_path):
-    "The whole tree of processes is killed between epochs, twice, with a checkpoint at each; batches, negatives, dropout and early stopping go on as if nothing had been."
+    """The whole tree of processes is killed between epochs, twice, with a checkpoint at each; batches, negatives,
+    dropout and early stopping go on as if nothing had been."""
     runs = {name: str(tmp_path/name) for name in ("calm", "killed")}
     for run in runs.values(): shutil.copytree(run_folder(small)/"data", Path(run)/"data")
     def start(run):
-        code = f"from ganprompt import baselines; baselines.EVERY = 0; baselines.make_baselines({run!r}, models={model!r}, id_epochs=40)"
+        code = (f"from ganprompt import baselines; baselines.EVERY = 0; baselines.make_baselines({run!r}, "
+                f"models={model!r}, id_epochs=40)")
         return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     def kept(run): return [p.stat().st_mtime_ns for p in (Path(run)/"baselines.partial").rglob("checkpoint.pt")]
     assert start(runs["calm"]).wait() == 0
@@ -147,7 +159,8 @@ def test_a_killed_training_ends_with_the_same_ranks(model, small, tmp_path):
 
 def test_without_recbole(small, monkeypatch):
     monkeypatch.setitem(sys.modules, "recbole", None) # as if it were not installed
-    with pytest.raises(UserError, match=r"pip install -e '\.\[baselines\]'"): make_baselines(small, models="SASRec", seed=7)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[baselines\]'"):
+        make_baselines(small, models="SASRec", seed=7)
     assert not (run_folder(small)/"baselines.partial").exists()
     with replacing(True): make_baselines(small, models="last-item", seed=7) # counting needs no library
 
@@ -161,34 +174,42 @@ def test_misspelt(small):
 def trained(demo, tmp_path_factory):
     "AUC and HR@10 of MF and SASRec-CE (RecBole), two seeds each."
     folder = tmp_path_factory.mktemp("trained")
-    common = dict(run=demo, folder=str(folder), atomic=str(folder/"atomic"), lengths=write_atomic(demo, folder/"atomic"), patience=99, every=10, test_users=0)
+    common = dict(run=demo, folder=str(folder), atomic=str(folder/"atomic"),
+                  lengths=write_atomic(demo, folder/"atomic"), patience=99, every=10, test_users=0)
     def one(train, name, seed, epochs, **other):
         model = known_models()[name]
         train(model | common | dict(name=name, seed=seed, epochs=epochs, settings=[model["settings"][0] | other]))
         return list(figures(pl.read_parquet(folder/f"{name}.parquet"))[name].values())[:2]
     with trainer_process() as train:
-        return {"MF": [one(train, "MF", seed, 30, learning_rate=.005, train_batch_size=512, weight_decay=3e-4) for seed in (0, 1)],
-                "SASRec-CE (RecBole)": [one(train, "SASRec-CE (RecBole)", seed, 4, hidden_dropout_prob=.3, attn_dropout_prob=.3) for seed in (0, 1)]}
+        return {"MF": [one(train, "MF", seed, 30, learning_rate=.005, train_batch_size=512, weight_decay=3e-4)
+                       for seed in (0, 1)],
+                "SASRec-CE (RecBole)": [one(train, "SASRec-CE (RecBole)", seed, 4, hidden_dropout_prob=.3,
+                                            attn_dropout_prob=.3) for seed in (0, 1)]}
 
 
 def by_cornac(model, run):
     "AUC and HR@10 of a fitted cornac model on our lists."
     rows, (users, lists) = load_sequences(run, "test"), load_candidates(run, "uni99")
     order = np.array([model.iid_map[i] for i in range(len(model.iid_map))])
-    def score(user, history): return model.score(model.uid_map[user], **({"history_items": order[history].tolist()} if "SASRec" in model.name else {}))
+    def score(user, history):
+        return model.score(model.uid_map[user], **({"history_items": order[history].tolist()} if "SASRec" in model.name
+                                                   else {}))
     scores = [score(u, h)[order[x]] for u, h, x in zip(users.tolist(), rows["history"].to_list(), lists)]
     return list(figures(rank_rows("cornac", users, "uni99", scores))["cornac"].values())[:2]
 
 
 def test_cornac_agrees(trained, demo):
-    "The same split and lists. Over seeds the standard deviation of HR@10 was seen at .003 to .02, that of a difference of means of two seeds below .015; AUC: below .007. Three of these are allowed."
+    """The same split and lists. Over seeds the standard deviation of HR@10 was seen at .003 to .02, that of a
+    difference of means of two seeds below .015; AUC: below .007. Three of these are allowed."""
     from cornac.data import Dataset, SequentialDataset
     from cornac.models import BPR, SASRec
     bought = [(u, i, p) for u, items in enumerate(load_training(demo)) for p, i in enumerate(items)]
-    pairs, sequences = Dataset.from_uir([(u, i, 1.) for u, i, _ in bought]), SequentialDataset.from_usit([(u, u, i, p) for u, i, p in bought])
+    pairs, sequences = Dataset.from_uir([(u, i, 1.) for u, i, _ in bought]), SequentialDataset.from_usit([(u, u, i, p)
+            for u, i, p in bought])
     def theirs(seed):
         mf = BPR(k=64, max_iter=200, learning_rate=.05, lambda_reg=.01, use_bias=False, seed=seed).fit(pairs)
-        sasrec = SASRec(embedding_dim=64, loss="ce", batch_size=128, learning_rate=.002, n_sample=300, sample_alpha=0, n_epochs=4, max_len=10, dropout=.3, seed=seed).fit(sequences)
+        sasrec = SASRec(embedding_dim=64, loss="ce", batch_size=128, learning_rate=.002, n_sample=300, sample_alpha=0,
+                        n_epochs=4, max_len=10, dropout=.3, seed=seed).fit(sequences)
         return {"MF": by_cornac(mf, demo), "SASRec-CE (RecBole)": by_cornac(sasrec, demo)}
     runs = [theirs(seed) for seed in (0, 1)]
     for name, ours in trained.items():
@@ -198,7 +219,8 @@ def test_cornac_agrees(trained, demo):
 
 @pytest.mark.parametrize("kind", ["BPR", "CE"])
 def test_every_place_foretells_the_next_item_once(kind, monkeypatch):
-    "The losses of SASRec-BCE and of SASRec-CE, against one question at a time about what stands at the end of each beginning of a sequence."
+    """The losses of SASRec-BCE and of SASRec-CE, against one question at a time about what stands at the end of each
+    beginning of a sequence."""
     import torch, torch.nn.functional as F
     from ganprompt.baselines import train_every_place
 
@@ -209,26 +231,32 @@ def test_every_place_foretells_the_next_item_once(kind, monkeypatch):
             self.item_embedding = torch.nn.Embedding(self.n_items, 4, padding_idx=0)
         def gather_indexes(self, states, at): return states[torch.arange(len(states)), at]
         def forward(self, seen, lengths):
-            return self.gather_indexes(self.item_embedding(seen).cumsum(1)/torch.arange(1, seen.shape[1] + 1)[:, None], lengths - 1)
+            return self.gather_indexes(self.item_embedding(seen).cumsum(1)/torch.arange(1, seen.shape[1] + 1)[:, None],
+                                       lengths - 1)
 
     torch.manual_seed(0)
     plain, net = Mean(), Mean()
-    net.item_embedding.weight.data[0] = plain.item_embedding.weight.data[0] = 3. # no score may come from the row of the padding
+    # no score may come from the row of the padding
+    net.item_embedding.weight.data[0] = plain.item_embedding.weight.data[0] = 3.
     net.load_state_dict(plain.state_dict())
     batch = {"seen": torch.tensor([[1, 2, 3], [5, 4, 0]]), "length": torch.tensor([3, 2]), "next": torch.tensor([6, 8])}
     drawn = torch.tensor([[1, 2, 3], [7, 6, 8]]) # shorter sequences first; the 6 was bought later, and is no negative
     train_every_place(net)
     monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: drawn)
     losses = []
-    for row, places in ((0, [(1, 2, 7), (2, 3, None), (3, 6, 8)]), (1, [(1, 4, 1), (2, 8, 2)])): # (items seen, next item, random item)
+    # (items seen, next item, random item)
+    for row, places in ((0, [(1, 2, 7), (2, 3, None), (3, 6, 8)]), (1, [(1, 4, 1), (2, 8, 2)])):
         for n, bought, other in places:
             h = plain.eval()(batch["seen"][row:row + 1, :n], torch.tensor([n]))[0]
             scores = [h @ plain.item_embedding.weight[i] for i in range(9)]
             if kind == "CE": losses.append(torch.stack([s.exp() for s in scores[1:]]).sum().log() - scores[bought])
-            elif other: losses.append(F.binary_cross_entropy_with_logits(torch.stack([scores[bought], scores[other]]), torch.tensor([1., 0.]), reduction="sum"))
+            elif other:
+                losses.append(F.binary_cross_entropy_with_logits(torch.stack([scores[bought], scores[other]]),
+                                                                 torch.tensor([1., 0.]), reduction="sum"))
     loss, wanted = net.train().calculate_loss(batch), torch.stack(losses).mean()
     assert torch.isclose(loss, wanted)
-    assert torch.allclose(*(torch.autograd.grad(x, m.item_embedding.weight)[0][1:] for x, m in ((loss, net), (wanted, plain))), atol=1e-6)
+    assert torch.allclose(*(torch.autograd.grad(x, m.item_embedding.weight)[0][1:] for x,
+                            m in ((loss, net), (wanted, plain))), atol=1e-6)
     assert net.eval()(batch["seen"], batch["length"]).shape == (2, 4) # scoring still looks at the last place
 
 
@@ -238,14 +266,18 @@ def small_sasrec():
     from ganprompt.baselines import recbole
     recbole()
     from recbole.model.sequential_recommender import SASRec
-    config = dict(USER_ID_FIELD="user", ITEM_ID_FIELD="item", LIST_SUFFIX="_list", ITEM_LIST_LENGTH_FIELD="length", NEG_PREFIX="neg_", MAX_ITEM_LIST_LENGTH=6, device="cpu", n_layers=2, n_heads=1, hidden_size=8, inner_size=8,
-                  hidden_dropout_prob=.5, attn_dropout_prob=.5, hidden_act="relu", layer_norm_eps=1e-12, initializer_range=1., loss_type="CE")
+    config = dict(USER_ID_FIELD="user", ITEM_ID_FIELD="item", LIST_SUFFIX="_list", ITEM_LIST_LENGTH_FIELD="length",
+                  NEG_PREFIX="neg_", MAX_ITEM_LIST_LENGTH=6, device="cpu", n_layers=2, n_heads=1, hidden_size=8,
+                  inner_size=8,
+                  hidden_dropout_prob=.5, attn_dropout_prob=.5, hidden_act="relu", layer_norm_eps=1e-12,
+                  initializer_range=1., loss_type="CE")
     torch.manual_seed(0)
     return SASRec(config, SimpleNamespace(num=lambda field: 9)).eval()
 
 
 def test_sasrec_as_its_authors_built_it():
-    "One history, place by place, with the weights of the blocks: queries alone are normalised, item vectors enlarged by the root of their width."
+    """One history, place by place, with the weights of the blocks: queries alone are normalised, item vectors
+    enlarged by the root of their width."""
     import torch, torch.nn.functional as F
     from ganprompt.baselines import as_its_authors_built_it
     as_its_authors_built_it(net := small_sasrec())
@@ -273,6 +305,7 @@ def test_places_are_counted_from_the_end():
     net = small_sasrec()
     padded = net(torch.tensor([[0, 0, 0, 3, 7, 2]]), torch.tensor([6]))
     count_from_the_end(net)
-    alone, beside = net.forward(torch.tensor([[3, 7, 2]]), torch.tensor([3])), net.forward(torch.tensor([[3, 7, 2, 0, 0], [1, 2, 3, 4, 5]]), torch.tensor([3, 5]))
+    alone, beside = net.forward(torch.tensor([[3, 7, 2]]), torch.tensor([3])), net.forward(torch.tensor([[3, 7, 2, 0,
+            0], [1, 2, 3, 4, 5]]), torch.tensor([3, 5]))
     assert torch.allclose(alone, padded, atol=1e-5) and torch.allclose(beside[:1], padded, atol=1e-5)
     assert not torch.allclose(net.forward(torch.tensor([[7, 3, 2]]), torch.tensor([3])), padded, atol=1e-2)

@@ -16,10 +16,12 @@ def test_pandas_and_ours_keep_the_same_rows(tmp_path):
 
 
 def test_benchmarks_run_on_demand_only():
-    assert [c.stage for c in chapters() if c.on_demand] == ["gather", "baselines", "p5", "collm", "ctrl", "benchmarks", "study"]
+    assert ([c.stage for c in chapters() if c.on_demand]
+            == ["gather", "baselines", "p5", "collm", "ctrl", "benchmarks", "study"])
 
 
-@pytest.mark.parametrize("bad, said", [(dict(bench_size="huge"), "bench_size='huge'.*t5-small"), (dict(bench_parts="training,speed"), "bench_parts='speed'.*scoring")])
+@pytest.mark.parametrize("bad, said", [(dict(bench_size="huge"), "bench_size='huge'.*t5-small"),
+                                       (dict(bench_parts="training,speed"), "bench_parts='speed'.*scoring")])
 def test_a_wrong_part_is_named(bad, said, finished):
     with pytest.raises(UserError, match=said): make_benchmarks(str(finished), **bad)
 
@@ -32,10 +34,12 @@ def test_a_part_that_fails_does_not_stop_the_others_and_results_are_kept(finishe
     shutil.rmtree(run/"recommender")
     folder = make_benchmarks(str(run), bench_parts="catalogue,ranking", bench_repeats=1)
     found = json.loads((folder/"benchmarks.json").read_text())
-    assert "recommend" in found["parts"]["catalogue"]["failed"] and found["parts"]["ranking"]["ratios"]["t5-decoder"] > 0
+    assert ("recommend" in found["parts"]["catalogue"]["failed"]
+            and found["parts"]["ranking"]["ratios"]["t5-decoder"] > 0)
     assert found["random_weights"] and found["versions"]["torch"] and len(plot_benchmarks(found).axes) == 1
     monkeypatch.setattr(benchmarks, "root", lambda: tmp_path)
     with pytest.raises(UserError, match="no results"): draw_benchmarks()
     kept = json.loads(keep_benchmarks(str(run)).read_text())
     assert kept["parts"] == found["parts"] and kept["fingerprint"]
-    assert [p.name for p in draw_benchmarks()] == ["benchmarks-mine.png"] and draw_benchmarks()[0].stat().st_size > 10_000
+    assert ([p.name for p in draw_benchmarks()] == ["benchmarks-mine.png"]
+            and draw_benchmarks()[0].stat().st_size > 10_000)

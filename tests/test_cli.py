@@ -8,7 +8,8 @@ import yaml
 from click.testing import CliRunner
 from rich.console import Console
 
-from ganprompt.cli import ask_run, chapters, choose, cli, convert, launch, main, parameters, read_chapter, read_parameters, read_plan, resolve, stage_call, upstream
+from ganprompt.cli import (ask_run, chapters, choose, cli, convert, launch, main, parameters, read_chapter,
+                           read_parameters, read_plan, resolve, stage_call, upstream)
 from ganprompt.runs import complete, manifest, root, stage, UserError, write_json
 
 TRAIN = '''
@@ -31,7 +32,8 @@ TRAIN_PARAMETERS = 'steps: int = 30  # Steps\npause: float = 0.  # Seconds a ste
 
 def notebook(path, declared, body, tags=("parameters",)):
     cells = [nbformat.v4.new_markdown_cell("# Toy\n\n## Run this stage"),
-             nbformat.v4.new_code_cell('run: str = "demo"  # Run folder\nseed: int = 0  # Seed\n' + declared, metadata={"tags": list(tags)}),
+             nbformat.v4.new_code_cell('run: str = "demo"  # Run folder\nseed: int = 0  # Seed\n' + declared,
+                                       metadata={"tags": list(tags)}),
              nbformat.v4.new_code_cell("from ganprompt.runs import *\n" + body)]
     path.parent.mkdir(exist_ok=True)
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
@@ -53,12 +55,14 @@ def test_every_chapter_is_strict(path):
     assert "run" in chapter.parameters
     assert all(p.type in ("str", "int", "float", "bool") and p.help for p in chapter.parameters.values())
     theirs = papermill.inspect_notebook(path)
-    assert {(n, p["inferred_type_name"], p["help"]) for n, p in theirs.items()} <= {(n, p.type, p.help) for n, p in chapter.parameters.items()}
+    assert ({(n, p["inferred_type_name"], p["help"]) for n, p in theirs.items()}
+            <= {(n, p.type, p.help) for n, p in chapter.parameters.items()})
 
 
 def test_shared_parameters_agree():
     for c in chapters():
-        for name, p in c.parameters.items(): assert (p.type, p.default) == parameters(chapters())[name][1:3], f"{c.path.name}: {name}"
+        for name, p in c.parameters.items():
+            assert (p.type, p.default) == parameters(chapters())[name][1:3], f"{c.path.name}: {name}"
 
 
 @pytest.mark.parametrize("tags", [[], ["parameter"]])
@@ -116,7 +120,8 @@ def test_presets_name_known_parameters(name):
     assert values["t5"] == {"pocket": "pocket", "t5-small": "t5-small", "paper": "t5-base"}[name]
 
 
-@pytest.mark.parametrize("type, text, value", [("bool", "True", True), ("bool", "no", False), ("float", "5e-5", 5e-5), ("str", "no", "no"), ("int", "-3", -3)])
+@pytest.mark.parametrize("type, text, value", [("bool", "True", True), ("bool", "no", False), ("float", "5e-5", 5e-5),
+                                               ("str", "no", "no"), ("int", "-3", -3)])
 def test_convert(type, text, value):
     p, = read_parameters(f"x: {type} = {value!r}", "toy").values()
     assert convert(p, text, "here") == value
@@ -128,10 +133,12 @@ def test_help():
     assert time.monotonic() - start < 1
     listed = {"run"}
     for c in chapters():
-        assert (f"{c.path.stem}: {c.title}" in page) == bool(set(c.parameters) - listed) # a parameter is listed where it comes first
+        # a parameter is listed where it comes first
+        assert (f"{c.path.stem}: {c.title}" in page) == bool(set(c.parameters) - listed)
         listed |= set(c.parameters)
         for name in c.parameters: assert f"--{name.replace('_', '-')} " in page
-    assert "torch" not in subprocess.run([sys.executable, "-c", "import sys, ganprompt.cli; print([*sys.modules])"], capture_output=True, text=True).stdout
+    assert "torch" not in subprocess.run([sys.executable, "-c", "import sys, ganprompt.cli; print([*sys.modules])"],
+                                         capture_output=True, text=True).stdout
 
 
 def test_underscores_are_as_good_as_dashes():
@@ -183,7 +190,8 @@ launch(nbs, resolve(nbs, {{"run": {str(tmp_path/"killed")!r}, "pause": ".5", "st
     changed = {p.name for p, t in before.items() if p.stat().st_mtime_ns != t}
     assert changed <= {"run", "train"}, "only lock files may be touched"
     html = (tmp_path/"killed"/"report.html").read_text()
-    assert "Run this stage" in html and "step 29" in log.read_text() # what was printed while it went on stands in the log
+    # what was printed while it went on stands in the log
+    assert "Run this stage" in html and "step 29" in log.read_text()
 
 
 @pytest.mark.parametrize("body, message", [
@@ -219,27 +227,33 @@ def test_console_script():
 
 
 def test_tables_make_what_is_missing_and_a_failure_does_not_stop_the_rest(shop, tmp_path, monkeypatch, capsys):
-    "A shop without titles: the models that count can be made, those that read cannot; the second time only the failed stage is tried."
+    """A shop without titles: the models that count can be made, those that read cannot; the second time only the
+    failed stage is tried."""
     import polars as pl
 
     from ganprompt import tables
     (bare := tmp_path/"bare.csv").write_text(pl.read_csv(shop).drop("title").write_csv())
     plan = dict(seeds=[0, 1], datasets={str(bare): ["p5", "baselines"]}, parameters=dict(core=2), stages=dict(
-        baselines=dict(needs=["data"], models=["popularity", "last-item"]), p5=dict(needs=["data", "prompts", "backbones"], models=["P5 (ids)"])))
+        baselines=dict(needs=["data"], models=["popularity", "last-item"]),
+        p5=dict(needs=["data", "prompts", "backbones"], models=["P5 (ids)"])))
     (tmp_path/"plan.yaml").write_text(yaml.safe_dump(plan))
     monkeypatch.setattr(tables, "root", lambda: tmp_path)
     for again in False, True:
-        monkeypatch.setattr(sys, "argv", ["ganprompt", "tables", "--data-dir", "", "--plan", str(tmp_path/"plan.yaml"), "--runs", str(tmp_path/"runs")])
+        monkeypatch.setattr(sys, "argv", ["ganprompt", "tables", "--data-dir", "", "--plan", str(tmp_path/"plan.yaml"),
+                                          "--runs", str(tmp_path/"runs")])
         with pytest.raises(SystemExit) as end: main()
         said = capsys.readouterr()
         assert end.value.code == 1 and said.err.count("no item titles") == 2 and "Traceback" not in said.err
         assert ("bare-1: baselines" in said.out) != again and "bare-0: p5" in said.out
-        assert {p.name for p in (tmp_path/"data/results/tables/bare-csv").glob("*.json")} == {"data.json", "popularity-0.json", "popularity-1.json", "last-item-0.json", "last-item-1.json"}
+        assert ({p.name for p in (tmp_path/"data/results/tables/bare-csv").glob("*.json")}
+                == {"data.json", "popularity-0.json", "popularity-1.json", "last-item-0.json", "last-item-1.json"})
     search = json.loads((tmp_path/"runs/bare-1/baselines/manifest.json").read_text())["parameters"]["search_run"]
     assert search.endswith("data/results/tables/bare-csv")
 
 
-@pytest.mark.parametrize("text, message", [("seeds: [0]\n", "not a plan"), ("datasets: {a: [dinner]}\nstages: {}\n", "no stage 'dinner'"), ("a: [", "is not YAML")])
+@pytest.mark.parametrize("text, message", [("seeds: [0]\n", "not a plan"),
+                                           ("datasets: {a: [dinner]}\nstages: {}\n", "no stage 'dinner'"),
+                                           ("a: [", "is not YAML")])
 def test_mistakes_in_a_plan(tmp_path, text, message):
     (tmp_path/"plan.yaml").write_text(text)
     with pytest.raises(UserError, match=message): read_plan(str(tmp_path/"plan.yaml"))
@@ -248,67 +262,89 @@ def test_mistakes_in_a_plan(tmp_path, text, message):
 def test_only_these_stages():
     assert [c.stage for c in choose(chapters(), only="baselines, data")] == ["data", "baselines"]
     with pytest.raises(UserError, match="--only: there is no stage 'dinner'"): choose(chapters(), only="data,dinner")
-    assert "baselines" not in [c.stage for c in choose(chapters())] and [c.stage for c in choose(chapters(), "benchmarks")][-1] == "benchmarks"
+    assert ("baselines" not in [c.stage for c in choose(chapters())]
+            and [c.stage for c in choose(chapters(), "benchmarks")][-1] == "benchmarks")
 
 
 VALUE = """
 def make(folder):
     write_json(folder/"value.json", [seed, size])
 with replacing(replace): stage(run, "toy", {"seed": seed, "size": size}, make)"""
-VALUE_PARAMETERS = 'size: int = 1  # Size\npause: float = 0.  # Not of the result\nreplace: bool = False  # Whether it may be replaced'
+VALUE_PARAMETERS = ('size: int = 1  # Size\npause: float = 0.  # Not of the result\nreplace: bool = False  # Whether '
+                    'it may be replaced')
 
 
 def test_a_run_remembers_what_it_was_made_with(tmp_path):
-    "Later launches need its name; a contradiction is refused before a chapter runs, unless replacing is allowed, which is not part of the result."
+    """Later launches need its name; a contradiction is refused before a chapter runs, unless replacing is allowed,
+    which is not part of the result."""
     notebook(tmp_path/"nbs"/"01_toy.ipynb", VALUE_PARAMETERS, VALUE)
     nbs, run = tmp_path/"nbs", tmp_path/"run"
     made = lambda: json.loads((run/"toy/value.json").read_text())
     assert "a new run" in go(nbs, run, size="5") and made() == [0, 5]
     assert "up to date" in go(nbs, run) and "up to date" in go(nbs, run, replace="true") and made() == [0, 5]
     log = (run/"logs/01_toy.log").stat().st_mtime_ns
-    with pytest.raises(UserError, match="stage 'toy' of run .* was made with other values: size 5 -> 1; to replace it: --replace true"): go(nbs, run, size="1")
+    with pytest.raises(UserError,
+                       match="stage 'toy' of run .* was made with other values: size 5 -> 1; to replace it: --replace "
+                             "true"):
+        go(nbs, run, size="1")
     assert (run/"logs/01_toy.log").stat().st_mtime_ns == log and made() == [0, 5]
     assert "done" in go(nbs, run, size="2", replace="true") and made() == [0, 2] and "up to date" in go(nbs, run)
-    assert json.loads((run/"run.json").read_text()) == {"parameters": {"size": 2}} and resolve(chapters(nbs), {"run": str(run)})["size"] == 2
+    assert (json.loads((run/"run.json").read_text()) == {"parameters": {"size": 2}}
+            and resolve(chapters(nbs), {"run": str(run)})["size"] == 2)
 
 
 def test_what_was_chosen_is_remembered_for_stages_to_come(tmp_path):
     notebook(tmp_path/"nbs"/"01_toy.ipynb", VALUE_PARAMETERS, VALUE)
-    notebook(tmp_path/"nbs"/"02_late.ipynb", "late: int = 0  # Late", 'stage(run, "late", {"seed": seed, "late": late}, lambda folder: write_json(folder/"late.json", late))')
+    notebook(tmp_path/"nbs"/"02_late.ipynb", "late: int = 0  # Late",
+             'stage(run, "late", {"seed": seed, "late": late}, lambda folder: write_json(folder/"late.json", late))')
     first, both = chapters(tmp_path/"nbs")[:1], chapters(tmp_path/"nbs")
     launch(first, resolve(both, {"run": str(tmp_path/"run"), "late": "3", "seed": "1"}), Console(file=io.StringIO()))
     launch(both, resolve(both, {"run": str(tmp_path/"run")}), Console(file=io.StringIO()))
-    assert json.loads((tmp_path/"run/late/late.json").read_text()) == 3 and manifest(tmp_path/"run", "late")["seed"] == 1
+    assert (json.loads((tmp_path/"run/late/late.json").read_text()) == 3
+            and manifest(tmp_path/"run", "late")["seed"] == 1)
 
 
 @pytest.fixture
 def chain(tmp_path):
     "A run with stages as the chapters make them, but for what they hold."
     run = tmp_path/"run"
-    for name, params in ("data", {"dataset": "shop.csv", "core": 3}), ("backbones", {"seed": 0, "t5": "pocket"}), ("encoder", {"seed": 0, "alpha": 1.}), ("recommender", {"seed": 0, "recommender": "t5-decoder,t5-ranker"}):
+    for name, params in ("data", {"dataset": "shop.csv", "core": 3}), ("backbones",
+            {"seed": 0, "t5": "pocket"}), ("encoder", {"seed": 0, "alpha": 1.}), ("recommender",
+                    {"seed": 0, "recommender": "t5-decoder,t5-ranker"}):
         inputs = [other for other in stage_call(name).get("inputs", ()) if complete(run/other)]
-        stage(run, name, params, lambda folder: write_json(folder/"x.json", params), inputs=inputs, grows=stage_call(name).get("grows", ()), given={"dataset": "/a/shop.csv"} if name == "data" else None)
+        stage(run, name, params, lambda folder: write_json(folder/"x.json", params), inputs=inputs,
+              grows=stage_call(name).get("grows", ()), given={"dataset": "/a/shop.csv"} if name == "data" else None)
     return run
 
 
 def test_what_the_run_contradicts_is_refused_first(chain):
     values = resolve(chapters(), {"run": str(chain)})
-    assert values["dataset"] == "/a/shop.csv" and values["core"] == 3 and values["recommender"] == "t5-decoder,t5-ranker"
-    assert set(upstream(chain, ["recommender"])) == {"data", "backbones", "encoder"} and set(stage_call("metrics")["inputs"]) == {"data", "recommender"}
+    assert (values["dataset"] == "/a/shop.csv" and values["core"] == 3
+            and values["recommender"] == "t5-decoder,t5-ranker")
+    assert (set(upstream(chain, ["recommender"])) == {"data", "backbones", "encoder"}
+            and set(stage_call("metrics")["inputs"]) == {"data", "recommender"})
     ask_run(["data", "encoder", "recommender"], values)
-    for changed, stages, said in [({"seed": 1}, ["recommender"], "recommender of run .* would be built on 'backbones', which was made with other values: seed 0 -> 1"),
-                                  ({"alpha": 2.}, ["encoder"], "stage 'encoder' .* was made with other values: alpha 1.0 -> 2.0"),
-                                  ({"core": 5}, ["metrics"], "metrics of run .* would be built on 'data', .*core 3 -> 5"),
+    for changed, stages, said in [({"seed": 1}, ["recommender"],
+                                   "recommender of run .* would be built on 'backbones', which was made with other "
+                                   "values: seed 0 -> 1"),
+                                  ({"alpha": 2.}, ["encoder"],
+                                   "stage 'encoder' .* was made with other values: alpha 1.0 -> 2.0"),
+                                  ({"core": 5}, ["metrics"],
+                                   "metrics of run .* would be built on 'data', .*core 3 -> 5"),
                                   ({"dataset": "demo"}, ["data"], "dataset '/a/shop.csv' -> 'demo'")]:
         with pytest.raises(UserError, match=said): ask_run(stages, values | changed)
-    for stages in ["encoder"], ["baselines"]: ask_run(stages, values | {"recommender": "causal-lm"}) # not what they read
+    # not what they read
+    for stages in ["encoder"], ["baselines"]: ask_run(stages, values | {"recommender": "causal-lm"})
     for more in "t5-ranker", "t5-decoder,t5-ranker,causal-lm": ask_run(["recommender"], values | {"recommender": more})
-    ask_run(["encoder", "recommender"], values | {"alpha": 2., "replace": True}); ask_run(["encoder"], values | {"alpha": 2.}, may_replace=["encoder"])
-    with pytest.raises(UserError, match="built on 'encoder'"): ask_run(["recommender"], values | {"alpha": 2., "replace": True})
+    ask_run(["encoder", "recommender"], values | {"alpha": 2., "replace": True})
+    ask_run(["encoder"], values | {"alpha": 2.}, may_replace=["encoder"])
+    with pytest.raises(UserError, match="built on 'encoder'"):
+        ask_run(["recommender"], values | {"alpha": 2., "replace": True})
 
 
 def test_only_with_another_seed_is_refused_on_the_command_line(chain, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["ganprompt", "run", "--run", str(chain), "--only", "encoder", "--seed", "1", "--dataset", "demo"])
+    monkeypatch.setattr(sys, "argv", ["ganprompt", "run", "--run", str(chain), "--only", "encoder", "--seed", "1",
+                                      "--dataset", "demo"])
     with pytest.raises(SystemExit): main()
     said = capsys.readouterr()
     assert "was made with other values: seed 0 -> 1" in said.err and not said.out and not (chain/"notebooks").exists()
@@ -316,15 +352,18 @@ def test_only_with_another_seed_is_refused_on_the_command_line(chain, monkeypatc
 
 def test_show_says_why(chain):
     about = manifest(chain, "backbones")
-    write_json(chain/"backbones/manifest.json", about | {"sources": about["sources"] | {"backbones.py": "0"}, "fingerprint": "0"})
+    write_json(chain/"backbones/manifest.json", about | {"sources": about["sources"] | {"backbones.py": "0"},
+                                                         "fingerprint": "0"})
     said = CliRunner().invoke(cli, ["show", str(chain)]).output
-    assert "backbones is out of date: sources: backbones.py\n" in said and "encoder is out of date: input backbones is out of date\n" in said
+    assert ("backbones is out of date: sources: backbones.py\n" in said
+            and "encoder is out of date: input backbones is out of date\n" in said)
 
 
 def papermill(nb, tmp_path, *parameters):
     "Execute a notebook as a user without the launcher does."
     words = [w for name, value in parameters for w in ("-p", name, str(value))]
-    return subprocess.run([sys.executable, "-m", "papermill", str(nb), str(tmp_path/"out.ipynb"), "-k", "python3", "-l", "python", "--no-progress-bar", *words], capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-m", "papermill", str(nb), str(tmp_path/"out.ipynb"), "-k", "python3", "-l",
+                           "python", "--no-progress-bar", *words], capture_output=True, text=True, timeout=300)
 
 
 def test_papermill_replaces_nothing_unasked(tmp_path):
@@ -333,24 +372,30 @@ def test_papermill_replaces_nothing_unasked(tmp_path):
     one = lambda *parameters: papermill(tmp_path/"nbs/01_toy.ipynb", tmp_path, ("run", run), *parameters)
     assert one().returncode == 0 and made() == [0, 1]
     failed = one(("seed", 1))
-    assert failed.returncode and "was made with other values: seed 0 -> 1" in failed.stderr and "-p replace true" in failed.stderr and made() == [0, 1]
+    assert (failed.returncode and "was made with other values: seed 0 -> 1" in failed.stderr
+            and "-p replace true" in failed.stderr and made() == [0, 1])
     assert one(("seed", 1), ("replace", "true")).returncode == 0 and made() == [1, 1]
 
 
 def test_a_real_chapter_begins_no_run_for_a_misspelt_name(tmp_path):
     failed = papermill(root()/"nbs/02_prompts.ipynb", tmp_path, ("run", 2024))
-    assert failed.returncode and "there is no run" in failed.stderr and "TypeError" not in failed.stderr and not (root()/"runs/2024").exists()
+    assert (failed.returncode and "there is no run" in failed.stderr and "TypeError" not in failed.stderr
+            and not (root()/"runs/2024").exists())
 
 
 def test_a_notebook_that_was_edited_but_not_exported_is_told_apart(tmp_path):
     "What counts as the source of its stage are the cells as they were typed."
-    texts = ["".join(c["source"]) for c in json.loads((root()/"nbs/02_prompts.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
+    texts = ["".join(c["source"]) for c in json.loads((root()/"nbs/02_prompts.ipynb").read_text())["cells"]
+             if c["cell_type"] == "code"]
     cells = [nbformat.v4.new_code_cell(text) for text in texts if text.startswith("#| export")]
-    cells.append(nbformat.v4.new_code_cell("import json\nfrom ganprompt import runs\njson.dump(runs.sources('prompts', make_prompts) == runs.sources('prompts'), open('said.json', 'w'))"))
+    cells.append(nbformat.v4.new_code_cell("import json\nfrom ganprompt import "
+                                           "runs\njson.dump(runs.sources('prompts', make_prompts) == "
+                                           "runs.sources('prompts'), open('said.json', 'w'))"))
     for edit in False, True:
         if edit: cells[-2].source += "\n\ndef make_prompts(run): return 1" # as a cell that was typed and not exported
         nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/"nb.ipynb")
-        done = subprocess.run([sys.executable, "-m", "papermill", "nb.ipynb", "out.ipynb", "-k", "python3", "-l", "python", "--no-progress-bar"], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "papermill", "nb.ipynb", "out.ipynb", "-k", "python3", "-l",
+                               "python", "--no-progress-bar"], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path/"said.json").read_text()) == (not edit)
 
@@ -358,9 +403,11 @@ def test_a_notebook_that_was_edited_but_not_exported_is_told_apart(tmp_path):
 def test_the_demo_is_not_kept_beside_real_data(tmp_path, monkeypatch, capsys):
     from ganprompt import data
     monkeypatch.setattr(data, "dataset_info", lambda run: {"dataset": "demo"})
-    before = {p: p.stat().st_mtime_ns for folder in ("data/results", "figures") for p in (root()/folder).rglob("*") if p.is_file()}
+    before = {p: p.stat().st_mtime_ns for folder in ("data/results", "figures") for p in (root()/folder).rglob("*")
+              if p.is_file()}
     for study in "end_to_end", "tables", "robustness":
         monkeypatch.setattr(sys, "argv", ["ganprompt", "keep", str(tmp_path/"demo"), "--study", study])
         with pytest.raises(SystemExit): main()
         assert "demo is made up" in (said := capsys.readouterr().err) and f"--study ./{study}" in said
-    assert before == {p: p.stat().st_mtime_ns for folder in ("data/results", "figures") for p in (root()/folder).rglob("*") if p.is_file()}
+    assert before == {p: p.stat().st_mtime_ns for folder in ("data/results", "figures")
+                      for p in (root()/folder).rglob("*") if p.is_file()}

@@ -31,7 +31,8 @@ def give_vectors(run, width=8):
 
 def start(run):
     "The stage in a process of its own, with a checkpoint at every step."
-    code = "from ganprompt import backbones; backbones.EVERY = 0; from ganprompt.collm import make_collm; make_collm({!r}, **{!r})"
+    code = ("from ganprompt import backbones; backbones.EVERY = 0; from ganprompt.collm import make_collm; "
+            "make_collm({!r}, **{!r})")
     return subprocess.Popen([sys.executable, "-c", code.format(str(run), SMALL)], stderr=subprocess.DEVNULL)
 
 
@@ -57,9 +58,12 @@ def test_step_2_moves_the_mapping_and_nothing_else(done):
     before, after = new_text_lm(str(done), done/"collm", "CoLLM"), load_text_lm(str(done), done/"collm", "CoLLM")
     adapter = load_file(done/"collm/TALLRec/adapter/adapter_model.safetensors")
     held = {n.replace(".default", ""): p for n, p in after.peft.state_dict().items() if "lora" in n}
-    assert len(adapter) == 28 and all(torch.equal(held[n], w) for n, w in adapter.items()) # two layers, seven modules (all linear ones), two factors
-    assert [n for n, p in after.module.named_parameters() if p.requires_grad] == [n for n, _ in after.module.named_parameters() if ".mapping." in n]
-    moved = {n for (n, a), b in zip(before.module.state_dict().items(), after.module.state_dict().values()) if not torch.equal(a, b)}
+    # two layers, seven modules (all linear ones), two factors
+    assert len(adapter) == 28 and all(torch.equal(held[n], w) for n, w in adapter.items())
+    assert ([n for n, p in after.module.named_parameters() if p.requires_grad]
+            == [n for n, _ in after.module.named_parameters() if ".mapping." in n])
+    moved = {n for (n, a), b in zip(before.module.state_dict().items(), after.module.state_dict().values())
+             if not torch.equal(a, b)}
     assert all(".mapping." in n for n in moved) and after.soft.mapping[2].weight.abs().max() > 0
     assert not list((done/"collm/CoLLM").glob("adapter*")) and not list((done/"collm").rglob("*.bin"))
 
@@ -99,7 +103,8 @@ def test_prompts_are_the_titles(done):
 def test_the_double_softmax_orders_alike_only_where_yes_and_no_share_the_same_mass(done):
     model, (rows, items) = load_text_lm(str(done), done/"collm", "TALLRec"), asked(done, n=1)
     ids, mask = pad([Texts(model, rows).prompts[0] + model.tails[i] for i in items[0]], model.pad_id)
-    with torch.inference_mode(): logits = model.lm(input_ids=ids, attention_mask=mask).logits[torch.arange(len(ids)), mask.sum(1) - 1].double()
+    with torch.inference_mode():
+        logits = model.lm(input_ids=ids, attention_mask=mask).logits[torch.arange(len(ids)), mask.sum(1) - 1].double()
     no, yes = model.names
     s, p = logits[:, yes] - logits[:, no], logits.softmax(-1)
     twice = p[:, [yes, no]].softmax(-1)[:, 0]
@@ -117,7 +122,8 @@ def test_renumbering_users_and_items_changes_no_score(name, done, monkeypatch):
     titles = pl.read_parquet(done/"prompts/titles.parquet")["title"].to_list()
     users = len(vectors) - len(titles)
     new_item, new_user = rng.permutation(len(titles)), rng.permutation(users)
-    moved = rows.with_columns(history=pl.Series([[int(new_item[i]) for i in h] for h in rows["history"].to_list()]), user=pl.Series(new_user[rows["user"].to_numpy()]))
+    moved = rows.with_columns(history=pl.Series([[int(new_item[i]) for i in h] for h in rows["history"].to_list()]),
+                              user=pl.Series(new_user[rows["user"].to_numpy()]))
     rows_moved = torch.cat([vectors[:users][np.argsort(new_user)], vectors[users:][np.argsort(new_item)]])
     monkeypatch.setattr("ganprompt.backbones.load_titles", lambda run: [titles[i] for i in np.argsort(new_item)])
     monkeypatch.setattr("ganprompt.collm.collaborative", lambda run: rows_moved)
@@ -137,7 +143,8 @@ def test_no_held_out_purchase_is_ever_a_positive_or_in_a_history(done):
     "Titles of the whole catalogue are public and may be drawn as negatives; what is held out is who bought them."
     run, rows = str(done), load_sequences(str(done), "train")
     items = training_items(run, rows, len(pl.read_parquet(done/"data/items.parquet")), 4, 0)
-    held = {(u, i) for split in ("valid", "test") for u, i in load_sequences(run, split).select("user", "target").iter_rows()}
+    held = {(u, i) for split in ("valid", "test") for u, i in load_sequences(run, split).select("user",
+            "target").iter_rows()}
     owned = load_training(run)
     for user, history, (bought, *others) in zip(rows["user"], rows["history"].to_list(), items.tolist()):
         assert (user, bought) not in held and not held & {(user, i) for i in history}
@@ -149,14 +156,17 @@ def test_nothing_that_training_reads_changes_if_held_out_purchases_are_hidden(do
     shutil.copytree(done, run)
     for file, column in ("sequences", "target"), ("interactions", "item"):
         table = pl.read_parquet(run/f"data/{file}.parquet")
-        hidden = table.with_columns(pl.when(pl.col("split") == "train").then(column).otherwise(0).cast(table.schema[column]).alias(column))
+        kept = pl.when(pl.col("split") == "train").then(column).otherwise(0)
+        hidden = table.with_columns(kept.cast(table.schema[column]).alias(column))
         assert not hidden.equals(table)
         hidden.write_parquet(run/f"data/{file}.parquet")
     both = [(str(r), load_sequences(str(r), "train")) for r in (done, run)]
     (reader, rows), (other, rows_too) = ((text_reader(r, str(done/"collm/llm")), rows) for r, rows in both)
     assert rows.select("user", "history", "target").equals(rows_too.select("user", "history", "target"))
-    assert np.array_equal(*(training_items(r, x, len(reader.titles), 4, 0) for r, x in both)) and torch.equal(*(collaborative(r) for r, _ in both))
-    assert reader.past == other.past and np.array_equal(reader.nexts, other.nexts) and reader.texts() == other.texts() # what the pocket Llama is made from
+    assert (np.array_equal(*(training_items(r, x, len(reader.titles), 4, 0) for r, x in both))
+            and torch.equal(*(collaborative(r) for r, _ in both)))
+    # what the pocket Llama is made from
+    assert reader.past == other.past and np.array_equal(reader.nexts, other.nexts) and reader.texts() == other.texts()
 
 
 def test_vectors_of_whoever_is_not_in_the_training_part_are_the_mean(done, monkeypatch):
@@ -201,7 +211,8 @@ def test_what_is_kept_of_both_models(done):
     users, d, width = load_sequences(str(done), "test")["user"], 8, 32
     for name in "TALLRec", "CoLLM":
         mine = ranks.filter(model=name)
-        assert mine["user"].equals(users.cast(pl.Int32)) and set(mine["candidates"]) == {"uni99"} and (mine["rank"] <= mine["size"]).all()
+        assert (mine["user"].equals(users.cast(pl.Int32)) and set(mine["candidates"]) == {"uni99"}
+                and (mine["rank"] <= mine["size"]).all())
         assert about[name]["family"] == "text" and about[name]["pocket"] and 0 < about[name]["valid"] < 1
     mapping = d*10*d + 10*d + 10*d*width + width
     assert about["CoLLM"]["parameters"] - about["TALLRec"]["parameters"] == mapping + collaborative(str(done)).numel()
@@ -212,5 +223,6 @@ def test_a_failed_first_step_is_told(done, tmp_path, monkeypatch):
     def none(*args): raise UserError("no adapters here")
     monkeypatch.setattr(collm, "add_adapters", none)
     shutil.copytree(done, run, ignore=shutil.ignore_patterns("collm"))
-    with pytest.raises(UserError, match="TALLRec: .*adapters.*CoLLM: CoLLM starts from TALLRec, which failed"): make_collm(str(run), **SMALL)
+    with pytest.raises(UserError, match="TALLRec: .*adapters.*CoLLM: CoLLM starts from TALLRec, which failed"):
+        make_collm(str(run), **SMALL)
     assert not (run/"collm").exists() and not list((run/"collm.partial").rglob("adapter*"))

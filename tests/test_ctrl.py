@@ -27,7 +27,8 @@ def trained(finished, tmp_path_factory):
 def looped(a, b):
     "The similarity of section 4.2.2, one product at a time."
     n, spaces = a.shape[:2]
-    return torch.tensor([[sum(max(float(a[i, m] @ b[j, k]) for k in range(spaces)) for m in range(spaces)) for j in range(len(b))] for i in range(n)])
+    return torch.tensor([[sum(max(float(a[i, m] @ b[j, k]) for k in range(spaces)) for m in range(spaces))
+                          for j in range(len(b))] for i in range(n)])
 
 
 def test_the_loss_is_that_of_looped_similarities():
@@ -55,7 +56,8 @@ def test_the_loss_of_purchases_by_loops():
             z = ctrl.item_scores(model, ctrl.last_states(model, [piece[:end]]))[0]
             yes.append(z[piece[end]]); no += [z[i] for i in others if i not in piece]
     def bce(z, y): return torch.nn.functional.binary_cross_entropy_with_logits(torch.stack(z), torch.full((len(z),), y))
-    assert torch.isclose(ctrl.purchase_loss(model, *pad(pieces, 0), torch.tensor(others)), (bce(yes, 1.) + bce(no, 0.))/2, atol=1e-5)
+    assert torch.isclose(ctrl.purchase_loss(model, *pad(pieces, 0), torch.tensor(others)),
+                         (bce(yes, 1.) + bce(no, 0.))/2, atol=1e-5)
 
 
 def test_every_purchase_but_the_first_is_foretold_once():
@@ -75,13 +77,15 @@ def test_a_place_does_not_see_what_comes_later():
         for cut in range(1, 10):
             other = items.clone(); other[:, cut:] = (other[:, cut:] + 7) % 50
             changed = ctrl.place_states(model, other)
-            assert torch.allclose(changed[:, :cut], h[:, :cut], atol=1e-5) and not torch.allclose(changed[:, cut], h[:, cut], atol=1e-3)
+            assert (torch.allclose(changed[:, :cut], h[:, :cut], atol=1e-5)
+                    and not torch.allclose(changed[:, cut], h[:, cut], atol=1e-3))
 
 
 def test_numbering_items_and_users_anew_changes_no_score(trained):
     "The weights of an item go with its number."
     run, folder = trained
-    model, rows, rng = ctrl.load_ctrl(folder/"CTRL/model.safetensors"), load_sequences(str(run), "test"), np.random.default_rng(0)
+    model, rows, rng = ctrl.load_ctrl(folder/"CTRL/model.safetensors"), load_sequences(str(run),
+            "test"), np.random.default_rng(0)
     histories, n = rows["history"].to_list(), model["item"].num_embeddings
     items, users = rng.permutation(n), rng.permutation(len(rows))
     z = ctrl.catalogue_scores(model, histories)
@@ -97,14 +101,17 @@ def test_scores_need_no_titles(trained, tmp_path):
     path = tmp_path/"run/prompts/titles.parquet"
     pl.read_parquet(path).with_columns(title=pl.lit("nothing")).write_parquet(path)
     assert set(load_titles(str(tmp_path/"run"))) == {"nothing"}
-    def scores(run): return np.concatenate(ctrl.score_run(str(run), ctrl.load_ctrl(folder/"CTRL/model.safetensors"), "test", np.arange(20), "uni99")[1])
+    def scores(run):
+        return np.concatenate(ctrl.score_run(str(run), ctrl.load_ctrl(folder/"CTRL/model.safetensors"), "test",
+                                             np.arange(20), "uni99")[1])
     assert scores(run).tobytes() == scores(tmp_path/"run").tobytes()
     shutil.rmtree(tmp_path/"run/prompts"); shutil.rmtree(tmp_path/"run/backbones")
     assert scores(run).tobytes() == scores(tmp_path/"run").tobytes()
 
 
 def test_what_is_held_out_enters_no_training(trained, tmp_path):
-    "Another item bought last, in all files that know of it: the pieces, the samples and their prompts are the same to the byte."
+    """Another item bought last, in all files that know of it: the pieces, the samples and their prompts are the same
+    to the byte."""
     run, other = trained[0], tmp_path/"run"
     shutil.copytree(run, other)
     def another(column): return (pl.col(column) + 1) % pl.col(column).max()
@@ -120,7 +127,8 @@ def test_what_is_held_out_enters_no_training(trained, tmp_path):
         histories, items = rows["history"].to_list(), rows["target"].to_list()
         reader = reader_for(str(run))[0]
         prompt = reader.encoder(reader.templates["recommendation"])
-        return repr([ctrl.windows(load_training(str(run)), 10), histories, items, [prompt.ids(h, i) for h, i in zip(histories, items)]]).encode()
+        return repr([ctrl.windows(load_training(str(run)), 10), histories, items,
+                     [prompt.ids(h, i) for h, i in zip(histories, items)]]).encode()
     assert seen(run) == seen(other)
 
 
@@ -147,9 +155,11 @@ def test_ranks_are_those_of_the_saved_model(trained):
     ranks = pl.read_parquet(folder/"ranks.parquet")
     for name, kind in itertools.product(ctrl.MODELS, ("uni99", "full")):
         kept, (users, lists) = ranks.filter(model=name, candidates=kind), load_candidates(str(run), kind)
-        z = ctrl.catalogue_scores(ctrl.load_ctrl(folder/name/"model.safetensors"), load_sequences(str(run), "test")["history"].to_list())
+        z = ctrl.catalogue_scores(ctrl.load_ctrl(folder/name/"model.safetensors"),
+                                  load_sequences(str(run), "test")["history"].to_list())
         assert kept["user"].to_list() == list(users) and kept["size"].to_list() == [len(items) for items in lists]
-        assert kept["rank"].to_list() == [1 + int((row[items[1:]] >= row[items[0]]).sum()) for row, items in zip(z, lists)]
+        assert kept["rank"].to_list() == [1 + int((row[items[1:]] >= row[items[0]]).sum()) for row,
+                                          items in zip(z, lists)]
 
 
 def test_both_models_beat_chance_beyond_their_intervals(trained):

@@ -1,4 +1,5 @@
-"Chapter 01: readers, cuts, splits, candidates, errors and downloads, on the demo and against values computed in another way."
+"""Chapter 01: readers, cuts, splits, candidates, errors and downloads, on the demo and against values computed in
+another way."""
 import gzip, hashlib, http.server, json, os, threading
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import polars as pl
 import pytest
 
 from ganprompt import data
-from ganprompt.data import fetch, find_source, generate_demo, load_candidates, load_sequences, make_data, prepare, read_reviews
+from ganprompt.data import (fetch, find_source, generate_demo, load_candidates, load_sequences, make_data, prepare,
+                            read_reviews)
 from ganprompt.runs import UserError, replacing, root
 
 DEMO = root()/"data"/"demo"
@@ -40,7 +42,8 @@ def test_papermill_sees_every_parameter():
     import inspect
     from papermill.inspection import inspect_notebook
     found = inspect_notebook(str(root()/"nbs"/"01_data.ipynb"))
-    assert [p for p in found if p != "replace"] == list(inspect.signature(make_data).parameters) # replace: for the stage before it runs
+    # replace: for the stage before it runs
+    assert [p for p in found if p != "replace"] == list(inspect.signature(make_data).parameters)
 
 
 # --- cut and splits, against a naive second implementation
@@ -61,11 +64,13 @@ def test_core_and_leave_one_out_agree_with_plain_python(demo):
         if (u, i) in kept: wanted.setdefault(u, []).append(i)
     users, items = (pl.read_parquet(f"{demo}/data/{f}.parquet") for f in ("users", "items"))
     for split, back in (("test", 1), ("valid", 2)):
-        found = {users["raw_user"][u]: ([items["raw_item"][i] for i in h], items["raw_item"][t]) for u, _, h, t, _ in load_sequences(demo, split).rows()}
+        found = {users["raw_user"][u]: ([items["raw_item"][i] for i in h], items["raw_item"][t]) for u, _, h, t,
+                 _ in load_sequences(demo, split).rows()}
         assert found == {u: (x[:-back][-10:], x[-back]) for u, x in wanted.items()}
     train = sorted((u, [*h, t]) for u, _, h, t, _ in load_sequences(demo, "train").rows())
     number = {raw: n for n, raw in enumerate(items["raw_item"])}
-    assert train == sorted((n, [number[i] for i in wanted[u][max(0, p - 10):p + 1]]) for n, u in enumerate(users["raw_user"]) for p in range(3, len(wanted[u]) - 2))
+    assert train == sorted((n, [number[i] for i in wanted[u][max(0, p - 10):p + 1]]) for n,
+                           u in enumerate(users["raw_user"]) for p in range(3, len(wanted[u]) - 2))
 
 
 def test_holdout_first_brings_back_last_items():
@@ -82,7 +87,8 @@ def test_holdout_first_brings_back_last_items():
 def test_time_protocol_is_global(tmp_path):
     folder = make_data(str(tmp_path/"r"), protocol="time")
     inter = pl.read_parquet(folder/"interactions.parquet")
-    rows = pl.read_parquet(folder/"sequences.parquet").join(inter, left_on=["user", "target"], right_on=["user", "item"])
+    rows = pl.read_parquet(folder/"sequences.parquet").join(inter, left_on=["user", "target"],
+                                                            right_on=["user", "item"])
     span = {s: (t.min(), t.max()) for (s,), t in ((k, g["time"]) for k, g in rows.group_by("split"))}
     assert span["train"][1] < span["valid"][0] and span["valid"][1] < span["test"][0]
     assert (inter["time"] < span["test"][0]).mean() == pytest.approx(.9, abs=.01)
@@ -100,36 +106,44 @@ def test_long_histories_in_parts(tmp_path):
     taught = {(u, i) for u, _, h, t, _ in seen.rows() for i in [*h, t]}
     assert not taught & set(test.select("user", "target").rows())
     every = pl.read_parquet(folder/"sequences.parquet")
-    assert every["row"].to_list() == list(range(len(every))) and test["row"].is_unique().all() and test["user"].is_duplicated().any()
+    assert (every["row"].to_list() == list(range(len(every))) and test["row"].is_unique().all()
+            and test["user"].is_duplicated().any())
     for name in ("uni99", "pop99", "full"): # a list is known by its sequence, not by its user
         lists = pl.read_parquet(folder/f"candidates_{name}.parquet").filter(split="test")
         assert lists["row"].to_list() == test["row"].to_list()
 
 
 def test_who_has_everything_is_not_ranked(tmp_path):
-    "A user who has bought the whole catalogue: there is nothing to rank the target against. The others stay, with shorter lists."
-    lines = [f"u{u},i{i},5,{100*u + k}" for u in range(6) for k, i in enumerate(range(8) if not u else [(u + j) % 8 for j in range(6)])]
+    """A user who has bought the whole catalogue: there is nothing to rank the target against. The others stay, with
+    shorter lists."""
+    lines = [f"u{u},i{i},5,{100*u + k}" for u in range(6) for k,
+             i in enumerate(range(8) if not u else [(u + j) % 8 for j in range(6)])]
     (tmp_path/"small.csv").write_text("\n".join(["user,item,rating,time", *lines]))
     make_data(str(tmp_path/"r"), dataset=str(tmp_path/"small.csv"), core=2)
     names = pl.read_parquet(tmp_path/"r/data/users.parquet")["raw_user"].to_list()
-    for split in ("valid", "test"): assert {names[u] for u in load_sequences(str(tmp_path/"r"), split)["user"]} == {f"u{u}" for u in range(1, 6)}
-    assert "u0" in {names[u] for u in load_sequences(str(tmp_path/"r"), "train")["user"]} and all(len(x) == 3 for x in load_candidates(str(tmp_path/"r"), "uni99")[1])
+    for split in ("valid", "test"):
+        assert {names[u] for u in load_sequences(str(tmp_path/"r"), split)["user"]} == {f"u{u}" for u in range(1, 6)}
+    assert ("u0" in {names[u] for u in load_sequences(str(tmp_path/"r"), "train")["user"]}
+            and all(len(x) == 3 for x in load_candidates(str(tmp_path/"r"), "uni99")[1]))
 
 
 # --- candidates
 
 def test_candidates_hold_the_target_once_and_nothing_seen(demo):
-    seen = {u: set(x) for u, x in pl.read_parquet(f"{demo}/data/interactions.parquet").group_by("user").agg("item").rows()}
+    seen = {u: set(x) for u,
+            x in pl.read_parquet(f"{demo}/data/interactions.parquet").group_by("user").agg("item").rows()}
     for name in ("uni99", "pop99", "full"):
         users, lists = load_candidates(demo, name, "valid")
         assert [c[0] for c in lists] == load_sequences(demo, "valid")["target"].to_list()
         for u, c in zip(users, lists):
-            assert len(c) == len(set(c)) == (100 if name != "full" else 299 - len(seen[u]) + 1) and set(c) & seen[u] == {c[0]}
+            assert (len(c) == len(set(c)) == (100 if name != "full" else 299 - len(seen[u]) + 1)
+                    and set(c) & seen[u] == {c[0]})
 
 
 def test_uniform_and_popular_lists_have_the_right_frequencies(demo):
     popularity = np.bincount(pl.read_parquet(f"{demo}/data/interactions.parquet")["item"], minlength=299)
-    times = {name: np.bincount(np.concatenate([c[1:] for c in load_candidates(demo, name)[1]]), minlength=299) for name in ("uni99", "pop99")}
+    times = {name: np.bincount(np.concatenate([c[1:] for c in load_candidates(demo, name)[1]]), minlength=299)
+             for name in ("uni99", "pop99")}
     free = 600 - popularity # users whose lists may hold the item
     assert np.corrcoef(times["pop99"], popularity)[0, 1] > .8
     assert abs(times["uni99"] / free * 299 / 99 - 1).std() < .12 # binomial noise of about 6 %
@@ -143,14 +157,16 @@ def test_lists_do_not_depend_on_other_users_or_on_ids(demo, tmp_path):
     (tmp_path/"b"/"reviews_Demo_5.json.gz").write_bytes(gzip.compress("\n".join(fewer).encode()))
     make_data(str(tmp_path/"r"), data_dir=str(tmp_path/"b"))
     for run in (demo, str(tmp_path/"r")):
-        names, items = pl.read_parquet(f"{run}/data/users.parquet")["raw_user"], pl.read_parquet(f"{run}/data/items.parquet")["raw_item"]
+        names, items = (pl.read_parquet(f"{run}/data/users.parquet")["raw_user"],
+                        pl.read_parquet(f"{run}/data/items.parquet")["raw_item"])
         back[run] = {names[int(u)]: [items[int(i)] for i in c] for u, c in zip(*load_candidates(run, "uni99"))}
     one, two = back.values()
     assert len(two) == len(one) - 1 and all(one[u] == two[u] for u in two)
 
 
 def test_the_same_again_and_another_seed(demo, tmp_path):
-    def hashes(run): return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(run, "data").glob("*.parquet")}
+    def hashes(run):
+        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(run, "data").glob("*.parquet")}
     make_data(str(tmp_path/"a"))
     assert hashes(tmp_path/"a") == hashes(demo)
     with replacing(True): make_data(str(tmp_path/"a"), split_seed=1)
@@ -160,28 +176,42 @@ def test_the_same_again_and_another_seed(demo, tmp_path):
 
 # --- formats: the demo written in each of them gives the same sequences
 
-def as_2014_csv(d, rows): (d/"ratings_Baby.csv").write_text("".join(f"{r['reviewerID']},{r['asin']},{r.get('overall', '')},{r['unixReviewTime']}\n" for r in rows)); return "baby", ""
-def as_2018_csv(d, rows): (d/"Gift_Cards.csv").write_text("".join(f"{r['asin']},{r['reviewerID']},{r.get('overall', '')},{r['unixReviewTime']}\n" for r in rows)); return "gift_cards", ""
+def as_2014_csv(d, rows):
+    (d/"ratings_Baby.csv").write_text("".join(
+        f"{r['reviewerID']},{r['asin']},{r.get('overall', '')},{r['unixReviewTime']}\n" for r in rows))
+    return "baby", ""
+def as_2018_csv(d, rows):
+    (d/"Gift_Cards.csv").write_text("".join(
+        f"{r['asin']},{r['reviewerID']},{r.get('overall', '')},{r['unixReviewTime']}\n" for r in rows))
+    return "gift_cards", ""
 def as_2018(d, rows):
-    (d/"Luxury_Beauty_5.json.gz").write_bytes(gzip.compress("\n".join(json.dumps({"verified": True, "style": {"Size:": " 3"}} | r) for r in rows).encode()))
+    (d/"Luxury_Beauty_5.json.gz").write_bytes(gzip.compress("\n".join(json.dumps({"verified": True,
+            "style": {"Size:": " 3"}} | r) for r in rows).encode()))
     return "Luxury_Beauty", ""
 def as_2023(d, rows):
-    new = [{"rating": r.get("overall"), "title": "x", "images": [], "asin": "z", "parent_asin": r["asin"], "user_id": r["reviewerID"], "timestamp": r["unixReviewTime"] * 1000} for r in rows]
+    new = [{"rating": r.get("overall"), "title": "x", "images": [], "asin": "z", "parent_asin": r["asin"],
+            "user_id": r["reviewerID"], "timestamp": r["unixReviewTime"] * 1000} for r in rows]
     (d/"All_Beauty.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, new)).encode()))
-    (d/"meta_All_Beauty.jsonl.gz").write_bytes(gzip.compress("\n".join(json.dumps({"main_category": "All Beauty", "title": f"T {a}", "parent_asin": a}) for a in {r["asin"] for r in rows}).encode()))
+    (d/"meta_All_Beauty.jsonl.gz").write_bytes(gzip.compress("\n".join(json.dumps({"main_category": "All Beauty",
+            "title": f"T {a}", "parent_asin": a}) for a in {r["asin"] for r in rows}).encode()))
     return "beauty", ""
 def as_2023_csv(d, rows):
-    (d/"Video_Games.csv").write_text("user_id,parent_asin,rating,timestamp\n" + "".join(f"{r['reviewerID']},{r['asin']},{r.get('overall', '')},{r['unixReviewTime'] * 1000}\n" for r in rows))
+    (d/"Video_Games.csv").write_text("user_id,parent_asin,rating,timestamp\n"
+                                     + "".join(
+        f"{r['reviewerID']},{r['asin']},{r.get('overall', '')},{r['unixReviewTime'] * 1000}\n" for r in rows))
     return "video_games", ""
 def own(d, rows, name):
-    frame = pl.DataFrame(rows, schema_overrides={"overall": pl.Float64}).select(uid="reviewerID", sku="asin", stars="overall", day=pl.from_epoch("unixReviewTime", "s").dt.date(), label=pl.concat_str(pl.lit("T "), "asin"))
+    frame = pl.DataFrame(rows, schema_overrides={"overall": pl.Float64}).select(uid="reviewerID", sku="asin",
+            stars="overall", day=pl.from_epoch("unixReviewTime", "s").dt.date(),
+            label=pl.concat_str(pl.lit("T "), "asin"))
     (frame.write_csv if name.endswith("csv") else frame.write_parquet)(d/name)
     return str(d/name), "user=uid,item=sku,rating=stars,time=day,title=label"
 def as_own_csv(d, rows): return own(d, rows, "mine.csv")
 def as_own_parquet(d, rows): return own(d, rows, "mine.parquet")
 
 
-@pytest.mark.parametrize("write, titles", [(as_2014_csv, 0), (as_2018_csv, 0), (as_2018, 0), (as_2023, 299), (as_2023_csv, 0), (as_own_csv, 299), (as_own_parquet, 299)])
+@pytest.mark.parametrize("write, titles", [(as_2014_csv, 0), (as_2018_csv, 0), (as_2018, 0), (as_2023, 299),
+                                           (as_2023_csv, 0), (as_own_csv, 299), (as_own_parquet, 299)])
 def test_every_format_gives_the_same_sequences(write, titles, demo, tmp_path):
     dataset, columns = write(tmp_path, [json.loads(x) for x in lines(DEMO/"reviews_Demo_5.json.gz")])
     folder = make_data(str(tmp_path/"run"), dataset=dataset, data_dir=str(tmp_path), columns=columns)
@@ -210,9 +240,11 @@ def test_repeats_keep_the_first_and_ties_the_file_order(tmp_path):
 GOOD = [f'{{"reviewerID": "u{n % 7}", "asin": "i{n % 11}", "overall": 5.0, "unixReviewTime": {n}}}' for n in range(70)]
 
 def refuse(tmp_path, match, text=None, name="reviews_Baby_5.json.gz", dataset="baby", raw=None, **params):
-    if text is not None: (tmp_path/name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    if text is not None:
+        (tmp_path/name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
     if raw is not None: (tmp_path/name).write_bytes(raw)
-    with pytest.raises(UserError, match=match): make_data(str(tmp_path/"run"), dataset=dataset, data_dir=str(tmp_path), **params)
+    with pytest.raises(UserError, match=match):
+        make_data(str(tmp_path/"run"), dataset=dataset, data_dir=str(tmp_path), **params)
     assert not [p for p in (tmp_path/"run").glob("data*")]
 
 
@@ -221,21 +253,38 @@ def test_missing_own_file(tmp_path): refuse(tmp_path, "no file", dataset=str(tmp
 def test_unknown_dataset(tmp_path): refuse(tmp_path, "did you mean 'toys'", dataset="toyz")
 def test_unknown_cut(tmp_path): refuse(tmp_path, "did you mean 'holdout-first'", cut="holdout")
 def test_bad_lengths(tmp_path): refuse(tmp_path, "min_history=12", min_history=12)
-def test_truncated_gzip(tmp_path): refuse(tmp_path, "truncated", raw=(DEMO/"reviews_Demo_5.json.gz").read_bytes()[:20000])
+def test_truncated_gzip(tmp_path):
+    refuse(tmp_path, "truncated", raw=(DEMO/"reviews_Demo_5.json.gz").read_bytes()[:20000])
 def test_not_gzip(tmp_path): refuse(tmp_path, "gzip|line 1", raw=b"<html>Moved</html>")
-def test_malformed_line(tmp_path): refuse(tmp_path, r"reviews_Baby_5.json.gz, line 3: ", "\n".join([*GOOD[:2], GOOD[2][:30], *GOOD[3:]]))
-def test_rating_is_text(tmp_path): refuse(tmp_path, "line 4: 'overall' is not a number", "\n".join([*GOOD[:3], GOOD[3].replace("5.0", '"good"')]))
-def test_missing_column_json(tmp_path): refuse(tmp_path, "'overall'.*reviewerID, asin, stars", "\n".join(GOOD).replace("overall", "stars"))
-def test_missing_column_csv(tmp_path): refuse(tmp_path, "no column 'rating'; it has user, item, stars, time", "user,item,stars,time\na,b,5,1\n", "x.csv", str(tmp_path/"x.csv"))
-def test_malformed_csv(tmp_path): refuse(tmp_path, "x.csv, line 3: 5 fields", "user,item,rating,time\na,b,5,1\na,b,5,1,7\n", "x.csv", str(tmp_path/"x.csv"))
-def test_csv_rating_is_text(tmp_path): refuse(tmp_path, "x.csv, line 2: 'rating' is not a number", "user,item,rating,time\na,b,five,1\n", "x.csv", str(tmp_path/"x.csv"))
-def test_bad_columns_option(tmp_path): refuse(tmp_path, "columns: 'usr'", "user,item,rating,time\n", "x.csv", str(tmp_path/"x.csv"), columns="usr=a")
-def test_rating_out_of_range(tmp_path): refuse(tmp_path, "line 6: rating 7 is outside 1 to 5", "\n".join([*GOOD[:5], GOOD[5].replace("5.0", "7.0"), *GOOD[6:]]))
-def test_csv_rating_out_of_range(tmp_path): refuse(tmp_path, "x.csv, line 3: rating 8 ", "user,item,rating,time\na,b,5,1\na,c,8,1\n", "x.csv", str(tmp_path/"x.csv"))
-def test_nothing_left(tmp_path): refuse(tmp_path, r"(?s)nothing left.*rating below 5.*fewer than 50", "\n".join(GOOD), core=50)
+def test_malformed_line(tmp_path):
+    refuse(tmp_path, r"reviews_Baby_5.json.gz, line 3: ", "\n".join([*GOOD[:2], GOOD[2][:30], *GOOD[3:]]))
+def test_rating_is_text(tmp_path):
+    refuse(tmp_path, "line 4: 'overall' is not a number", "\n".join([*GOOD[:3], GOOD[3].replace("5.0", '"good"')]))
+def test_missing_column_json(tmp_path):
+    refuse(tmp_path, "'overall'.*reviewerID, asin, stars", "\n".join(GOOD).replace("overall", "stars"))
+def test_missing_column_csv(tmp_path):
+    refuse(tmp_path, "no column 'rating'; it has user, item, stars, time", "user,item,stars,time\na,b,5,1\n", "x.csv",
+           str(tmp_path/"x.csv"))
+def test_malformed_csv(tmp_path):
+    refuse(tmp_path, "x.csv, line 3: 5 fields", "user,item,rating,time\na,b,5,1\na,b,5,1,7\n", "x.csv",
+           str(tmp_path/"x.csv"))
+def test_csv_rating_is_text(tmp_path):
+    refuse(tmp_path, "x.csv, line 2: 'rating' is not a number", "user,item,rating,time\na,b,five,1\n", "x.csv",
+           str(tmp_path/"x.csv"))
+def test_bad_columns_option(tmp_path):
+    refuse(tmp_path, "columns: 'usr'", "user,item,rating,time\n", "x.csv", str(tmp_path/"x.csv"), columns="usr=a")
+def test_rating_out_of_range(tmp_path):
+    refuse(tmp_path, "line 6: rating 7 is outside 1 to 5", "\n".join([*GOOD[:5], GOOD[5].replace("5.0", "7.0"),
+            *GOOD[6:]]))
+def test_csv_rating_out_of_range(tmp_path):
+    refuse(tmp_path, "x.csv, line 3: rating 8 ", "user,item,rating,time\na,b,5,1\na,c,8,1\n", "x.csv",
+           str(tmp_path/"x.csv"))
+def test_nothing_left(tmp_path):
+    refuse(tmp_path, r"(?s)nothing left.*rating below 5.*fewer than 50", "\n".join(GOOD), core=50)
 def test_empty_file(tmp_path): refuse(tmp_path, "nothing left|no row", "")
 def test_malformed_meta(tmp_path):
-    (tmp_path/"meta_Baby.json.gz").write_bytes(gzip.compress(b"{'asin': 'i1', 'title': 'Lamp'}\n{'asin': 'i2', 'title': __import__('os')}\n"))
+    (tmp_path/"meta_Baby.json.gz").write_bytes(gzip.compress(b"{'asin': 'i1', 'title': 'Lamp'}\n{'asin': 'i2', "
+                                                             b"'title': __import__('os')}\n"))
     refuse(tmp_path, "meta_Baby.json.gz, line 2: not JSON, nor a Python literal", "\n".join(GOOD))
 
 
@@ -265,7 +314,8 @@ class Home(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def home(monkeypatch):
-    Home.files = {f"{kind}_Baby{five}.json.gz": (DEMO/f"{kind}_Demo{five}.json.gz").read_bytes() for kind, five in (("reviews", "_5"), ("meta", ""))}
+    Home.files = {f"{kind}_Baby{five}.json.gz": (DEMO/f"{kind}_Demo{five}.json.gz").read_bytes() for kind,
+                  five in (("reviews", "_5"), ("meta", ""))}
     Home.cut, Home.asked = None, []
     monkeypatch.setattr(data.time, "sleep", lambda s: None)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Home)
@@ -302,8 +352,10 @@ def test_a_part_from_before_is_used(home, tmp_path):
 
 
 def test_cut_every_time(tmp_path, home, monkeypatch):
-    monkeypatch.setattr(Home, "do_GET", lambda self: (self.send_response(200), self.send_header("Content-Length", 99), self.end_headers(), self.wfile.write(b"x" * 9)))
-    with pytest.raises(UserError, match="connection cut after 9 of 99 bytes.*goes on"): fetch("baby", str(tmp_path), base_url=home)
+    monkeypatch.setattr(Home, "do_GET", lambda self: (self.send_response(200), self.send_header("Content-Length", 99),
+                                                      self.end_headers(), self.wfile.write(b"x" * 9)))
+    with pytest.raises(UserError, match="connection cut after 9 of 99 bytes.*goes on"):
+        fetch("baby", str(tmp_path), base_url=home)
     assert [p.name for p in tmp_path.iterdir()] == ["reviews_Baby_5.json.gz.part"]
 
 
@@ -325,7 +377,9 @@ def test_changed_on_disk(home, tmp_path):
     with pytest.raises(UserError, match="SHA-256"): fetch("baby", str(tmp_path), base_url=home)
 
 
-@pytest.mark.parametrize("category, release, match", [("toys", "2014", "404"), ("demo", "2014", "no category 'demo'"), ("baby", "2013", "'2013' is not known"), ("babi", "2014", "did you mean 'Baby'")])
+@pytest.mark.parametrize("category, release, match", [("toys", "2014", "404"), ("demo", "2014", "no category 'demo'"),
+                                                      ("baby", "2013", "'2013' is not known"),
+                                                      ("babi", "2014", "did you mean 'Baby'")])
 def test_fetch_refuses(category, release, match, home, tmp_path):
     with pytest.raises(UserError, match=match): fetch(category, str(tmp_path), release, home)
     assert not list(tmp_path.iterdir())
@@ -333,7 +387,8 @@ def test_fetch_refuses(category, release, match, home, tmp_path):
 
 def test_no_network(tmp_path, monkeypatch):
     monkeypatch.setattr(data.time, "sleep", lambda s: None)
-    with pytest.raises(UserError, match="check the network"): fetch("baby", str(tmp_path), base_url="http://127.0.0.1:9")
+    with pytest.raises(UserError, match="check the network"):
+        fetch("baby", str(tmp_path), base_url="http://127.0.0.1:9")
 
 
 # --- real files, if they are here

@@ -1,4 +1,5 @@
-"The paper's equations as the library computes them, against numpy and plain forward passes on a tiny shop; and models that must learn in the right direction."
+"""The paper's equations as the library computes them, against numpy and plain forward passes on a tiny shop; and
+models that must learn in the right direction."""
 import json
 from types import SimpleNamespace
 
@@ -11,9 +12,11 @@ from scipy.spatial.distance import jensenshannon
 
 from ganprompt.backbones import Reader, adamw, pocket_model, t5_tokenizer
 from ganprompt import encoder, recommender
-from ganprompt.encoder import COUPLINGS, Versions, adversarial_update, cosine, discriminator, js, pool, separability, split_users, total, version_loss, version_states
+from ganprompt.encoder import (COUPLINGS, Versions, adversarial_update, cosine, discriminator, js, pool, separability,
+                               split_users, total, version_loss, version_states)
 from ganprompt.gather import contrast, gather_update
-from ganprompt.recommender import Best, T5Decoder, T5Ranker, Trained, ask, divergence, list_auc, rec_loss, sample_rows, training_items, tune_on_states
+from ganprompt.recommender import (Best, T5Decoder, T5Ranker, Trained, ask, divergence, list_auc, rec_loss,
+                                   sample_rows, training_items, tune_on_states)
 from ganprompt.prompts import read_templates
 from ganprompt.runs import root, seed_all
 from ganprompt.scorer import Questions, States, bank_for, score_rows, scores_of
@@ -28,8 +31,10 @@ WORDS = ["round", "old"]
 def tiny_reader():
     "A `Reader` of twelve items, without a run."
     reader = Reader.__new__(Reader)
-    words = sorted({w for t in TEMPLATES.values() for w in t.split() if "{" not in w} | set("yes no , Focus on .".split()) | set(WORDS))
-    reader.__dict__ |= dict(titles=TITLES, templates=TEMPLATES, noun="things", title_tokens=4, history_items=3, tokenizer=t5_tokenizer(TITLES*3, words))
+    words = sorted({w for t in TEMPLATES.values() for w in t.split() if "{" not in w}
+                   | set("yes no , Focus on .".split()) | set(WORDS))
+    reader.__dict__ |= dict(titles=TITLES, templates=TEMPLATES, noun="things", title_tokens=4, history_items=3,
+                            tokenizer=t5_tokenizer(TITLES*3, words))
     return reader
 
 
@@ -104,16 +109,20 @@ def stage1(world, coupling="cooperative", js_sign=-1, lr=0., gamma=.3, alpha=.7,
     rows, _ = shoppers(5)
     versions, D = Versions(reader, WORDS, rows), discriminator(32, 3)
     (opt_g, schedule), (opt_d, _) = adamw(model.parameters(), lr, 30, "adam"), adamw(D.parameters(), lr, 1, "adam")
-    return versions, D, adversarial_update(model, D, versions, opt_g, schedule, opt_d, alpha, beta, gamma, js_sign, coupling, "next-title")
+    return versions, D, adversarial_update(model, D, versions, opt_g, schedule, opt_d, alpha, beta, gamma, js_sign,
+                                           coupling, "next-title")
 
 
 def title_loss(model, versions, rows, rng):
-    "L_LM: mean cross-entropy of the tokens of the next title, each history in one version drawn at random and read alone."
+    """L_LM: mean cross-entropy of the tokens of the next title, each history in one version drawn at random and read
+    alone."""
     lost, tokens = 0, 0
     for r in rows:
-        ids, labels = versions.ids(r, int(rng.integers(len(WORDS) + 1))), versions.plain.titles[versions.nexts[r]] + versions.plain.end
+        ids = versions.ids(r, int(rng.integers(len(WORDS) + 1)))
+        labels = versions.plain.titles[versions.nexts[r]] + versions.plain.end
         before = torch.tensor([[model.config.decoder_start_token_id, *labels[:-1]]])
-        with torch.no_grad(): p = softmax(model(input_ids=torch.tensor([ids]), decoder_input_ids=before).logits[0].double().numpy())
+        with torch.no_grad():
+            p = softmax(model(input_ids=torch.tensor([ids]), decoder_input_ids=before).logits[0].double().numpy())
         lost, tokens = lost - np.log(p[np.arange(len(labels)), labels]).sum(), tokens + len(labels)
     return lost/tokens
 
@@ -127,9 +136,11 @@ def test_stage_1_computes_the_loss_of_section_3_4_1(coupling, js_sign, world):
     cos = np.mean([a @ b/np.linalg.norm(a)/np.linalg.norm(b) for a, b in pairs])
     div = np.mean([jensenshannon(softmax(a), softmax(b))**2 for a, b in pairs])
     p = softmax(perceptron(D, x))
-    named, lm = -np.log(p[:, np.arange(3), np.arange(3)]).mean(), title_loss(model, versions, rows, np.random.default_rng(7))
+    named, lm = -np.log(p[:, np.arange(3), np.arange(3)]).mean(), title_loss(model, versions, rows,
+            np.random.default_rng(7))
     got, coupled = update(rows, np.random.default_rng(7)), {"cooperative": 1, "adversarial": -1, "none": 0}[coupling]
-    wanted = dict(lm=lm, cos=cos, js=div, total=.7*cos + js_sign*.2*div, d_loss=named, d_accuracy=(p.argmax(-1) == np.arange(3)).mean(),
+    wanted = dict(lm=lm, cos=cos, js=div, total=.7*cos + js_sign*.2*div, d_loss=named,
+                  d_accuracy=(p.argmax(-1) == np.arange(3)).mean(),
                   loss=lm + .3*(.7*cos + js_sign*.2*div + coupled*named))
     for name, value in wanted.items(): assert got[name] == pytest.approx(value, abs=2e-4), name
 
@@ -143,7 +154,8 @@ def test_the_coupling_moves_the_encoder_its_way(coupling, world):
     update = adversarial_update(model, D, versions, opt_g, schedule, opt_d, 0., 0., 100., -1, coupling, "next-title")
     lost = [update(np.arange(5), np.random.default_rng(s))["d_loss"] for s in range(12)]
     change = lost[-1] - lost[0]
-    assert change < -.01 if coupling == "cooperative" else change > .01 if coupling == "adversarial" else abs(change) < .1
+    assert (change < -.01 if coupling == "cooperative" else change > .01 if coupling == "adversarial"
+            else abs(change) < .1)
 
 
 def test_the_default_spreads_versions_and_the_printed_sign_gathers_them(world):
@@ -158,7 +170,8 @@ def test_the_default_spreads_versions_and_the_printed_sign_gathers_them(world):
 
 
 def test_what_the_language_model_is_to_say(world):
-    "Denoising: put back, the dropped spans give the prompt, and its end stands once. Answers: yes for what was bought, and for nothing else."
+    """Denoising: put back, the dropped spans give the prompt, and its end stands once. Answers: yes for what was
+    bought, and for nothing else."""
     versions, _, _ = stage1(world)
     end, tokenizer = versions.plain.end, world[0].tokenizer
     no, yes = tokenizer.convert_tokens_to_ids(["▁no", "▁yes"])
@@ -176,8 +189,10 @@ def test_what_the_language_model_is_to_say(world):
         ids, label = versions.text_pair(r, "answer", np.random.default_rng(seed))
         assert label[1:] == end
         said[label[0]].add(tuple(ids))
-    asked_for = {tuple(versions.recommend.ids(versions.past[r], int(versions.nexts[r]), w)) for r in range(5) for w in (None, *WORDS)}
-    owned = {tuple(versions.recommend.ids(versions.past[r], i, w)) for r in range(5) for w in (None, *WORDS) for i in versions.past[r]}
+    asked_for = {tuple(versions.recommend.ids(versions.past[r], int(versions.nexts[r]), w)) for r in range(5)
+                 for w in (None, *WORDS)}
+    owned = {tuple(versions.recommend.ids(versions.past[r], i, w)) for r in range(5) for w in (None, *WORDS)
+             for i in versions.past[r]}
     assert said[yes] and said[no] and said[yes] <= asked_for and not said[no] & (asked_for | owned)
 
 
@@ -205,7 +220,8 @@ def test_the_probe_is_asked_about_histories_that_it_has_not_seen():
 
 def test_held_out_shoppers_are_not_trained_on(monkeypatch):
     "At most half of the shoppers, each by the history before the validation item; none of their training rows."
-    rows = {"train": pl.DataFrame({"user": [0, 0, 1, 2, 3, 4], "history": [[1]]*6, "target": [2]*6}), "valid": pl.DataFrame({"user": [0, 1, 2, 3, 4], "history": [[1, 2]]*5, "target": [3]*5})}
+    rows = {"train": pl.DataFrame({"user": [0, 0, 1, 2, 3, 4], "history": [[1]]*6, "target": [2]*6}),
+            "valid": pl.DataFrame({"user": [0, 1, 2, 3, 4], "history": [[1, 2]]*5, "target": [3]*5})}
     monkeypatch.setattr(encoder, "load_sequences", lambda run, split: rows[split])
     for wanted, n in ((2, 2), (9, 2), (1, 1)):
         train, held = split_users("run", wanted, 0)
@@ -218,7 +234,8 @@ def test_held_out_shoppers_are_not_trained_on(monkeypatch):
 def log_odds(model, reader, ids):
     "Log-odds of yes from one plain forward pass of one prompt."
     start = torch.tensor([[model.config.decoder_start_token_id]])
-    with torch.no_grad(): z = model(input_ids=torch.tensor([ids]), decoder_input_ids=start).logits[0, 0].double().numpy()
+    with torch.no_grad():
+        z = model(input_ids=torch.tensor([ids]), decoder_input_ids=start).logits[0, 0].double().numpy()
     no, yes = reader.tokenizer.convert_tokens_to_ids(["▁no", "▁yes"])
     return z[yes] - z[no]
 
@@ -233,9 +250,11 @@ def bce(z):
 def test_the_loss_of_an_answer_by_hand():
     "Bought at odds 3 : 1, the other at 1 : 3: -ln .75 both times. Exchanged: -ln .25."
     right = torch.tensor([[np.log(3.), -np.log(3.)]])
-    assert rec_loss(right, "yes-no").item() == pytest.approx(-np.log(.75)) and rec_loss(-right, "yes-no").item() == pytest.approx(-np.log(.25))
+    assert (rec_loss(right, "yes-no").item() == pytest.approx(-np.log(.75))
+            and rec_loss(-right, "yes-no").item() == pytest.approx(-np.log(.25)))
     sure = torch.log(torch.tensor([[.75, .25]]))
-    assert rec_loss(sure, "vocab").item() == pytest.approx(-np.log(.75)) and rec_loss(sure.flip(1), "vocab").item() == pytest.approx(-np.log(.25))
+    assert (rec_loss(sure, "vocab").item() == pytest.approx(-np.log(.75))
+            and rec_loss(sure.flip(1), "vocab").item() == pytest.approx(-np.log(.25)))
 
 
 def test_scores_of_logits_by_hand():
@@ -256,35 +275,42 @@ def test_divergence_is_the_mean_of_both_directions():
 
 
 PLAIN, OTHER = TEMPLATES["recommendation"], "next {target_item} ? The user bought {purchase_history}"
-STAGE2 = dict(seed=0, score="yes-no", consistency=0., recommender_lr=0., recommender_epochs=1, recommender_batch=8, patience=3)
+STAGE2 = dict(seed=0, score="yes-no", consistency=0., recommender_lr=0., recommender_epochs=1, recommender_batch=8,
+              patience=3)
 
 
 def asked(reader, rows, texts=(PLAIN,)): return [Questions(reader, {}, rows, text) for text in texts]
 
 
 def kept_states(model, questions, items, folder, name="states.bin"):
-    return States([p for q in questions for p in ask(model, q, items)], 32, model.pad_id, folder/name).fill(model.t5), items
+    return States([p for q in questions for p in ask(model, q, items)], 32, model.pad_id,
+                  folder/name).fill(model.t5), items
 
 
 def test_stage_2_computes_the_loss_of_section_3_4_2(world, tmp_path):
-    "Two wordings of eight rows of three items: mean of the two losses, and three times the divergence between the wordings."
+    """Two wordings of eight rows of three items: mean of the two losses, and three times the divergence between the
+    wordings."""
     reader, t5 = world
     model, (rows, _) = T5Decoder(t5, reader), shoppers(8)
     items = np.column_stack([rows["target"], np.random.default_rng(3).integers(12, size=(8, 2))])
     questions = asked(reader, rows, (PLAIN, OTHER))
     z = np.array([[[log_odds(t5, reader, q.ids(r, int(i))) for i in items[r]] for r in range(8)] for q in questions])
     p, q = 1/(1 + np.exp(-z))
-    kl = ((p*np.log(p/q) + (1 - p)*np.log((1 - p)/(1 - q))) + (q*np.log(q/p) + (1 - q)*np.log((1 - q)/(1 - p)))).mean()/2
-    sets = kept_states(model, questions, items, tmp_path), kept_states(model, questions[:1], items, tmp_path, "valid.bin")
+    kl = ((p*np.log(p/q) + (1 - p)*np.log((1 - p)/(1 - q))) + (q*np.log(q/p) + (1 - q)*np.log((1 - q)/(1
+            - p)))).mean()/2
+    sets = kept_states(model, questions, items, tmp_path), kept_states(model, questions[:1], items, tmp_path,
+            "valid.bin")
     (row,) = tune_on_states(model, *sets, tmp_path, STAGE2 | {"consistency": 3.}, "here")
-    assert row["loss"] == pytest.approx((bce(z[0]) + bce(z[1]))/2, abs=1e-4) and row["apart"] == pytest.approx(3*kl, abs=1e-4)
+    assert (row["loss"] == pytest.approx((bce(z[0]) + bce(z[1]))/2, abs=1e-4)
+            and row["apart"] == pytest.approx(3*kl, abs=1e-4))
     rest = z[0][:, 1:]
     assert row["valid_auc"] == pytest.approx(((rest < z[0][:, :1]) + .5*(rest == z[0][:, :1])).mean())
 
 
 @pytest.mark.parametrize("kind", [T5Decoder, T5Ranker])
 def test_a_recommender_learns_what_was_bought(kind, tmp_path):
-    "Shoppers stay with one kind of thing. A hundred steps tell the bought from the others, and give yes to the bought: chance is .5."
+    """Shoppers stay with one kind of thing. A hundred steps tell the bought from the others, and give yes to the
+    bought: chance is .5."""
     seed_all(0)
     reader = tiny_reader()
     model = kind(pocket_model("t5", reader.tokenizer, 32, 1), reader)
@@ -292,12 +318,16 @@ def test_a_recommender_learns_what_was_bought(kind, tmp_path):
     rows, kinds = shoppers(240)
     others = np.random.default_rng(4).integers(6, size=(240, 2)) + 6*(1 - kinds)[:, None]
     items, (q,) = np.column_stack([rows["target"], others]), asked(reader, rows)
-    sets = kept_states(model, [q], items, tmp_path), kept_states(model, asked(reader, rows[200:]), items[200:], tmp_path, "valid.bin")
-    curves = tune_on_states(model, *sets, tmp_path, STAGE2 | dict(recommender_lr=2e-2, recommender_epochs=6, recommender_batch=16), "here")
+    sets = kept_states(model, [q], items, tmp_path), kept_states(model, asked(reader, rows[200:]), items[200:],
+            tmp_path, "valid.bin")
+    curves = tune_on_states(model, *sets, tmp_path, STAGE2 | dict(recommender_lr=2e-2, recommender_epochs=6,
+            recommender_batch=16), "here")
     fresh, kinds = shoppers(60, seed=9)
-    lists = np.column_stack([fresh["target"], np.random.default_rng(5).integers(6, size=(60, 3)) + 6*(1 - kinds)[:, None]])
+    lists = np.column_stack([fresh["target"], np.random.default_rng(5).integers(6, size=(60, 3))
+                             + 6*(1 - kinds)[:, None]])
     z = np.stack(score_rows(model, asked(reader, fresh)[0], np.arange(60), list(lists)))
-    assert list_auc(z) > .9 and curves[-1]["loss"] < .6*curves[0]["loss"] and (z[:, 0] > 0).mean() > .6 > .4 > (z[:, 1:] > 0).mean()
+    assert (list_auc(z) > .9 and curves[-1]["loss"] < .6*curves[0]["loss"]
+            and (z[:, 0] > 0).mean() > .6 > .4 > (z[:, 1:] > 0).mean())
 
 
 @pytest.mark.parametrize("kind", [T5Decoder, T5Ranker])
@@ -313,7 +343,9 @@ def test_every_way_of_scoring_gives_the_scores_of_one_prompt_at_a_time(kind, wor
     for r, row in zip(at, z):
         alone = [score_rows(model, questions, np.array([r]), [None]*r + [[i]])[0][0] for i in lists[r]]
         np.testing.assert_allclose(row, alone, atol=1e-4)
-        if kind is T5Decoder: np.testing.assert_allclose(row, [log_odds(t5, reader, questions.ids(r, int(i))) for i in lists[r]], atol=1e-4)
+        if kind is T5Decoder:
+            np.testing.assert_allclose(row, [log_odds(t5, reader, questions.ids(r, int(i))) for i in lists[r]],
+                                       atol=1e-4)
 
 
 def test_states_as_rows():
@@ -325,31 +357,39 @@ def test_states_as_rows():
 
 
 def test_a_template_has_the_word_where_it_has_a_place_for_it():
-    "Asked without attribute words, only a template that names one gets it; a row without a word is asked in words that need none."
+    """Asked without attribute words, only a template that names one gets it; a row without a word is asked in words
+    that need none."""
     reader, (rows, _) = tiny_reader(), shoppers(2)
     rows, own = rows.with_columns(row=pl.Series([4, 5])), {4: "round"}
-    q = Questions(reader, own, rows, "A {attribute} thing after {purchase_history} : is it {target_item} ?", attributes=False)
-    assert q.words == ["round", None] and "round" in reader.tokenizer.decode(q.ids(0, 3)) and "{" not in reader.tokenizer.decode(q.ids(1, 3))
-    assert Questions(reader, own, rows, PLAIN, attributes=False).words == [None, None] and Questions(reader, own, rows, PLAIN).words == ["round", None]
+    q = Questions(reader, own, rows, "A {attribute} thing after {purchase_history} : is it {target_item} ?",
+                  attributes=False)
+    assert (q.words == ["round", None] and "round" in reader.tokenizer.decode(q.ids(0, 3))
+            and "{" not in reader.tokenizer.decode(q.ids(1, 3)))
+    assert (Questions(reader, own, rows, PLAIN, attributes=False).words == [None, None]
+            and Questions(reader, own, rows, PLAIN).words == ["round", None])
 
 
 def test_what_may_have_been_trained_on_counts_as_seen(tmp_path):
     "Another bank that repeats a seen template of ours, an unseen one, and the run's own."
     ours = [t for t in read_templates(root()/"data/templates.yaml") if t["task"] == "recommendation"]
     seen, unseen = (next(t["text"] for t in ours if (t["split"] == "seen") == wanted) for wanted in (True, False))
-    other = [dict(id=f"t{i}", task="recommendation", group="mine", split="unseen-paraphrase", text=text) for i, text in enumerate((unseen, seen, PLAIN))]
+    other = [dict(id=f"t{i}", task="recommendation", group="mine", split="unseen-paraphrase", text=text) for i,
+             text in enumerate((unseen, seen, PLAIN))]
     (path := tmp_path/"bank.yaml").write_text(yaml.safe_dump(other))
     bank = bank_for(SimpleNamespace(templates={"recommendation": PLAIN}), str(path))
     assert [(t["text"], t["split"]) for t in bank] == [(PLAIN, "seen"), (unseen, "unseen-paraphrase"), (seen, "seen")]
 
 
 def test_the_causal_recommender_reads_projected_states_before_the_question(tmp_path):
-    "Section 3.3: sigma(W E + b) in the size of the word embeddings, then the words; against plain forward passes, before and after it is saved."
+    """Section 3.3: sigma(W E + b) in the size of the word embeddings, then the words; against plain forward passes,
+    before and after it is saved."""
     import transformers as tf
     seed_all(0)
     reader, (rows, _) = tiny_reader(), shoppers(5)
     pocket_model("t5", reader.tokenizer, 32, 1).save_pretrained(tmp_path/"t5")
-    tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=len(reader.tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=.2)).save_pretrained(tmp_path/"llm")
+    tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=len(reader.tokenizer), hidden_size=24, intermediate_size=32,
+                                       num_hidden_layers=2, num_attention_heads=2,
+                                       initializer_range=.2)).save_pretrained(tmp_path/"llm")
     reader.tokenizer.save_pretrained(tmp_path/"llm")
     model = recommender.new_recommender("causal-lm", str(tmp_path/"t5"), reader, str(tmp_path/"llm"), lora_rank=3)
     adapters = model.peft.peft_config["default"]
@@ -370,10 +410,13 @@ def test_the_causal_recommender_reads_projected_states_before_the_question(tmp_p
         return (logits[model.names[1]] - logits[model.names[0]]).item()
     np.testing.assert_allclose(z, [[alone(r, i) for i in range(12)] for r in range(5)], atol=1e-4)
     (tmp_path/"kept").mkdir()
-    recommender.save_recommender(model, tmp_path/"kept", dict(kind="causal-lm", t5=tmp_path/"t5", llm=tmp_path/"llm", four_bit=False, attributes=False))
+    recommender.save_recommender(model, tmp_path/"kept", dict(kind="causal-lm", t5=tmp_path/"t5", llm=tmp_path/"llm",
+                                                              four_bit=False, attributes=False))
     beside = json.loads((tmp_path/"kept/adapter/adapter_config.json").read_text())
-    assert beside["base_model_name_or_path"] == "llm" and beside["target_modules"] == sorted(beside["target_modules"]) and len(beside["target_modules"]) == 14
-    assert not any(str(tmp_path) in p.read_text() for p in (tmp_path/"kept/adapter").iterdir() if p.suffix != ".safetensors")
+    assert (beside["base_model_name_or_path"] == "llm" and beside["target_modules"] == sorted(beside["target_modules"])
+            and len(beside["target_modules"]) == 14)
+    assert not any(str(tmp_path) in p.read_text() for p in (tmp_path/"kept/adapter").iterdir()
+                   if p.suffix != ".safetensors")
     again = recommender.load_recommender(tmp_path/"kept", reader)
     assert not again.attributes
     np.testing.assert_allclose(np.stack(score_rows(again, questions, np.arange(5), lists)), z, atol=1e-5)
@@ -394,7 +437,8 @@ def test_patience_and_the_best_weights():
 def test_rows_are_drawn_by_user_and_without_repetition():
     "All rows of a drawn user, in order."
     five, hundred = np.arange(5), np.repeat(np.arange(100), 2)
-    assert sample_rows(five, 0, 0).tolist() == sample_rows(five, 5, 0).tolist() == sample_rows(five, 9, 0).tolist() == [0, 1, 2, 3, 4]
+    assert (sample_rows(five, 0, 0).tolist() == sample_rows(five, 5, 0).tolist() == sample_rows(five, 9, 0).tolist()
+            == [0, 1, 2, 3, 4])
     drawn = sample_rows(hundred, 20, 1)
     assert len(set(drawn)) == 40 and (np.diff(drawn) > 0).all() and len(set(hundred[drawn])) == 20
     assert drawn.tolist() == sample_rows(hundred, 20, 1).tolist() != sample_rows(hundred, 20, 2).tolist()
@@ -410,7 +454,8 @@ def test_training_items_begin_with_what_was_bought(monkeypatch):
 # Gathering
 
 def test_contrast_by_hand():
-    "Row against column cosines over the temperature, softmax both ways; a pair that is the same item counts neither way."
+    """Row against column cosines over the temperature, softmax both ways; a pair that is the same item counts
+    neither way."""
     rng = np.random.default_rng(8)
     a, b = rng.normal(size=(3, 4)), rng.normal(size=(3, 4))
     s = a @ b.T/np.linalg.norm(a, axis=1)[:, None]/np.linalg.norm(b, axis=1)/.1
@@ -418,11 +463,13 @@ def test_contrast_by_hand():
     assert contrast(torch.tensor(a), torch.tensor(b)).item() == pytest.approx((lost(s) + lost(s.T))/2)
     same = np.zeros((3, 3), bool); same[0, 2] = True
     hidden = np.where(same, -np.inf, s)
-    assert contrast(torch.tensor(a), torch.tensor(b), .1, torch.tensor(same)).item() == pytest.approx((lost(hidden) + lost(hidden.T))/2)
+    assert (contrast(torch.tensor(a), torch.tensor(b), .1, torch.tensor(same)).item()
+            == pytest.approx((lost(hidden) + lost(hidden.T))/2))
 
 
 def test_gathering_computes_its_loss(world):
-    "Each history in two wordings; the answer's loss is that of the wording drawn; rows with one next item do not count against each other."
+    """Each history in two wordings; the answer's loss is that of the wording drawn; rows with one next item do not
+    count against each other."""
     reader, model = world
     rows, _ = shoppers(5)
     nexts = rows["target"].to_numpy().copy(); nexts[3] = nexts[1]
@@ -444,7 +491,9 @@ def test_gathering_computes_its_loss(world):
     for r, w in enumerate(rng.integers(2, size=5)):
         labels = plain.titles[nexts[r]] + plain.end
         before = torch.tensor([[model.config.decoder_start_token_id, *labels[:-1]]])
-        with torch.no_grad(): z = model(input_ids=torch.tensor([questions[w].context(r)]), decoder_input_ids=before).logits[0].double().numpy()
+        with torch.no_grad():
+            z = model(input_ids=torch.tensor([questions[w].context(r)]),
+                      decoder_input_ids=before).logits[0].double().numpy()
         said, tokens = said - np.log(softmax(z)[np.arange(len(labels)), labels]).sum(), tokens + len(labels)
     wanted = dict(lm=said/tokens, same=same, next=following, loss=said/tokens + .5*same + 2*following)
     for name, value in wanted.items(): assert got[name] == pytest.approx(value, abs=2e-4), name

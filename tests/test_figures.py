@@ -23,7 +23,8 @@ def states():
     frames = []
     for stage, shift in (("before", 0), ("after", 6)):
         version, x = blobs(shift)
-        frames.append(pl.DataFrame(dict(stage=stage, user=np.repeat(np.arange(40), VERSIONS), version=version, x=x.tolist())))
+        frames.append(pl.DataFrame(dict(stage=stage, user=np.repeat(np.arange(40), VERSIONS), version=version,
+                                        x=x.tolist())))
     return pl.concat(frames)
 
 
@@ -32,7 +33,8 @@ def points(states): return F.layout_points(states, 30, seed=3)
 
 
 ABOUT = dict(dataset="toy", synthetic=True, pocket=True, words=list("abcde"), coupling="none",
-             separability=dict(before=dict(silhouette=-.001, knn_purity=.2, linear_probe=.561), after=dict(silhouette=.8, knn_purity=1., linear_probe=1.)))
+             separability=dict(before=dict(silhouette=-.001, knn_purity=.2, linear_probe=.561),
+                               after=dict(silhouette=.8, knn_purity=1., linear_probe=1.)))
 
 
 def test_same_points_twice(states, points): assert points.equals(F.layout_points(states, 30, seed=3))
@@ -40,19 +42,22 @@ def test_same_points_twice(states, points): assert points.equals(F.layout_points
 
 def test_same_users_in_every_panel(points):
     panels = [part for _, part in points.group_by("method", "stage")]
-    assert len(panels) == 4 and all(set(p["user"]) == set(panels[0]["user"]) and len(p) == 30 * VERSIONS for p in panels)
+    assert len(panels) == 4 and all(set(p["user"]) == set(panels[0]["user"]) and len(p) == 30 * VERSIONS
+                                    for p in panels)
 
 
 @pytest.mark.parametrize("method", ["UMAP", "t-SNE"])
 def test_separation_survives_the_layout(points, method):
     from sklearn.metrics import silhouette_score
-    score = {stage: silhouette_score(p.select("x", "y"), p["version"]) for (stage,), p in points.filter(pl.col("method") == method).group_by("stage")}
+    score = {stage: silhouette_score(p.select("x", "y"), p["version"]) for (stage,),
+             p in points.filter(pl.col("method") == method).group_by("stage")}
     assert score["before"] < 0 < .6 < score["after"]
 
 
 @pytest.mark.parametrize("method", ["UMAP", "t-SNE"])
 def test_after_is_turned_to_before(points, method):
-    before, after = (points.filter((pl.col("method") == method) & (pl.col("stage") == s)).select("x", "y").to_numpy() for s in ("before", "after"))
+    before, after = (points.filter((pl.col("method") == method) & (pl.col("stage") == s)).select("x", "y").to_numpy()
+                     for s in ("before", "after"))
     np.testing.assert_allclose(F.align(after, before), after, atol=1e-4 * np.abs(after).max())
 
 
@@ -65,11 +70,17 @@ def test_same_bytes_twice(points, tmp_path):
 
 def test_labels(points):
     fig = F.draw_couplings([(ABOUT, points), (ABOUT | dict(coupling="cooperative"), points)])
-    assert [ax.get_title() for ax in fig.axes] == ["before stage 1\nsilhouette 0.00, kNN purity 0.20,\nlinear probe 0.56 (chance 0.17)", "after, coupling none\nsilhouette 0.80, kNN purity 1.00,\nlinear probe 1.00 (chance 0.17)",
-                                                   "after, coupling cooperative\nsilhouette 0.80, kNN purity 1.00,\nlinear probe 1.00 (chance 0.17)"]
+    assert [ax.get_title()
+            for ax in fig.axes] == ["before stage 1\nsilhouette 0.00, kNN purity 0.20,\nlinear probe 0.56 (chance "
+                                    "0.17)",
+                                    "after, coupling none\nsilhouette 0.80, kNN purity 1.00,\nlinear probe 1.00 "
+                                    "(chance 0.17)",
+                                                   "after, coupling cooperative\nsilhouette 0.80, kNN purity "
+                                                   "1.00,\nlinear probe 1.00 (chance 0.17)"]
     assert "synthetic data" in fig.get_suptitle() and "pocket model" in fig.get_suptitle()
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["plain", *"abcde"]
 
 
 def test_states_of_different_users(states):
-    with pytest.raises(UserError, match="same users"): F.pick_states(states.filter((pl.col("stage") == "before") | (pl.col("user") > 3)), 40)
+    with pytest.raises(UserError, match="same users"):
+        F.pick_states(states.filter((pl.col("stage") == "before") | (pl.col("user") > 3)), 40)

@@ -1,4 +1,5 @@
-"Logits against transformers' own, over many architectures with random weights: biases, scales, caps, windows, bfloat16; and the tokens of yes and no."
+"""Logits against transformers' own, over many architectures with random weights: biases, scales, caps, windows,
+bfloat16; and the tokens of yes and no."""
 import math
 
 import numpy as np
@@ -6,7 +7,8 @@ import pytest
 import torch
 import transformers as tf
 
-from ganprompt.backbones import (answer_logits, answers, check_causal, check_t5, encode, follows, head_rows, label_loss, last_logits, load_model, log_odds,
+from ganprompt.backbones import (answer_logits, answers, check_causal, check_t5, encode, follows, head_rows, label_loss,
+                                 last_logits, load_model, log_odds,
                                  negatives, spellings)
 from ganprompt.encoder import js
 from ganprompt.p5 import log_likelihood
@@ -15,19 +17,30 @@ from ganprompt.runs import UserError
 from ganprompt.scorer import scores_of
 
 N = 60  # tokens of every vocabulary
-SMALL = dict(vocab_size=N, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+SMALL = dict(vocab_size=N, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+             num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 GEMMA = SMALL | dict(head_dim=8, final_logit_softcapping=2.)
 CAUSAL = {
-    "llama": (tf.LlamaConfig, SMALL), "qwen2": (tf.Qwen2Config, SMALL), "qwen3": (tf.Qwen3Config, SMALL | dict(head_dim=8)), "mistral": (tf.MistralConfig, SMALL),
-    "gpt2": (tf.GPT2Config, dict(vocab_size=N, n_embd=16, n_layer=2, n_head=2)), "gptj": (tf.GPTJConfig, dict(vocab_size=N, n_embd=16, n_layer=2, n_head=2, rotary_dim=4, bos_token_id=1, eos_token_id=2)),
-    "gpt_neox": (tf.GPTNeoXConfig, SMALL), "gpt_neo": (tf.GPTNeoConfig, dict(vocab_size=N, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], bos_token_id=1, eos_token_id=2)),
-    "opt": (tf.OPTConfig, dict(vocab_size=N, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=8)),
-    "phi": (tf.PhiConfig, SMALL), "phi3": (tf.Phi3Config, SMALL), "gemma2": (tf.Gemma2Config, GEMMA), "gemma3": (tf.Gemma3TextConfig, GEMMA),
-    "cohere": (tf.CohereConfig, SMALL | dict(logit_scale=.3)), "granite": (tf.GraniteConfig, SMALL | dict(logits_scaling=5., embedding_multiplier=3.)),
-    "bloom": (tf.BloomConfig, dict(vocab_size=N, hidden_size=16, n_layer=2, n_head=2)), "mpt": (tf.MptConfig, dict(vocab_size=N, d_model=16, n_layers=2, n_heads=2)),
-    "mamba": (tf.MambaConfig, dict(vocab_size=N, hidden_size=16, num_hidden_layers=2, state_size=4)), "biogpt": (tf.BioGptConfig, SMALL)}
+    "llama": (tf.LlamaConfig, SMALL), "qwen2": (tf.Qwen2Config, SMALL),
+    "qwen3": (tf.Qwen3Config, SMALL | dict(head_dim=8)), "mistral": (tf.MistralConfig, SMALL),
+    "gpt2": (tf.GPT2Config, dict(vocab_size=N, n_embd=16, n_layer=2, n_head=2)),
+    "gptj": (tf.GPTJConfig, dict(vocab_size=N, n_embd=16, n_layer=2, n_head=2, rotary_dim=4, bos_token_id=1,
+                                 eos_token_id=2)),
+    "gpt_neox": (tf.GPTNeoXConfig, SMALL), "gpt_neo": (tf.GPTNeoConfig, dict(vocab_size=N, hidden_size=16, num_layers=2,
+            num_heads=2, attention_types=[[["global", "local"], 1]], bos_token_id=1, eos_token_id=2)),
+    "opt": (tf.OPTConfig, dict(vocab_size=N, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
+                               word_embed_proj_dim=8)),
+    "phi": (tf.PhiConfig, SMALL), "phi3": (tf.Phi3Config, SMALL), "gemma2": (tf.Gemma2Config, GEMMA),
+    "gemma3": (tf.Gemma3TextConfig, GEMMA),
+    "cohere": (tf.CohereConfig, SMALL | dict(logit_scale=.3)), "granite": (tf.GraniteConfig, SMALL
+            | dict(logits_scaling=5., embedding_multiplier=3.)),
+    "bloom": (tf.BloomConfig, dict(vocab_size=N, hidden_size=16, n_layer=2, n_head=2)),
+    "mpt": (tf.MptConfig, dict(vocab_size=N, d_model=16, n_layers=2, n_heads=2)),
+    "mamba": (tf.MambaConfig, dict(vocab_size=N, hidden_size=16, num_hidden_layers=2, state_size=4)),
+    "biogpt": (tf.BioGptConfig, SMALL)}
 T5 = dict(vocab_size=N, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)
-SEQ2SEQ = {"t5": (tf.T5Config, T5), "t5 v1.1": (tf.T5Config, T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)), "mt5": (tf.MT5Config, T5), "umt5": (tf.UMT5Config, T5)}
+SEQ2SEQ = {"t5": (tf.T5Config, T5), "t5 v1.1": (tf.T5Config, T5 | dict(feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False)), "mt5": (tf.MT5Config, T5), "umt5": (tf.UMT5Config, T5)}
 
 
 def random_model(kind, untied=False, **more):
@@ -56,7 +69,8 @@ def test_the_last_logits_are_those_of_a_plain_forward_pass(kind):
         own = torch.stack([model(i[:n].unsqueeze(0)).logits[0, -1] for i, n in zip(ids, mask.sum(1))])
         for inputs in dict(input_ids=ids), dict(inputs_embeds=model.get_input_embeddings()(ids)):
             for wanted in rows, slice(None):
-                torch.testing.assert_close(last_logits(model, mask, wanted, attention_mask=mask, **inputs), own[:, wanted], atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(last_logits(model, mask, wanted, attention_mask=mask, **inputs),
+                                           own[:, wanted], atol=1e-5, rtol=1e-5)
         whole = model(ids, attention_mask=mask).logits
     assert whole.shape == (3, 7, N) and own[:, rows].std() > 1e-3 # the head is itself again
     check_causal(model)
@@ -70,24 +84,31 @@ def test_one_step_of_any_t5_is_transformers_own(kind, tmp_path):
     start = torch.zeros(2, 1, dtype=torch.int64)
     with torch.no_grad():
         own = model(input_ids=ids, attention_mask=mask, decoder_input_ids=start).logits[:, 0]
-        torch.testing.assert_close(answer_logits(model, encode(model, ids, mask), mask, [5, 9]), own[:, [5, 9]], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(answer_logits(model, encode(model, ids, mask), mask, [5, 9]), own[:, [5, 9]],
+                                   atol=1e-5, rtol=1e-4)
         item = [8, 4, 30, 1]
         ours = log_likelihood(model, encode(model, ids[:1], mask[:1]), mask[:1], [[item, [3, 1]]], 0)[0, 0]
-        assert ours.item() == pytest.approx(-4*model(input_ids=ids[:1], labels=torch.tensor([item])).loss.item(), rel=1e-4)
+        assert ours.item() == pytest.approx(-4*model(input_ids=ids[:1], labels=torch.tensor([item])).loss.item(),
+                                            rel=1e-4)
     check_t5(model)
 
 
 def test_no_other_model_passes_for_a_t5(tmp_path):
-    bart = tf.BartForConditionalGeneration(tf.BartConfig(vocab_size=N, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2))
+    bart = tf.BartForConditionalGeneration(tf.BartConfig(vocab_size=N, d_model=16, encoder_layers=1, decoder_layers=1,
+                                                         encoder_ffn_dim=16, decoder_ffn_dim=16,
+                                                         encoder_attention_heads=2, decoder_attention_heads=2))
     with pytest.raises(UserError, match="bart cannot carry our recommender"): check_t5(bart.eval())
 
 
 BERT = dict(vocab_size=N, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
 
-@pytest.mark.parametrize("made", [lambda: tf.BertForMaskedLM(tf.BertConfig(**BERT)), lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**BERT)), lambda: tf.ElectraForMaskedLM(tf.ElectraConfig(**BERT, embedding_size=16))])
+@pytest.mark.parametrize("made", [lambda: tf.BertForMaskedLM(tf.BertConfig(**BERT)),
+                                  lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**BERT)),
+                                  lambda: tf.ElectraForMaskedLM(tf.ElectraConfig(**BERT, embedding_size=16))])
 def test_an_encoder_is_no_causal_model(made, tmp_path):
     made().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="does not read from left to right|has no weights"): check_causal(load_model(str(tmp_path), "causal"))
+    with pytest.raises(UserError, match="does not read from left to right|has no weights"):
+        check_causal(load_model(str(tmp_path), "causal"))
 
 
 def test_a_bert_that_decodes_is_one(tmp_path):
@@ -102,12 +123,14 @@ def test_weights_are_never_drawn_at_random(tmp_path):
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "t5"])
 def test_bfloat16_ties_no_candidates(kind):
-    "A hundred candidates, in bfloat16 weights and in bfloat16 products: nearly as many values as in float32, in the same order but for near ties."
+    """A hundred candidates, in bfloat16 weights and in bfloat16 products: nearly as many values as in float32, in
+    the same order but for near ties."""
     model, ids, mask = random_model(kind), *texts([12]*100)
     ids[:, :8] = ids[0, :8] # one history
     def z(model):
         with torch.no_grad():
-            if kind == "t5": return scores_of(answer_logits(model, encode(model, ids, mask), mask, [5, 9]), "yes-no", [5, 9])
+            if kind == "t5":
+                return scores_of(answer_logits(model, encode(model, ids, mask), mask, [5, 9]), "yes-no", [5, 9])
             return scores_of(last_logits(model, mask, [5, 9], input_ids=ids, attention_mask=mask), "yes-no", [5, 9])
     full = z(model)
     with torch.autocast("cpu", torch.bfloat16): mixed = z(model)
@@ -119,10 +142,12 @@ def test_bfloat16_ties_no_candidates(kind):
 def test_losses_are_float32_under_autocast():
     model, (ids, mask) = random_model("t5"), texts([7, 4])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        states = model(input_ids=ids, attention_mask=mask, labels=ids, output_hidden_states=True).decoder_hidden_states[-1].float()
+        states = model(input_ids=ids, attention_mask=mask, labels=ids,
+                       output_hidden_states=True).decoder_hidden_states[-1].float()
         loss = label_loss(model, ids, input_ids=ids, attention_mask=mask)
     logits = torch.nn.functional.linear(states*16**-.5, model.lm_head.weight)
-    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).item(), abs=1e-6)
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).item()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(wanted, abs=1e-6)
 
 
 def test_a_head_with_adapters_is_whole():
@@ -132,40 +157,50 @@ def test_a_head_with_adapters_is_whole():
     ids, mask = texts([6, 3])
     with torch.no_grad():
         own = tuned(ids, attention_mask=mask).logits[torch.arange(2), mask.sum(1) - 1]
-        torch.testing.assert_close(last_logits(tuned.get_base_model(), mask, [5, 9], input_ids=ids, attention_mask=mask), own[:, [5, 9]])
+        torch.testing.assert_close(last_logits(tuned.get_base_model(), mask, [5, 9], input_ids=ids,
+                                               attention_mask=mask), own[:, [5, 9]])
 
 
-WINDOWS = {"mistral": dict(sliding_window=6), "phi3": dict(sliding_window=6), "gemma2": dict(sliding_window=6), "gemma3": dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
-           "qwen2": dict(use_sliding_window=True, sliding_window=6, max_window_layers=1), "gpt_neo": dict(window_size=6)}
+WINDOWS = {"mistral": dict(sliding_window=6), "phi3": dict(sliding_window=6), "gemma2": dict(sliding_window=6),
+           "gemma3": dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
+           "qwen2": dict(use_sliding_window=True, sliding_window=6, max_window_layers=1),
+           "gpt_neo": dict(window_size=6)}
 
 @pytest.mark.parametrize("kind", WINDOWS)
 def test_a_prefix_longer_than_the_window_is_read_whole(kind):
-    "Prefixes of different lengths on both sides of the window: through the recommender's own two ways, against plain forward passes."
+    """Prefixes of different lengths on both sides of the window: through the recommender's own two ways, against
+    plain forward passes."""
     from ganprompt.recommender import CausalLM
     model, owner = random_model(kind, **WINDOWS[kind]), torch.tensor([0, 0, 1, 1])
     assert window(model.config) == 6 and window(random_model("llama").config) == math.inf
     lm = CausalLM.__new__(CausalLM)
-    lm.lm, lm.tails, lm.tail_lengths, lm.tail_pad, lm.room = model, [[7, 8], [9, 30, 31]], np.array([2, 3]), 0, prefix_room(model)
+    lm.lm, lm.tails, lm.tail_lengths, lm.tail_pad, lm.room = model, [[7, 8],
+            [9, 30, 31]], np.array([2, 3]), 0, prefix_room(model)
     lm.t5 = model # for its device
     for lengths in [9, 4], [3, 2]:
         ids, mask = texts(lengths)
         with torch.no_grad():
             memory = lm.remember(model.get_input_embeddings()(ids), mask)
             found = lm.answer(memory, np.array([[0, 1], [0, 1]]), [5, 9]).flatten(0, 1)
-            own = torch.stack([model(torch.tensor([ids[o, :lengths[o]].tolist() + lm.tails[i]])).logits[0, -1, [5, 9]] for o, i in zip(owner, [0, 1, 0, 1])])
+            own = torch.stack([model(torch.tensor([ids[o, :lengths[o]].tolist() + lm.tails[i]])).logits[0, -1, [5, 9]]
+                               for o, i in zip(owner, [0, 1, 0, 1])])
         torch.testing.assert_close(found, own, atol=1e-5, rtol=1e-4)
         assert isinstance(memory[0], list) == (sum(lengths) == 5 and lm.room == 6)
 
 
 @pytest.mark.parametrize("kind", CAUSAL)
 def test_where_a_prefix_is_shared_it_changes_nothing(kind):
-    model, (ids, before), (tails, mask), owner = random_model(kind), texts([9, 4]), texts([3, 2, 3], 1), torch.tensor([0, 0, 1])
+    model, (ids, before), (tails, mask), owner = random_model(kind), texts([9, 4]), texts([3, 2, 3],
+            1), torch.tensor([0, 0, 1])
     with torch.no_grad():
         embeds = model.get_input_embeddings()(ids)
         whole = answer_whole(model, embeds, before, owner, tails, mask, [5, 9])
-        own = torch.stack([model(torch.cat([ids[o, :before[o].sum()], t[:m.sum()]])[None]).logits[0, -1, [5, 9]] for o, t, m in zip(owner, tails, mask)])
+        own = torch.stack([model(torch.cat([ids[o, :before[o].sum()], t[:m.sum()]])[None]).logits[0, -1, [5, 9]] for o,
+                           t, m in zip(owner, tails, mask)])
         torch.testing.assert_close(whole, own, atol=1e-5, rtol=1e-4)
-        if room := prefix_room(model): torch.testing.assert_close(answer_tails(model, read_prefix(model, embeds, before), owner, tails, mask, [5, 9]), own, atol=1e-5, rtol=1e-4)
+        if room := prefix_room(model):
+            torch.testing.assert_close(answer_tails(model, read_prefix(model, embeds, before), owner, tails, mask,
+                                                    [5, 9]), own, atol=1e-5, rtol=1e-4)
     assert room or kind in ("mamba", "mpt", "gpt_neo"), kind
 
 
@@ -174,16 +209,20 @@ def byte_level(words):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.train_from_iterator(words*1000, trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|endoftext|>"], show_progress=False))
+    tokenizer.train_from_iterator(words*1000, trainers.BpeTrainer(vocab_size=400,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|endoftext|>"],
+            show_progress=False))
     return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="<|endoftext|>")
 
 
 def test_yes_and_no_follow_the_text():
     tok = byte_level(["yes", " yes", "no", " no", "Yes", "No", " Yes"]) # " No" is two tokens: " Yes" has no partner
     def words(ids): return tok.convert_ids_to_tokens(ids)
-    assert words(answers(tok, "buy next ?")) == ["Ġno", "Ġyes"] and words(answers(tok)) == words(answers(tok, "assistant\n")) == ["no", "yes"]
+    assert (words(answers(tok, "buy next ?")) == ["Ġno", "Ġyes"]
+            and words(answers(tok)) == words(answers(tok, "assistant\n")) == ["no", "yes"])
     assert set(words(spellings(tok, "next ?"))[:3]) == {"no", "No", "Ġno"} and len(spellings(tok, "next ?")) == 6
-    assert [w.lower().replace("yes", "no") for w in words(spellings(tok))[3:]] == [w.lower() for w in words(spellings(tok))[:3]]
+    assert ([w.lower().replace("yes", "no") for w in words(spellings(tok))[3:]]
+            == [w.lower() for w in words(spellings(tok))[:3]])
     assert follows(tok, " yes", "next ?") == tok("next ? yes").input_ids[len(tok("next ?").input_ids):]
     with pytest.raises(UserError, match="must be one"): spellings(byte_level(["yes"]), "?")
 
@@ -199,7 +238,8 @@ def test_pooled_log_odds_are_those_of_the_summed_probabilities():
 
 
 def test_nothing_is_drawn_for_whom_owns_all():
-    with pytest.raises(UserError, match="row 1 of 2: the user has all 3 items"): negatives([{0}, {0, 1, 2}], 3, 2, np.random.default_rng(0))
+    with pytest.raises(UserError, match="row 1 of 2: the user has all 3 items"):
+        negatives([{0}, {0, 1, 2}], 3, 2, np.random.default_rng(0))
     assert (negatives([{0, 1}], 3, 5, np.random.default_rng(0)) == 2).all()
 
 

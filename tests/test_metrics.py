@@ -29,7 +29,8 @@ def test_ranks_agree_with_ir_measures():
     names = {RR: "mrr"} | {Success @ k: f"hit@{k}" for k in (1, 5, 10)} | {nDCG @ k: f"ndcg@{k}" for k in (1, 5, 10)}
     found = {name: np.zeros(len(lists)) for name in names.values()}
     for got in ir_measures.iter_calc(list(names), qrels, run): found[names[got.measure]][int(got.query_id)] = got.value
-    for name, values in found.items(): np.testing.assert_allclose(ours[name].to_numpy(), values, atol=1e-6, err_msg=name)
+    for name, values in found.items():
+        np.testing.assert_allclose(ours[name].to_numpy(), values, atol=1e-6, err_msg=name)
 
 
 def test_auc_agrees_with_scikit_learn():
@@ -43,7 +44,8 @@ def test_a_constant_score_does_not_look_good():
     assert people["rank"].to_list() == [100] * 5 and people["hit@10"].sum() == 0 and people["auc"].to_list() == [.5] * 5
 
 
-@pytest.mark.parametrize("lists, words", [([[1., 2.], [1.]], "another candidate"), ([[1., np.nan]], "NaN"), ([], "another candidate")])
+@pytest.mark.parametrize("lists, words", [([[1., 2.], [1.]], "another candidate"), ([[1., np.nan]], "NaN"),
+                                          ([], "another candidate")])
 def test_lists_that_cannot_be_ranked(lists, words):
     with pytest.raises(UserError, match=words): M.ranking(lists)
 
@@ -69,21 +71,28 @@ def test_one_training_has_an_interval_over_users_and_says_so():
     x = np.random.default_rng(0).normal(size=(1, 50, 2))
     np.testing.assert_array_equal(M.interval(x), M.bootstrap(x[0]))
     draws = np.r_[.5, np.arange(101)/100]
-    for one in (draws, draws[:, None]): assert M.ends(one) == pytest.approx([.5, .025, .975]) # percentiles of 0, .01, … 1
+    # percentiles of 0, .01, … 1
+    for one in (draws, draws[:, None]): assert M.ends(one) == pytest.approx([.5, .025, .975])
     assert M.scope(1) == "over users, for one training: they say nothing of the method"
-    assert M.scope(3, "users and templates") == "over 3 trainings, users and templates (a claim wants 5 trainings)" and M.scope(5) == "over 5 trainings and users"
+    assert (M.scope(3, "users and templates") == "over 3 trainings, users and templates (a claim wants 5 trainings)"
+            and M.scope(5) == "over 5 trainings and users")
 
 
-STATISTICS = {"mean": lambda m: m.mean(-1), "q05": lambda m: np.quantile(m, .05, axis=-1), "CPS": lambda m: m.max(-1)*(1 - m.max(-1) + m.mean(-1))}
+STATISTICS = {"mean": lambda m: m.mean(-1), "q05": lambda m: np.quantile(m, .05, axis=-1),
+              "CPS": lambda m: m.max(-1)*(1 - m.max(-1) + m.mean(-1))}
 
 
 @pytest.mark.parametrize("trainings", [3, 5, 10])
 @pytest.mark.parametrize("by_training, by_user, by_template", [(.03, 0, 0), (0, .4, 0), (.02, .3, .03)])
-def test_a_methods_interval_holds_the_truth_95_times_in_100(trainings, by_training, by_user, by_template, studies=700, templates=20, users=50):
-    "Of figures over templates too. The truth of a figure is its mean over banks of as many templates, without the noise of trainings and users."
+def test_a_methods_interval_holds_the_truth_95_times_in_100(trainings, by_training, by_user, by_template, studies=700,
+                                                            templates=20, users=50):
+    """Of figures over templates too. The truth of a figure is its mean over banks of as many templates, without the
+    noise of trainings and users."""
     rng = np.random.default_rng(trainings)
     banks = .4 + by_template*rng.normal(size=(20000, templates))
-    found = {f"{i}": .4 + by_training*rng.normal(size=(trainings, 1, 1)) + by_template*rng.normal(size=(1, templates, 1)) + by_user*rng.normal(size=(1, 1, users)) for i in range(studies)}
+    found = {f"{i}": .4 + by_training*rng.normal(size=(trainings, 1, 1))
+             + by_template*rng.normal(size=(1, templates, 1)) + by_user*rng.normal(size=(1, 1, users))
+             for i in range(studies)}
     for name, statistic in STATISTICS.items():
         truth, held = statistic(banks).mean(), [M.ends(draws) for draws in M.redrawn(found, statistic, 100).values()]
         assert np.mean([low < truth < high for _, low, high in held]) > .93, name
@@ -125,7 +134,9 @@ def test_bounds_are_reached():
 def test_printed_tables_hang_together():
     paper = M.paper_tables()
     assert paper.shape == (27, 10)
-    improvement = {"beauty": [6.46, 20.77, 3.71, 6.46, 26.08, 24.35, 13.43], "toys": [67.12, 22.87, 14.21, 67.12, 23.28, 8.73, 8.95]}   # as printed
+    # as printed
+    improvement = {"beauty": [6.46, 20.77, 3.71, 6.46, 26.08, 24.35, 13.43],
+                   "toys": [67.12, 22.87, 14.21, 67.12, 23.28, 8.73, 8.95]}
     for dataset, printed in improvement.items():
         rows = M.reported(dataset)
         ours = [100 * (rows["GANPrompt"][m][0] / rows["best baseline"][m][0] - 1) for m in M.METRICS[1:]]
@@ -133,7 +144,8 @@ def test_printed_tables_hang_together():
 
 
 def test_marks_of_the_printed_tables():
-    marks = {(r["dataset"], r["model"], r["metric"]): r["mark"] for r in M.check_tables(M.paper_tables()).iter_rows(named=True)}
+    marks = {(r["dataset"], r["model"], r["metric"]): r["mark"]
+             for r in M.check_tables(M.paper_tables()).iter_rows(named=True)}
     ours = [marks[d, "GANPrompt", f"ndcg@{k}"] for d in ("beauty", "sports", "toys") for k in (5, 10)]
     assert ours == ["too high"] * 4 + ["too low"] * 2
     assert marks["toys", "HGN", "ndcg@10"] == "ok" and marks["beauty", "TALLRec", "mrr"] == "too low"
@@ -147,9 +159,12 @@ def kept(tmp_path, monkeypatch):
     (tmp_path / "data/results/toy").mkdir(parents=True)
     for seed in (0, 1):
         lists = tied_lists(200, seed)
-        people = M.per_user(np.arange(200), {"random": lists, "popularity": lists, "ganprompt": [s + 3 * (np.arange(len(s)) == 0) for s in lists]})
-        record = dict(entry=f"toy-{seed}", dataset="toy", synthetic=True, pocket=True, seed=seed, metrics=M.measure(people, 100),
-                      differences={"ganprompt - popularity": M.difference(people, "ganprompt", "popularity", 100)}, parameters={"data": {"k": 5, "seed": seed}})
+        people = M.per_user(np.arange(200), {"random": lists, "popularity": lists,
+                                             "ganprompt": [s + 3 * (np.arange(len(s)) == 0) for s in lists]})
+        record = dict(entry=f"toy-{seed}", dataset="toy", synthetic=True, pocket=True, seed=seed,
+                      metrics=M.measure(people, 100),
+                      differences={"ganprompt - popularity": M.difference(people, "ganprompt", "popularity", 100)},
+                      parameters={"data": {"k": 5, "seed": seed}})
         (tmp_path / f"data/results/toy/toy-{seed}.json").write_text(json.dumps(record))
     return tmp_path
 
@@ -167,7 +182,8 @@ def test_summary_writes_table_and_picture(kept):
 
 def test_one_figure_a_line():
     "The three measured numbers stand in their columns, and the paper's beside them."
-    found = {"metrics": {"GANPrompt": {m: [.2, .1, .3] for m in M.METRICS}}, "reported": {"GANPrompt": {m: [.4, "GANPrompt", ""] for m in M.METRICS}}}
+    found = {"metrics": {"GANPrompt": {m: [.2, .1, .3] for m in M.METRICS}},
+             "reported": {"GANPrompt": {m: [.4, "GANPrompt", ""] for m in M.METRICS}}}
     lines = M.long_table(found)
     assert lines.filter(model="GANPrompt").select("measured", "low", "high").unique().row(0) == (.2, .1, .3)
     assert set(lines.drop_nulls("reported").select("model", "reported").rows()) == {("ganprompt", .4)}
@@ -180,16 +196,19 @@ def test_summary_of_nothing(kept):
 # --- users with several lists
 
 def test_two_rows_a_user_by_hand():
-    "Ranks 1, 3 | 2, 11 | 1, 1: HR@1 is over lists, and a pair of models is compared list by list, in whatever order they come."
+    """Ranks 1, 3 | 2, 11 | 1, 1: HR@1 is over lists, and a pair of models is compared list by list, in whatever
+    order they come."""
     def list_of(rank): return np.r_[0., np.ones(rank - 1), -np.ones(20 - rank)]
     ranks, users, rows = [1, 3, 2, 11, 1, 1], [4, 4, 7, 7, 9, 9], [3, 8, 9, 12, 20, 21]
     a = M.per_user(users, {"a": [list_of(r) for r in ranks]}, rows)
     turned = [1, 0, 5, 4, 3, 2] # the other model's lists come in another order
-    b = M.per_user([users[i] for i in turned], {"b": [list_of(ranks[i] + (i == 1)) for i in turned]}, [rows[i] for i in turned])
+    b = M.per_user([users[i] for i in turned], {"b": [list_of(ranks[i] + (i == 1)) for i in turned]},
+                   [rows[i] for i in turned])
     assert M.measure(a)["a"]["hit@1"][0] == 3/6 and M.measure(a)["a"]["hit@10"][0] == 5/6
     d = M.difference(pl.concat([a, b]), "a", "b")
     assert d["mrr"][0] == pytest.approx((1/3 - 1/4)/6) and d["hit@10"] == [0, 0, 0]
-    with pytest.raises(UserError, match="different users"): M.difference(pl.concat([a, b.with_columns(pl.col("row") + 1)]), "a", "b")
+    with pytest.raises(UserError, match="different users"):
+        M.difference(pl.concat([a, b.with_columns(pl.col("row") + 1)]), "a", "b")
 
 
 def test_a_user_is_drawn_with_all_lists():
@@ -209,7 +228,8 @@ def test_a_user_is_drawn_with_all_lists():
 
 
 def test_scores_are_joined_by_their_sequence(shop, tmp_path):
-    "A part of the users of a run whose long histories are cut in parts: each model's own list of scores, however the file is sorted, and all lists of a drawn user."
+    """A part of the users of a run whose long histories are cut in parts: each model's own list of scores, however
+    the file is sorted, and all lists of a drawn user."""
     from conftest import make
     from ganprompt.data import load_candidates, load_sequences
     from ganprompt.recommender import sample_rows
@@ -219,9 +239,12 @@ def test_scores_are_joined_by_their_sequence(shop, tmp_path):
     test, lists = load_sequences(str(run), "test"), load_candidates(str(run), "uni99")[1]
     assert test["user"].is_duplicated().any()
     at = sample_rows(test["user"], 30, 0)
-    assert len(set(test["user"][at])) == 30 and set(at) == set(np.flatnonzero(test["user"].is_in(test["user"][at].implode())))
+    mine = set(np.flatnonzero(test["user"].is_in(test["user"][at].implode())))
+    assert len(set(test["user"][at])) == 30 and set(at) == mine
     def recommend(to):
-        def rows(model, order): return pl.DataFrame({"model": model, "row": test["row"][order], "user": test["user"][order], "scores": [(lists[i] + .5).tolist() for i in order]})
+        def rows(model, order):
+            return pl.DataFrame({"model": model, "row": test["row"][order], "user": test["user"][order],
+                                 "scores": [(lists[i] + .5).tolist() for i in order]})
         pl.concat([rows("ganprompt", at), rows("no-stage-1", at[::-1])]).write_parquet(to/"scores.parquet")
         (to/"recommender.json").write_text(json.dumps({"candidates": "uni99", "pocket": True, "t5": "pocket"}))
         return {}
@@ -231,19 +254,26 @@ def test_scores_are_joined_by_their_sequence(shop, tmp_path):
     for model in ("ganprompt", "no-stage-1"):
         for i, z in zip(at, scores[model]): np.testing.assert_array_equal(z, lists[i] + .5)
     result = M.evaluate(str(run), M.per_user(rows["user"], scores, rows["row"]), 50, 0)
-    assert (result["users"], result["rows"]) == (30, len(at)) and f"{len(at)} lists, for some users have several" in M.notes(result)
+    assert ((result["users"], result["rows"]) == (30, len(at))
+            and f"{len(at)} lists, for some users have several" in M.notes(result))
 
 
 def test_a_report_says_how_a_model_stands():
     "Generated from the paired differences, with the interval's ends in order."
     def d(*ends): return {m: list(ends) for m in M.METRICS}
-    said = M.standing({"GANPrompt": {"random": d(.2, .15, .25), "popularity": d(-.033, -.051, -.012)}, "lost": {"random": d(-.01, -.03, .02), "popularity": d(.02, .01, .04)}})
-    assert said[0] == ("GANPrompt's HR@10 lies above random by .200 [.150, .250]: it has learned something; below popularity by .033 [.012, .051]: it has learned less than a count of purchases tells.")
-    assert said[1] == ("lost's HR@10 lies within the noise of random (-.010 [-.030, +.020]): it has not been shown to have learned anything; above popularity by .020 [.010, .040]: it knows more than a count of purchases.")
-    edge = M.standing({"edge": {"random": d(.1, 0., .2), "popularity": d(-.1, -.2, 0.)}})[0] # an interval that touches zero holds it
+    said = M.standing({"GANPrompt": {"random": d(.2, .15, .25), "popularity": d(-.033, -.051, -.012)},
+                       "lost": {"random": d(-.01, -.03, .02), "popularity": d(.02, .01, .04)}})
+    assert said[0] == ("GANPrompt's HR@10 lies above random by .200 [.150, .250]: it has learned something; below "
+                       "popularity by .033 [.012, .051]: it has learned less than a count of purchases tells.")
+    assert said[1] == ("lost's HR@10 lies within the noise of random (-.010 [-.030, +.020]): it has not been shown to "
+                       "have learned anything; above popularity by .020 [.010, .040]: it knows more than a count of "
+                       "purchases.")
+    # an interval that touches zero holds it
+    edge = M.standing({"edge": {"random": d(.1, 0., .2), "popularity": d(-.1, -.2, 0.)}})[0]
     assert "within the noise of random" in edge and "within the noise of popularity" in edge
     rng = np.random.default_rng(0)
     lists = [rng.normal(size=30) for _ in range(200)]
-    people = M.per_user(np.arange(200), {"popularity": [z + 2*(np.arange(30) == 0) for z in lists], "random": lists, "ganprompt": [z + .7*(np.arange(30) == 0) for z in lists]})
+    people = M.per_user(np.arange(200), {"popularity": [z + 2*(np.arange(30) == 0) for z in lists], "random": lists,
+                                         "ganprompt": [z + .7*(np.arange(30) == 0) for z in lists]})
     pairs = {"ganprompt": {other: M.difference(people, "ganprompt", other, 200) for other in ("random", "popularity")}}
     assert "above random" in M.standing(pairs)[0] and "it has learned less than a count" in M.standing(pairs)[0]

@@ -10,7 +10,8 @@ from conftest import make, start
 from ganprompt.backbones import answers, backbone, load_model, load_tokenizer, pocket_model, resolve
 from ganprompt.data import load_candidates, load_sequences
 from ganprompt.encoder import reader_for
-from ganprompt.recommender import ask, divergence, load_recommender, logits_at, make_recommender, new_recommender, worded
+from ganprompt.recommender import (ask, divergence, load_recommender, logits_at, make_recommender, new_recommender,
+                                   worded)
 from ganprompt.runs import UserError
 from ganprompt.scorer import Questions, States, bank_for, own_attributes, score_rows
 
@@ -37,7 +38,9 @@ def test_a_killed_training_ends_with_the_same_numbers(what, finished, shop, tmp_
     assert start(run, stage, shop, **more).wait() == 0
     assert json.loads((run/stage/"manifest.json").read_text())["resumed"]
     if stage == "encoder": assert states(run).equals(states(finished))
-    else: assert scores(run).equals(scores(finished).join(scores(run).select("model").unique(), on="model", how="semi", maintain_order="left"))
+    else:
+        assert scores(run).equals(scores(finished).join(scores(run).select("model").unique(), on="model", how="semi",
+                                                        maintain_order="left"))
     assert not list((run/stage).rglob("checkpoint*")) and not list((run/stage).rglob("*.bin"))
 
 
@@ -53,10 +56,12 @@ def test_a_saved_recommender_gives_its_scores_again(name, finished):
 
 
 def test_adapters_and_projection_make_the_scores(finished):
-    "What is saved of a causal recommender has moved, is all safetensors, and is what a reloaded model answers with: fresh adapters answer otherwise."
+    """What is saved of a causal recommender has moved, is all safetensors, and is what a reloaded model answers
+    with: fresh adapters answer otherwise."""
     run, folder = str(finished), finished/"recommender/ganprompt, causal-lm"
     reader, (_, lists) = reader_for(run)[0], load_candidates(run, "uni99")
-    questions, trained = Questions(reader, own_attributes(run), load_sequences(run, "test")), load_recommender(folder, reader)
+    questions, trained = Questions(reader, own_attributes(run), load_sequences(run, "test")), load_recommender(folder,
+            reader)
     assert {p.suffix for p in folder.rglob("*") if p.is_file()} <= {".safetensors", ".json", ".md"}
     moved = [p.abs().max().item() for n, p in trained.module.named_parameters() if "lora_B" in n]
     assert moved and min(moved) > 0 # peft starts these at zero
@@ -75,11 +80,13 @@ def test_the_encoder_stays_frozen_and_the_decoder_moves(finished):
 def test_renumbering_all_items_changes_no_score(name, finished):
     run = str(finished)
     (reader, _), (_, lists) = reader_for(run), load_candidates(run, "uni99")
-    rows, anew, order = load_sequences(run, "test"), reader_for(run)[0], np.random.default_rng(0).permutation(len(reader.titles))
+    rows, anew = load_sequences(run, "test"), reader_for(run)[0]
+    order = np.random.default_rng(0).permutation(len(reader.titles))
     anew.titles = [reader.titles[i] for i in np.argsort(order)]
     moved = rows.with_columns(history=pl.Series([[int(order[i]) for i in h] for h in rows["history"].to_list()]))
     def scores(reader, rows, lists):
-        return np.stack(score_rows(load_recommender(finished/"recommender"/name, reader), Questions(reader, own_attributes(run), rows), np.arange(5), lists))
+        return np.stack(score_rows(load_recommender(finished/"recommender"/name, reader),
+                                   Questions(reader, own_attributes(run), rows), np.arange(5), lists))
     assert np.allclose(scores(reader, rows, lists), scores(anew, moved, [order[i] for i in lists]), atol=1e-5)
 
 
@@ -93,12 +100,15 @@ def test_stages_after_the_data_never_see_held_out_purchases(finished):
 
 def test_a_loss_that_is_not_finite_stops_with_a_message(finished, shop, tmp_path):
     shutil.copytree(finished, tmp_path/"run")
-    with pytest.raises(UserError, match="stage 1, step .*learning rate"): make(tmp_path/"run", "encoder", shop, encoder_lr=1e30)
+    with pytest.raises(UserError, match="stage 1, step .*learning rate"):
+        make(tmp_path/"run", "encoder", shop, encoder_lr=1e30)
     assert not (tmp_path/"run/encoder.partial").exists()
 
 
-@pytest.mark.parametrize("bad, said", [(dict(coupling="rival"), "coupling='rival'"), (dict(lm_target="title"), "next-title"), (dict(optimizer="sgd"), "adafactor"),
-                                       (dict(js_sign=2), "js_sign=2"), (dict(pocket_width=50), "multiple of 16"), (dict(k=10**6), "usable words")])
+@pytest.mark.parametrize("bad, said", [(dict(coupling="rival"), "coupling='rival'"),
+                                       (dict(lm_target="title"), "next-title"), (dict(optimizer="sgd"), "adafactor"),
+                                       (dict(js_sign=2), "js_sign=2"), (dict(pocket_width=50), "multiple of 16"),
+                                       (dict(k=10**6), "usable words")])
 def test_a_wrong_value_is_named(bad, said, finished, shop, tmp_path):
     shutil.copytree(finished, tmp_path/"run")
     with pytest.raises(UserError, match=said): make(tmp_path/"run", "encoder", shop, **bad)
@@ -109,7 +119,8 @@ def test_a_wrong_value_is_named(bad, said, finished, shop, tmp_path):
 def test_a_hub_model_without_network(download, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     start = time.time()
-    with pytest.raises(UserError, match="t5-none.*neither a folder nor in the local cache"): resolve("t5-none", download)
+    with pytest.raises(UserError, match="t5-none.*neither a folder nor in the local cache"):
+        resolve("t5-none", download)
     assert time.time() - start < 30
 
 
@@ -142,7 +153,8 @@ def test_a_pocket_causal_model_is_saved_and_loaded(finished, tmp_path):
 @pytest.mark.parametrize("coupling, js_sign, optimizer", [("adversarial", 1, "adagrad"), ("none", -1, "adafactor")])
 def test_every_reading_of_the_paper_trains(lm_target, coupling, js_sign, optimizer, finished, shop, tmp_path):
     shutil.copytree(finished, tmp_path/"run")
-    folder = make(tmp_path/"run", "encoder", shop, lm_target=lm_target, coupling=coupling, js_sign=js_sign, optimizer=optimizer)
+    folder = make(tmp_path/"run", "encoder", shop, lm_target=lm_target, coupling=coupling, js_sign=js_sign,
+                  optimizer=optimizer)
     curves = pl.read_parquet(folder/"curves.parquet")
     assert np.isfinite(curves.select(pl.all().exclude("step", "model")).to_numpy()).all()
     assert np.allclose(curves["total"], curves["cos"] + js_sign*.1*curves["js"], atol=1e-5)
@@ -152,8 +164,10 @@ def test_every_reading_of_the_paper_trains(lm_target, coupling, js_sign, optimiz
 def reworded(finished, shop, tmp_path_factory):
     "The ranker tuned in three wordings without attribute words: with much weight on consistency, and with none."
     def one(weight):
-        shutil.copytree(finished, run := tmp_path_factory.mktemp("wordings")/"run", ignore=shutil.ignore_patterns("recommender"))
-        assert start(run, "recommender", shop, recommender="t5-ranker", attributes=False, wordings=3, consistency=weight, recommender_epochs=4).wait() == 0
+        shutil.copytree(finished, run := tmp_path_factory.mktemp("wordings")/"run",
+                        ignore=shutil.ignore_patterns("recommender"))
+        assert start(run, "recommender", shop, recommender="t5-ranker", attributes=False, wordings=3,
+                     consistency=weight, recommender_epochs=4).wait() == 0
         return run
     return {weight: one(weight) for weight in (0., 30.)}
 
@@ -162,15 +176,20 @@ def test_other_wordings_are_seen_templates_and_differ(finished):
     reader, _ = reader_for(str(finished))
     rows, bank, own = load_sequences(str(finished), "train")[:60], bank_for(reader), own_attributes(str(finished))
     clean, *others = worded(reader, own, rows, dict(attributes=False, wordings=3, nonsense=0, seed=1))
-    by_template = {t["id"]: Questions(reader, own, rows, t["text"], attributes=False) for t in bank if t["split"] == "seen"}
+    by_template = {t["id"]: Questions(reader, own, rows, t["text"], attributes=False) for t in bank if t["split"]
+                   == "seen"}
     used = []
     for r in range(len(rows)):
-        assert clean.context(r) == by_template[bank[0]["id"]].context(r) and not set(own.values()) & set(reader.tokenizer.decode(clean.context(r)).partition("purchase")[0].split())
-        names = [next(name for name, q in by_template.items() if q.context(r) == other.context(r) and q.ids(r, 1) == other.ids(r, 1)) for other in others]
+        assert (clean.context(r) == by_template[bank[0]["id"]].context(r)
+                and not set(own.values())
+                & set(reader.tokenizer.decode(clean.context(r)).partition("purchase")[0].split()))
+        names = [next(name for name, q in by_template.items() if q.context(r) == other.context(r) and q.ids(r, 1)
+                      == other.ids(r, 1)) for other in others]
         assert len({bank[0]["id"], *names}) == 3
         used += names
     assert len(set(used)) == len(by_template) - 1 # all of them, over sixty rows
-    with pytest.raises(UserError, match=f"choose 1 to {len(by_template)}"): worded(reader, own, rows, dict(attributes=False, wordings=len(by_template) + 1, nonsense=0, seed=1))
+    with pytest.raises(UserError, match=f"choose 1 to {len(by_template)}"):
+        worded(reader, own, rows, dict(attributes=False, wordings=len(by_template) + 1, nonsense=0, seed=1))
 
 
 def test_nonsense_is_drawn_beside_the_seen_templates_and_holds_the_same_titles(finished):
@@ -183,11 +202,14 @@ def test_nonsense_is_drawn_beside_the_seen_templates_and_holds_the_same_titles(f
     expected = (len(seen) - 1)/(len(seen) - 1 + 40)
     assert abs(np.mean(said) - expected) < .1
     def joined(ids): return "".join(f",{i}" for i in ids) + ","
-    titles = [(seen[0].prompt.titles[item], joined(ids)) for r, ids in others for item in rows["history"][r][-reader.history_items:]]
+    titles = [(seen[0].prompt.titles[item], joined(ids)) for r, ids in others
+              for item in rows["history"][r][-reader.history_items:]]
     assert all(joined(title[:2]) in prompt for title, prompt in titles) # every title, if not to its end
     assert not all(joined(title) in prompt for title, prompt in titles) # some are broken off
     again = worded(reader, {}, rows, dict(attributes=False, wordings=5, nonsense=40, seed=2))
-    assert len({str(ids) for _, ids in others} | {str(q.context(r)) for q in again[1:] for r in range(60)}) > .8*2*len(others) # each seed has its own
+    # each seed has its own
+    assert (len({str(ids) for _, ids in others} | {str(q.context(r)) for q in again[1:] for r in range(60)})
+            > .8*2*len(others))
 
 
 @pytest.mark.parametrize("kind", ["t5-decoder", "t5-ranker"])
@@ -195,8 +217,10 @@ def test_each_wording_has_logits_of_its_own(kind, finished, tmp_path):
     run = str(finished)
     (reader, path), rows = reader_for(run), load_sequences(run, "train")[:7]
     items, at = np.random.default_rng(0).integers(len(reader.titles), size=(7, 3)), np.array([4, 0, 6])
-    asked, model = worded(reader, own_attributes(run), rows, dict(attributes=True, wordings=3, nonsense=0, seed=0)), new_recommender(kind, path, reader)
-    states = States([p for q in asked for p in ask(model, q, items)], model.t5.config.d_model, model.pad_id, tmp_path/"states.bin").fill(model.t5)
+    asked, model = worded(reader, own_attributes(run), rows, dict(attributes=True, wordings=3, nonsense=0,
+            seed=0)), new_recommender(kind, path, reader)
+    states = States([p for q in asked for p in ask(model, q, items)], model.t5.config.d_model, model.pad_id,
+                    tmp_path/"states.bin").fill(model.t5)
     for w, questions in enumerate(asked):
         with torch.inference_mode(): z = logits_at(model, states, items, at, model.names, w)
         alone = score_rows(model, questions, at, list(items))
@@ -206,10 +230,12 @@ def test_each_wording_has_logits_of_its_own(kind, finished, tmp_path):
 def test_a_recommender_knows_how_it_was_asked(reworded):
     run = reworded[0.]
     reader, kept = reader_for(str(run))[0], scores(run).filter(model="no-stage-1, t5-ranker")
-    model, rows, lists = load_recommender(run/"recommender/no-stage-1, t5-ranker", reader), load_sequences(str(run), "test"), load_candidates(str(run), "uni99")[1]
+    model, rows, lists = load_recommender(run/"recommender/no-stage-1, t5-ranker", reader), load_sequences(str(run),
+            "test"), load_candidates(str(run), "uni99")[1]
     assert model.attributes is False
     own = own_attributes(str(run))
-    bare, with_words = (np.concatenate(score_rows(model, Questions(reader, own, rows, attributes=a), np.arange(5), lists)) for a in (False, True))
+    bare, with_words = (np.concatenate(score_rows(model, Questions(reader, own, rows, attributes=a), np.arange(5),
+                                                  lists)) for a in (False, True))
     np.testing.assert_allclose(bare, np.concatenate(kept["scores"].to_list()[:5]), atol=1e-5)
     assert np.abs(bare - with_words).max() > 1e-3
 
@@ -218,10 +244,12 @@ def test_consistency_brings_the_answers_together(reworded):
     "Under templates that were not seen; and the curves show the term."
     apart = {}
     for weight, run in reworded.items():
-        reader, rows, lists = reader_for(str(run))[0], load_sequences(str(run), "test")[:40], load_candidates(str(run), "uni99")[1]
+        reader, rows, lists = reader_for(str(run))[0], load_sequences(str(run), "test")[:40], load_candidates(str(run),
+                "uni99")[1]
         model = load_recommender(run/"recommender/no-stage-1, t5-ranker", reader)
         texts = ["", *(t["text"] for t in bank_for(reader) if t["split"] == "unseen-paraphrase")]
-        clean, *others = (torch.tensor(np.concatenate(score_rows(model, Questions(reader, {}, rows, text), np.arange(40), lists))) for text in texts)
+        clean, *others = (torch.tensor(np.concatenate(score_rows(model, Questions(reader, {}, rows, text),
+                                                                 np.arange(40), lists))) for text in texts)
         apart[weight] = np.mean([divergence(clean, z).item() for z in others])/clean.var().item()
         curves = pl.read_parquet(run/"recommender/curves.parquet")["apart"]
         assert (curves.max() > 0) == (weight > 0)
@@ -253,7 +281,8 @@ def test_other_weights_in_the_folder_of_a_model_make_its_stages_out_of_date(fini
         path = tmp_path/file
         if path.suffix == ".json": path.write_text(path.read_text() + "\n")
         else: save_file({k: v + 1 for k, v in load_file(path).items()}, path, {"format": "pt"})
-        assert stale(run, "backbones") == f"model changed: {path.parent}" and stale(run, "attributes") == "input backbones is out of date"
+        assert (stale(run, "backbones") == f"model changed: {path.parent}"
+                and stale(run, "attributes") == "input backbones is out of date")
         again()
         assert not stale(run, "backbones") and stale(run, "attributes") == "input backbones has changed"
         make_attributes(str(run), k=3)

@@ -10,8 +10,10 @@ GANPROMPT = str(Path(sys.executable).with_name("ganprompt"))
 
 
 def command(run, shop, **more):
-    values = SMALL | {"dataset": shop, "run": run, "figure_users": 30, "resamples": 100, "recommender": "t5-decoder,t5-ranker"} | more
-    return [GANPROMPT, "run", *(x for name, value in values.items() for x in (f"--{name.replace('_', '-')}", str(value)))]
+    values = SMALL | {"dataset": shop, "run": run, "figure_users": 30, "resamples": 100,
+                      "recommender": "t5-decoder,t5-ranker"} | more
+    return [GANPROMPT, "run", *(x for name, value in values.items()
+                                for x in (f"--{name.replace('_', '-')}", str(value)))]
 
 
 def launch(*args, **kwargs):
@@ -19,7 +21,8 @@ def launch(*args, **kwargs):
 
 
 def kill_in(run, shop, stage):
-    "Start a run and kill its launcher once a training stage has begun; so short a training has no checkpoint yet and starts over."
+    """Start a run and kill its launcher once a training stage has begun; so short a training has no checkpoint yet
+    and starts over."""
     code = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
     process = subprocess.Popen([sys.executable, "-c", code, *command(run, shop)], stdout=subprocess.DEVNULL)
     for _ in range(6000):
@@ -43,7 +46,8 @@ def whole(shop, tmp_path_factory):
 def test_a_run_ends_with_table_figures_and_report(whole):
     run, said = whole
     assert "measured" in said and "figure3.png" in said and "report.html" in said
-    assert all((run/p).stat().st_size for p in ("metrics/table.csv", "metrics/table.html", "figures/figure3.png", "figures/figure3.pdf", "report.html"))
+    assert all((run/p).stat().st_size for p in ("metrics/table.csv", "metrics/table.html", "figures/figure3.png",
+                                                "figures/figure3.pdf", "report.html"))
     assert len(list((run/"notebooks").glob("*.ipynb"))) == len(list((run/"logs").glob("*.log"))) == 8
     made = {f"{start}{kind}" for start in ("no-stage-1", "ganprompt") for kind in ("", ", t5-ranker")}
     assert set(json.loads((run/"metrics/table.json").read_text())["metrics"]) == {"random", "popularity"} | made
@@ -74,4 +78,5 @@ def test_a_data_set_without_titles_stops_with_a_reason(shop, tmp_path):
     pl.read_csv(shop).drop("title").write_csv(bare)
     done = launch(tmp_path/"run", bare)
     assert done.returncode == 1 and "no item titles" in done.stderr and "Traceback" not in done.stderr
-    assert (tmp_path/"run/data").exists() and not (tmp_path/"run/prompts").exists() and not list((tmp_path/"run").glob("*.partial"))
+    assert ((tmp_path/"run/data").exists() and not (tmp_path/"run/prompts").exists()
+            and not list((tmp_path/"run").glob("*.partial")))

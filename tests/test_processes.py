@@ -8,10 +8,14 @@ import pytest
 from conftest import SMALL, make, start
 
 from ganprompt import runs
-from ganprompt.runs import Killed, UserError, gathered, in_processes, is_main, manifest, part, rank, root, save_checkpoint, shard, stage, summed, totals
+from ganprompt.runs import (Killed, UserError, gathered, in_processes, is_main, manifest, part, rank, root,
+                            save_checkpoint, shard, stage, summed, totals)
 
-TOLERANCE = 1e-4 # Largest difference of an encoder state, of a point of a curve, or of a score, between one process and two
-DRIFT = 1e-2 # The same of scores after training: where a gradient is almost zero, AdamW makes a step of what is rounding; .002 was seen while the losses began 1e-7 apart
+# Largest difference of an encoder state, of a point of a curve, or of a score, between one process and two
+TOLERANCE = 1e-4
+# The same of scores after training: where a gradient is almost zero, AdamW makes a step of what is rounding; .002 was
+# seen while the losses began 1e-7 apart
+DRIFT = 1e-2
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +42,8 @@ def assert_same(run, single):
     largest = [float(np.abs(a - b).max()) for a, b in zip(found, wanted)]
     print("largest differences of states and curves:", largest)
     assert max(largest) < TOLERANCE
-    assert manifest(run, "encoder")["metrics"]["processes"] == 2 and manifest(run, "encoder")["fingerprint"] == manifest(single, "encoder")["fingerprint"]
+    assert (manifest(run, "encoder")["metrics"]["processes"] == 2
+            and manifest(run, "encoder")["fingerprint"] == manifest(single, "encoder")["fingerprint"])
     assert not list((run/"encoder").rglob("checkpoint*"))
 
 
@@ -52,8 +57,10 @@ def mill(chapter, run, out):
     "Execute a chapter with two processes, as papermill does."
     import papermill
     notebook = root()/f"nbs/{chapter}.ipynb"
-    values = {k: v for k, v in SMALL.items() if k in papermill.inspect_notebook(str(notebook))} | {"run": str(run), "processes": 2}
-    papermill.execute_notebook(notebook, out, values, kernel_name="python3", language="python", cwd=notebook.parent, progress_bar=False)
+    values = ({k: v for k, v in SMALL.items() if k in papermill.inspect_notebook(str(notebook))}
+              | {"run": str(run), "processes": 2})
+    papermill.execute_notebook(notebook, out, values, kernel_name="python3", language="python", cwd=notebook.parent,
+                               progress_bar=False)
 
 
 def test_stage_1_in_two_processes_from_papermill(ready, finished, tmp_path):
@@ -69,9 +76,11 @@ def test_stage_2_in_two_processes_from_papermill(finished, tmp_path):
     assert manifest(run, "recommender")["metrics"]["processes"] == 2
     one, two = (pl.read_parquet(r/"recommender/scores.parquet") for r in (finished, run))
     assert one.select("model", "user").equals(two.select("model", "user"))
-    both = one.with_columns(largest=np.array([np.abs(np.subtract(a, b)).max() for a, b in zip(one["scores"].to_list(), two["scores"].to_list())]))
+    both = one.with_columns(largest=np.array([np.abs(np.subtract(a, b)).max() for a,
+                                              b in zip(one["scores"].to_list(), two["scores"].to_list())]))
     print("largest differences of scores:", dict(both.group_by("model").agg(pl.col("largest").max()).rows()))
-    losses = [pl.read_parquet(r/"recommender/curves.parquet").sort("model", "step")["loss"].to_numpy() for r in (finished, run)]
+    losses = [pl.read_parquet(r/"recommender/curves.parquet").sort("model", "step")["loss"].to_numpy()
+              for r in (finished, run)]
     assert np.abs(losses[0] - losses[1]).max() < TOLERANCE
     assert both["largest"].max() < DRIFT # log-odds
 
@@ -80,7 +89,8 @@ def test_scoring_in_two_processes(finished):
     from ganprompt.recommender import score_lists
     for name in "ganprompt", "ganprompt, causal-lm", "ganprompt, t5-ranker":
         kept = pl.read_parquet(finished/"recommender/scores.parquet").filter(model=name)
-        found = score_lists(str(finished), finished/"recommender"/name, "uni99", np.arange(len(kept)), "yes-no", processes=2)
+        found = score_lists(str(finished), finished/"recommender"/name, "uni99", np.arange(len(kept)), "yes-no",
+                            processes=2)
         assert found["user"].equals(kept["user"])
         assert np.allclose(np.array(found["scores"].to_list()), np.array(kept["scores"].to_list()), atol=1e-5)
 
@@ -115,7 +125,8 @@ def alive(pid):
 
 def test_a_mistake_in_a_process_is_the_same_mistake_here(ready, shop, tmp_path):
     run, began = copy(ready, tmp_path/"wrong"), time.time()
-    with pytest.raises(UserError, match="^the loss is nan in stage 1, step .*learning rate"): make(run, "encoder", shop, processes=2, encoder_lr=1e30)
+    with pytest.raises(UserError, match="^the loss is nan in stage 1, step .*learning rate"):
+        make(run, "encoder", shop, processes=2, encoder_lr=1e30)
     assert time.time() - began < 20
 
 
@@ -158,7 +169,8 @@ def test_this_process_stays_as_it_was():
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("others", ["wait for it", "compute"])
 def test_a_killed_process_is_no_mistake_and_costs_no_checkpoint(victim, others, tmp_path):
-    "The message says to run again to go on: then there must be something to go on from, and no one left who is at work on it."
+    """The message says to run again to go on: then there must be something to go on from, and no one left who is at
+    work on it."""
     from ganprompt.runs import load_checkpoint
     def work():
         (tmp_path/f"{rank()[0]}.pid").write_text(str(os.getpid()))
@@ -172,14 +184,16 @@ def test_a_killed_process_is_no_mistake_and_costs_no_checkpoint(victim, others, 
         save_checkpoint(folder, 7, {})
         in_processes(2, work)
     began = time.time()
-    with pytest.raises(Killed, match="(killed .SIGKILL.|died).*run again to go on"): stage(tmp_path/"run", "toy", {}, make)
+    with pytest.raises(Killed, match="(killed .SIGKILL.|died).*run again to go on"):
+        stage(tmp_path/"run", "toy", {}, make)
     assert time.time() - began < 20 and not any(alive(int(p.read_text())) for p in tmp_path.glob("*.pid"))
     stage(tmp_path/"run", "toy", {}, make)
     assert manifest(tmp_path/"run", "toy")["metrics"] == {"step": 7}
 
 
 def test_a_process_killed_before_the_others_have_joined():
-    with pytest.raises(Killed): in_processes(2, lambda: os.kill(os.getpid(), signal.SIGKILL) if rank()[0] else time.sleep(60))
+    with pytest.raises(Killed):
+        in_processes(2, lambda: os.kill(os.getpid(), signal.SIGKILL) if rank()[0] else time.sleep(60))
 
 
 def test_a_signal_ends_all_of_them(tmp_path):

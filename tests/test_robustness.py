@@ -1,4 +1,5 @@
-"Robustness: measures against other people's code and hand-worked cases, a bank put to real models, the report, the command."
+"""Robustness: measures against other people's code and hand-worked cases, a bank put to real models, the report, the
+command."""
 import json
 import sys
 from types import SimpleNamespace
@@ -39,7 +40,8 @@ def test_posix_by_its_definition():
     def prob(t, u, yes): return p[t, u] if yes else 1 - p[t, u]
     for u in range(8):
         answers = [p[t, u] > .5 for t in range(5)]
-        psi = np.mean([abs(np.log(prob(s, u, answers[t])/prob(t, u, answers[t]))) for s in range(5) for t in range(5) if s != t])
+        psi = np.mean([abs(np.log(prob(s, u, answers[t])/prob(t, u, answers[t]))) for s in range(5) for t in range(5)
+                       if s != t])
         assert R.posix(z)[u] == pytest.approx(psi)
     assert np.isfinite(R.posix(np.array([[900.], [-900.]]))).all()
 
@@ -47,13 +49,17 @@ def test_posix_by_its_definition():
 def test_tau_equals_scipy():
     from scipy.stats import kendalltau
     for z in (RNG.normal(size=(4, 50)), RNG.integers(0, 5, (4, 50)).astype(float)):
-        np.testing.assert_allclose(R.tau(z[0], z[1:]), [kendalltau(z[0], other).statistic for other in z[1:]], atol=1e-12)
+        np.testing.assert_allclose(R.tau(z[0], z[1:]), [kendalltau(z[0], other).statistic for other in z[1:]],
+                                   atol=1e-12)
     assert np.isnan(R.tau(np.ones(5), np.arange(5.)[None])).all()
 
 
-@pytest.mark.parametrize("p, mixed, turned", [(.5, .35052083333333334, 6.712312796074904e-17), (.9, .8138115, .0015403985936540256), (.98, .9587914980373333, .25860588701918846)])
+@pytest.mark.parametrize("p, mixed, turned", [(.5, .35052083333333334, 6.712312796074904e-17),
+                                              (.9, .8138115, .0015403985936540256),
+                                              (.98, .9587914980373333, .25860588701918846)])
 def test_rbo_equals_another_implementation(p, mixed, turned):
-    "What the package rbo 0.1.3 gives (it wants numpy 1, so it is not installed here): seven items in the orders 1234567 and 3216475, and a hundred turned round."
+    """What the package rbo 0.1.3 gives (it wants numpy 1, so it is not installed here): seven items in the orders
+    1234567 and 3216475, and a hundred turned round."""
     assert R.rbo(np.arange(1, 8), np.array([3, 2, 1, 5, 7, 4, 6]), p) == pytest.approx(mixed, abs=1e-12)
     assert R.rbo(np.arange(1, 101), np.arange(100, 0, -1), p) == pytest.approx(turned, abs=1e-12)
 
@@ -74,7 +80,8 @@ SPLITS = ["seen", "seen", *["unseen-paraphrase"]*4, *["attack"]*4]
 BANK = [dict(id=str(i), group="toy", split=s) for i, s in enumerate(SPLITS)]
 
 def made(kind, users=200, n=50):
-    "Scores of a model that ignores its prompt, of one that has learned the seen templates by heart, of one that minds none."
+    """Scores of a model that ignores its prompt, of one that has learned the seen templates by heart, of one that
+    minds none."""
     truth, noise = RNG.normal(size=(users, n)) + 2.5*(np.arange(n) == 0), RNG.normal(size=(len(BANK), users, n))
     if kind == "constant": return np.zeros_like(noise)
     if kind == "robust": return truth + .1*noise
@@ -93,7 +100,8 @@ def test_measures_tell_constant_and_memorising_models_from_a_robust_one():
 
 
 def test_intervals_cover_users_and_templates():
-    "With one figure for all, nothing varies; if only templates differ, the interval is that of a mean of few templates; the same draws serve all models."
+    """With one figure for all, nothing varies; if only templates differ, the interval is that of a mean of few
+    templates; the same draws serve all models."""
     n, users = 12, 300
     def mean(m): return m.mean(-1)
     flat = R.redrawn({"a": np.full((n, users), .3)}, mean, 200)["a"]
@@ -103,9 +111,12 @@ def test_intervals_cover_users_and_templates():
     assert value == pytest.approx(steps.mean()) and (high - low)/2 == pytest.approx(1.96*steps.std()/n**.5, rel=.15)
     both = R.redrawn({"a": steps, "b": steps + .1}, mean, 50)
     np.testing.assert_allclose(both["b"] - both["a"], .1)
-    three = np.array([.1, .4, .7])[:, None, None] + np.zeros((3, n, users)) # trainings that differ: Student's interval, two degrees of freedom
-    assert R.ends(R.redrawn({"a": three}, mean, 50)["a"]) == pytest.approx([.4, .4 - 4.30265*.3/3**.5, .4 + 4.30265*.3/3**.5], abs=1e-4)
-    np.testing.assert_allclose(R.redrawn({"a": np.stack([steps]*3)}, mean, 50)["a"], np.repeat(both["a"], 3, axis=1)) # trainings that agree add nothing
+    # trainings that differ: Student's interval, two degrees of freedom
+    three = np.array([.1, .4, .7])[:, None, None] + np.zeros((3, n, users))
+    assert (R.ends(R.redrawn({"a": three}, mean, 50)["a"])
+            == pytest.approx([.4, .4 - 4.30265*.3/3**.5, .4 + 4.30265*.3/3**.5], abs=1e-4))
+    # trainings that agree add nothing
+    np.testing.assert_allclose(R.redrawn({"a": np.stack([steps]*3)}, mean, 50)["a"], np.repeat(both["a"], 3, axis=1))
     shared = R.redrawn({"a": three, "b": three + .1}, mean, 50)
     np.testing.assert_allclose(shared["b"] - shared["a"], .1)
 
@@ -123,18 +134,21 @@ def test_wrong_attributes_are_somebody_elses(finished):
     own, rows = R.own_attributes(str(finished)), R.test_lists(str(finished), 5)[0]
     wrong = next(t for t in R.bank_for(reader) if "{attribute:wrong}" in t["text"])
     asked = R.Questions(reader, own, rows, wrong["text"])
-    assert all(word != own[row] and word in own.values() for row, word in zip(rows["row"], asked.words)) or len(set(own.values())) == 1
+    assert (all(word != own[row] and word in own.values() for row, word in zip(rows["row"], asked.words))
+            or len(set(own.values())) == 1)
     ids, word = asked.ids(0, 1), reader.tokenizer(asked.words[0], add_special_tokens=False).input_ids
     assert ids[2:2 + len(word)] == word and reader.tokenizer.decode(ids).count("Focus on") == 1
 
 
 def test_a_row_without_a_word_is_asked_in_plain_words(finished):
-    "A template with a place for the word, a row that has none: the run's own template, and no error. (Users without a training part, titles that nobody knows.)"
+    """A template with a place for the word, a row that has none: the run's own template, and no error. (Users
+    without a training part, titles that nobody knows.)"""
     reader, _ = R.reader_for(str(finished))
     own, rows = R.own_attributes(str(finished)), R.test_lists(str(finished), 5)[0]
     del own[rows["row"][2]]
     wrong = next(t for t in R.bank_for(reader) if "{attribute:wrong}" in t["text"])
-    asked, plain, worded = R.Questions(reader, own, rows, wrong["text"]), R.Questions(reader, {}, rows), R.Questions(reader, own, rows)
+    asked, plain, worded = R.Questions(reader, own, rows, wrong["text"]), R.Questions(reader, {},
+            rows), R.Questions(reader, own, rows)
     assert asked.ids(2, 1) == plain.ids(2, 1) == worded.ids(2, 1) and asked.context(2) == plain.context(2)
     assert asked.ids(1, 1) != plain.ids(1, 1) and worded.ids(1, 1) != plain.ids(1, 1)
 
@@ -147,7 +161,8 @@ def test_a_template_that_is_trained_on_is_seen(finished):
         if t["split"] == "seen": continue
         reader.templates = reader.templates | {"recommendation": t["text"]}
         first, *rest = R.bank_for(reader)
-        assert first["id"] == t["id"] and first["split"] == "seen" and {x["id"]: x["split"] for x in rest} == {x["id"]: x["split"] for x in bank if x is not t}
+        assert (first["id"] == t["id"] and first["split"] == "seen"
+                and {x["id"]: x["split"] for x in rest} == {x["id"]: x["split"] for x in bank if x is not t})
         break
     scores = RNG.normal(size=(3, 20, 10))
     measured = R.measure_bank(scores, R.bank_for(reader)[:1] + R.bank_for(reader)[-2:])
@@ -157,8 +172,12 @@ def test_a_template_that_is_trained_on_is_seen(finished):
 def test_another_bank_may_hold_what_was_trained_on(finished, tmp_path):
     reader, _ = R.reader_for(str(finished))
     seen = next(t for t in R.bank_for(reader)[1:] if t["split"] == "seen")
-    (tmp_path/"b.yaml").write_text(json.dumps([dict(id="x", task="recommendation", group="g", split="attack", text=t) for t in (seen["text"],)] + [dict(id="y", task="recommendation", group="g", split="attack", text="Buy {target_item} after {purchase_history} ?")]))
-    assert [(t["id"], t["split"]) for t in R.bank_for(reader, tmp_path/"b.yaml")[1:]] == [("x", "seen"), ("y", "attack")]
+    (tmp_path/"b.yaml").write_text(json.dumps([dict(id="x", task="recommendation", group="g", split="attack", text=t)
+                                               for t in (seen["text"],)]
+                                               + [dict(id="y", task="recommendation", group="g", split="attack",
+                                                       text="Buy {target_item} after {purchase_history} ?")]))
+    assert ([(t["id"], t["split"]) for t in R.bank_for(reader, tmp_path/"b.yaml")[1:]]
+            == [("x", "seen"), ("y", "attack")])
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
@@ -169,9 +188,13 @@ def test_any_language_model(kind, finished, tmp_path):
     reader, path = R.reader_for(str(finished))
     n = len(reader.tokenizer)
     torch.manual_seed(0)
-    model = (LlamaForCausalLM(LlamaConfig(vocab_size=n, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)) if kind == "causal" else
-             BartForConditionalGeneration(BartConfig(vocab_size=n, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2,
-                                                     pad_token_id=0, decoder_start_token_id=2, max_position_embeddings=512)))
+    model = (LlamaForCausalLM(LlamaConfig(vocab_size=n, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                                          num_attention_heads=2)) if kind == "causal" else
+             BartForConditionalGeneration(BartConfig(vocab_size=n, d_model=16, encoder_layers=1, decoder_layers=1,
+                                                     encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_attention_heads=2,
+                                                     decoder_attention_heads=2,
+                                                     pad_token_id=0, decoder_start_token_id=2,
+                                                     max_position_embeddings=512)))
     model.save_pretrained(tmp_path/kind); AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path/kind)
     wrapped, name = R.load_any(str(tmp_path/kind), reader)
     rows, lists = R.test_lists(str(finished), 3)
@@ -180,12 +203,15 @@ def test_any_language_model(kind, finished, tmp_path):
     assert name == kind and z.shape == (2, 3, len(lists[0]))
     questions = R.Questions(reader, own, rows, bank[1]["text"])
     ids = torch.tensor([questions.ids(2, int(lists[2][7]))])
-    with torch.no_grad(): logits = (model.eval()(ids) if kind == "causal" else model.eval()(ids, decoder_input_ids=torch.tensor([[2]]))).logits[0, -1]
+    with torch.no_grad():
+        logits = (model.eval()(ids) if kind == "causal"
+                  else model.eval()(ids, decoder_input_ids=torch.tensor([[2]]))).logits[0, -1]
     no, yes = logits[wrapped.names].view(2, -1).logsumexp(-1)
     assert z[1, 2, 7] == pytest.approx((yes - no).item(), abs=1e-4)
 
 
-CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if "
+        "add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 def small_llama(folder, titles, template=None):
     "A random Llama with a byte-level tokenizer that knows several spellings of yes and no."
@@ -194,11 +220,16 @@ def small_llama(folder, titles, template=None):
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.train_from_iterator([" yes", " no", "Yes", "No"]*1000 + list(titles), trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-                                                                                                 special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]))
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>", chat_template=template)
+    tokenizer.train_from_iterator([" yes", " no", "Yes", "No"]*1000 + list(titles),
+                                  trainers.BpeTrainer(vocab_size=500,
+                                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                                      show_progress=False,
+                                                      special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]))
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   unk_token="<|endoftext|>", chat_template=template)
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(made), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, initializer_range=.3)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(made), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                                 num_attention_heads=2, initializer_range=.3)).save_pretrained(folder)
     made.save_pretrained(folder)
     return made
 
@@ -218,21 +249,25 @@ def test_a_chat_model_is_asked_through_its_template(template, chat, finished, tm
     start, end = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n") if talk else ("", "")
     assert said.startswith(f"{start}The user has") and said.endswith(f"next ?{end}") and kept[-1][:5] in said
     assert ids == tokenizer(said, add_special_tokens=False).input_ids
-    if talk: assert said == tokenizer.apply_chat_template([{"role": "user", "content": said[len(start):-len(end)]}], tokenize=False, add_generation_prompt=True)
+    if talk:
+        assert said == tokenizer.apply_chat_template([{"role": "user", "content": said[len(start):-len(end)]}],
+                                                     tokenize=False, add_generation_prompt=True)
     assert set(tokenizer.convert_ids_to_tokens(model.names)) == {"yes", "no", "Yes", "No", "Ġyes", "Ġno"}
     with torch.no_grad(): p = model.lm(torch.tensor([ids])).logits[0, -1].softmax(-1)
     def all_of(word): return sum(p[i].item() for i in model.names if tokenizer.decode(i).strip().lower() == word)
     z = R.score_rows(model, questions, np.array([1]), [None, np.array([item])])[0][0]
     assert z == pytest.approx(np.log(all_of("yes")/all_of("no")), abs=1e-4)
     table = R.spelled(model, tokenizer, [ids, questions.ids(1, 0)], np.array([True, False]))
-    assert table.row(-1, named=True)["yes"] == "all" and table["p_yes"][-1] == pytest.approx(table["p_yes"][:-1].sum(), rel=1e-5)
+    assert (table.row(-1, named=True)["yes"] == "all"
+            and table["p_yes"][-1] == pytest.approx(table["p_yes"][:-1].sum(), rel=1e-5))
     R.load_any(R.reader_for(str(finished))[1], reader)
     assert reader.ends == (None, None) # the next model's own
 
 
 def test_a_pocket_model_answers_as_it_was_taught(finished):
     reader, path = R.reader_for(str(finished))
-    assert len(R.load_any(path, reader)[0].names) == len(R.load_any(str(finished/"recommender/llm"), reader)[0].names) == 2
+    assert (len(R.load_any(path, reader)[0].names) == len(R.load_any(str(finished/"recommender/llm"), reader)[0].names)
+            == 2)
 
 
 def test_a_decoder_that_begins_with_a_mark_of_its_own(finished, tmp_path):
@@ -240,36 +275,49 @@ def test_a_decoder_that_begins_with_a_mark_of_its_own(finished, tmp_path):
     from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
     reader, path = R.reader_for(str(finished))
     torch.manual_seed(0)
-    model = BartForConditionalGeneration(BartConfig(vocab_size=len(reader.tokenizer), d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_attention_heads=2,
-                                                    decoder_attention_heads=2, pad_token_id=0, decoder_start_token_id=2, max_position_embeddings=512)).eval()
+    model = BartForConditionalGeneration(BartConfig(vocab_size=len(reader.tokenizer), d_model=16, encoder_layers=1,
+                                                    decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16,
+                                                    encoder_attention_heads=2,
+                                                    decoder_attention_heads=2, pad_token_id=0, decoder_start_token_id=2,
+                                                    max_position_embeddings=512)).eval()
     model.generation_config.forced_bos_token_id = 7
     model.final_logits_bias.normal_()
     model.save_pretrained(tmp_path); AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path)
     wrapped, (rows, _) = R.load_any(str(tmp_path), reader)[0], R.test_lists(str(finished), 1)
     questions = R.Questions(reader, {}, rows, attributes=False)
-    with torch.no_grad(): z = model(torch.tensor([questions.ids(0, 1)]), decoder_input_ids=torch.tensor([[2, 7]])).logits[0, -1, wrapped.names].view(2, -1).logsumexp(-1)
-    assert R.score_rows(wrapped, questions, np.array([0]), [np.array([1])])[0][0] == pytest.approx((z[1] - z[0]).item(), abs=1e-4)
+    with torch.no_grad():
+        z = model(torch.tensor([questions.ids(0, 1)]), decoder_input_ids=torch.tensor([[2, 7]])).logits[0, -1,
+                wrapped.names].view(2, -1).logsumexp(-1)
+    assert (R.score_rows(wrapped, questions, np.array([0]), [np.array([1])])[0][0]
+            == pytest.approx((z[1] - z[0]).item(), abs=1e-4))
 
 
 def test_an_encoder_is_refused(finished, tmp_path):
     from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
     reader, path = R.reader_for(str(finished))
-    BertForMaskedLM(BertConfig(vocab_size=len(reader.tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
+    BertForMaskedLM(BertConfig(vocab_size=len(reader.tokenizer), hidden_size=16, intermediate_size=32,
+                               num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="bert does not read from left to right|has no weights"): R.load_any(str(tmp_path), reader)
+    with pytest.raises(UserError, match="bert does not read from left to right|has no weights"):
+        R.load_any(str(tmp_path), reader)
 
 
 def test_a_model_that_does_not_answer(finished, tmp_path):
     from safetensors.numpy import save_file
-    (tmp_path/"config.json").write_text('{"model_type": "vit"}'); save_file({"w": np.zeros(1)}, tmp_path/"model.safetensors"); (tmp_path/"tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="vit neither answers nor continues"): R.load_any(str(tmp_path), R.reader_for(str(finished))[0])
+    (tmp_path/"config.json").write_text('{"model_type": "vit"}')
+    save_file({"w": np.zeros(1)}, tmp_path/"model.safetensors")
+    (tmp_path/"tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="vit neither answers nor continues"):
+        R.load_any(str(tmp_path), R.reader_for(str(finished))[0])
 
 
 def test_command_and_report(finished, tmp_path, monkeypatch, capsys):
     "The user's own templates; a recommender of a run; every number of the page comes from the scores."
     mine = tmp_path/"mine.yaml"
-    mine.write_text("- {id: hello, task: recommendation, group: mine, split: attack, text: 'Hello {purchase_history} and {target_item} ?'}\n")
-    monkeypatch.setattr(sys, "argv", ["ganprompt", "robustness", str(finished/"recommender/ganprompt"), "--templates", str(mine), "--users", "8", "--out", str(tmp_path/"out")])
+    mine.write_text("- {id: hello, task: recommendation, group: mine, split: attack, text: 'Hello {purchase_history} "
+                    "and {target_item} ?'}\n")
+    monkeypatch.setattr(sys, "argv", ["ganprompt", "robustness", str(finished/"recommender/ganprompt"), "--templates",
+                                      str(mine), "--users", "8", "--out", str(tmp_path/"out")])
     with pytest.raises(SystemExit) as end: main()
     assert not end.value.code and "report.html" in capsys.readouterr().out
     about, page = json.loads((tmp_path/"out/report.json").read_text()), (tmp_path/"out/report.html").read_text()
@@ -278,23 +326,30 @@ def test_command_and_report(finished, tmp_path, monkeypatch, capsys):
     assert about["measured"]["attack"]["hit@10"]["avg"] == pytest.approx(about["by_template"][1]["hit@10"])
     assert set(about["measured"]) == {"clean", "attack", "unseen"} == {"clean", *about["intervals"]["by_split"]}
     value, low, high = about["intervals"]["by_template"]["hit@10"][1]
-    assert low <= value <= high and value == pytest.approx(about["by_template"][1]["hit@10"]) and about["verdict"] in page and "as defined" in page and "By chance" in page
+    assert (low <= value <= high and value == pytest.approx(about["by_template"][1]["hit@10"])
+            and about["verdict"] in page and "as defined" in page and "By chance" in page)
 
 
 def test_mistakes_in_a_template_file_come_first(finished, tmp_path, monkeypatch, capsys):
-    (tmp_path/"bad.yaml").write_text("- {id: a, task: recommendation, group: g, split: attack, text: 'Buy {target_item} ?'}\n")
+    (tmp_path/"bad.yaml").write_text("- {id: a, task: recommendation, group: g, split: attack, text: 'Buy "
+                                     "{target_item} ?'}\n")
     monkeypatch.setattr(R, "score_bank", lambda *a: pytest.fail("scored"))
-    monkeypatch.setattr(sys, "argv", ["ganprompt", "robustness", str(finished/"recommender/ganprompt"), "--templates", str(tmp_path/"bad.yaml"), "--out", str(tmp_path/"out")])
+    monkeypatch.setattr(sys, "argv", ["ganprompt", "robustness", str(finished/"recommender/ganprompt"), "--templates",
+                                      str(tmp_path/"bad.yaml"), "--out", str(tmp_path/"out")])
     with pytest.raises(SystemExit) as end: main()
     said = capsys.readouterr().err
-    assert end.value.code == 1 and "bad.yaml, line 1" in said and "purchase_history" in said and "Traceback" not in said and not (tmp_path/"out").exists()
+    assert (end.value.code == 1 and "bad.yaml, line 1" in said and "purchase_history" in said
+            and "Traceback" not in said and not (tmp_path/"out").exists())
 
 
 def test_figure1_shows_one_of_each_group():
     scores = np.zeros((3, 2, 4)); scores[:, 1] = [[4, 3, 2, 1], [1, 2, 3, 4], [4, 3, 2, 1]]; scores[:, 0] = [9, 8, 7, 6]
-    bank = [t for t in read_templates(root()/"data/templates.yaml") if t["id"] in ("paper-recommendation", "s-para-1", "s-para-2")]
-    table = R.figure1(scores, bank, pl.DataFrame({"user": [0, 1], "history": [[0], [1]]}), [[0, 1, 2, 3]]*2, ["A", "B", "C", "D"])
-    assert table["group"].to_list() == ["paper", "paraphrase"] and table["1."].to_list() == ["A", "D"] and table["rank of the target"].to_list() == [1, 4]
+    bank = [t for t in read_templates(root()/"data/templates.yaml")
+            if t["id"] in ("paper-recommendation", "s-para-1", "s-para-2")]
+    table = R.figure1(scores, bank, pl.DataFrame({"user": [0, 1], "history": [[0], [1]]}), [[0, 1, 2, 3]]*2,
+                      ["A", "B", "C", "D"])
+    assert (table["group"].to_list() == ["paper", "paraphrase"] and table["1."].to_list() == ["A", "D"]
+            and table["rank of the target"].to_list() == [1, 4])
 
 
 # --- the best of many, intervals, lists of unequal length
@@ -309,13 +364,15 @@ def test_held_out_by_a_slow_loop():
             chosen = [x[t, a].mean() for t in range(5)]
             high.append(x[np.argmax(chosen), b].mean()); low.append(x[np.argmin(chosen), b].mean())
     found = R.held_out(x, users, splits=30)
-    assert found["max"] == pytest.approx(np.mean(high)) and found["min"] == pytest.approx(np.mean(low)) and found["spread"] == pytest.approx(np.mean(high) - np.mean(low))
+    assert (found["max"] == pytest.approx(np.mean(high)) and found["min"] == pytest.approx(np.mean(low))
+            and found["spread"] == pytest.approx(np.mean(high) - np.mean(low)))
     assert found["cps"] == pytest.approx(np.mean(high)*(1 - np.mean(high) + x.mean()))
     assert all(np.isnan(v) for v in R.held_out(x[:, :1]).values())
 
 
 def test_cps_of_equal_templates_is_their_accuracy():
-    "As defined it lies above the accuracy of every template, by the error of the best of 47; held out it does not. A template that is truly better is found, and not flattered."
+    """As defined it lies above the accuracy of every template, by the error of the best of 47; held out it does not.
+    A template that is truly better is found, and not flattered."""
     rng = np.random.default_rng(1)
     tables = [(rng.random((47, 300)) < .3).astype(float) for _ in range(60)]
     assert np.mean([R.over_templates(x.mean(axis=1))["cps"] for x in tables]) > .325
@@ -324,13 +381,15 @@ def test_cps_of_equal_templates_is_their_accuracy():
     chance = np.r_[.6, np.full(46, .3)]
     better = [R.held_out((rng.random((47, 300)) < chance[:, None]).astype(float), splits=20)["max"] for _ in range(20)]
     assert np.mean(better) == pytest.approx(.6, abs=.02)
-    assert R.measure_bank(made("robust"), BANK)["unseen"]["hit@10"]["held_out"]["cps"] <= R.measure_bank(made("robust"), BANK)["unseen"]["hit@10"]["cps"] + .01
+    assert (R.measure_bank(made("robust"), BANK)["unseen"]["hit@10"]["held_out"]["cps"]
+            <= R.measure_bank(made("robust"), BANK)["unseen"]["hit@10"]["cps"] + .01)
 
 
 def test_users_are_drawn_with_all_their_lists():
     users = np.array([5, 5, 9, 2])
     counts, owner = R.user_draws(users, 50)
-    assert counts.shape == (51, 4) and (counts[0] == 1).all() and (counts[:, 0] == counts[:, 1]).all() and (counts[:, [0, 2, 3]].sum(axis=1) == 3).all() and owner.tolist() == [1, 1, 2, 0]
+    assert (counts.shape == (51, 4) and (counts[0] == 1).all() and (counts[:, 0] == counts[:, 1]).all()
+            and (counts[:, [0, 2, 3]].sum(axis=1) == 3).all() and owner.tolist() == [1, 1, 2, 0])
     x = np.array([[1., 2, np.nan, 4]])
     assert R.drawn_means(x, counts)[0, 0] == pytest.approx(7/3)
     for count, mean in zip(counts, R.drawn_means(x, counts)[:, 0]):
@@ -339,18 +398,23 @@ def test_users_are_drawn_with_all_their_lists():
 
 
 def test_intervals_of_the_page_hold_the_truth():
-    "Hits that are coins: the interval of a template's HR@10 covers its chance; intervals are wider where users have several lists that agree."
+    """Hits that are coins: the interval of a template's HR@10 covers its chance; intervals are wider where users
+    have several lists that agree."""
     def study(seed, lists=1):
         rng = np.random.default_rng(seed)
-        z = np.repeat(np.where(rng.random((4, 60, 1)) < .4, 2., -2.)*(np.arange(21) == 0) + .1*rng.random((4, 60, 21)), lists, axis=1) # a hit: the target first, or last of 21
+        # a hit: the target first, or last of 21
+        z = np.repeat(np.where(rng.random((4, 60, 1)) < .4, 2., -2.)*(np.arange(21) == 0) + .1*rng.random((4, 60, 21)),
+                      lists, axis=1)
         return R.bank_intervals(z, BANK[1:5], np.repeat(np.arange(60), lists), resamples=200)
     found = [study(s)[1]["hit@10"][2] for s in range(60)]
     assert .85 < np.mean([low <= .4 <= high for _, low, high in found])
     one, two = (study(0, n)[0]["unseen"]["avg"] for n in (1, 2))
     np.testing.assert_allclose(one, two)
     rng = np.random.default_rng(0)
-    hits, by_split = (rng.random((4, 60)) < np.array([.8, .5, .4, .3])[:, None]), lambda z, b: R.bank_intervals(z, b, np.arange(60), resamples=50)[0]["unseen"]
-    u = by_split(np.where(hits[:, :, None], 2., -2.)*(np.arange(21) == 0), [BANK[0], *[t for t in BANK if t["split"] != "seen"][:3]])
+    hits, by_split = (rng.random((4, 60)) < np.array([.8, .5, .4, .3])[:, None]), lambda z, b: R.bank_intervals(z, b,
+            np.arange(60), resamples=50)[0]["unseen"]
+    u = by_split(np.where(hits[:, :, None], 2., -2.)*(np.arange(21) == 0),
+                 [BANK[0], *[t for t in BANK if t["split"] != "seen"][:3]])
     assert u["drop"][0] == pytest.approx(1 - hits[1:].mean()/hits[0].mean())
     assert u["cps"][0] == pytest.approx(u["best"][0]*(1 - (u["best"][0] - hits[1:].mean())))
 
@@ -370,8 +434,11 @@ def test_lists_of_unequal_length_are_measured_one_by_one():
         for m, v in R.by_template(alone).items(): np.testing.assert_allclose(figures[m][:, u], v[:, 0])
         for m, v in R.agreement(alone).items(): np.testing.assert_allclose(order[m][:, u], v[:, 0], atol=1e-12)
     measured, table = R.measure_bank(z, BANK), R.template_table(z, BANK)
-    assert all(np.isfinite(measured["unseen"][k]) for k in ("tau", "rbo", "flips", "posix")) and table["tau"].is_finite().all()
-    assert R.figure1(z, [t | {"text": "{purchase_history} {target_item}"} for t in BANK], pl.DataFrame({"history": [[0]]*12}), [range(n) for n in sizes], [str(i) for i in range(30)]).height == 1
+    assert (all(np.isfinite(measured["unseen"][k]) for k in ("tau", "rbo", "flips", "posix"))
+            and table["tau"].is_finite().all())
+    assert R.figure1(z, [t | {"text": "{purchase_history} {target_item}"} for t in BANK],
+                     pl.DataFrame({"history": [[0]]*12}), [range(n) for n in sizes],
+                     [str(i) for i in range(30)]).height == 1
 
 
 class Loud:
@@ -380,11 +447,15 @@ class Loud:
 
 def test_a_bank_is_put_to_lists_of_unequal_length(monkeypatch):
     monkeypatch.setattr(R, "Questions", lambda reader, own, rows, text, attributes: text)
-    monkeypatch.setattr(R, "score_rows", lambda model, text, at, lists: [np.asarray(lists[r]) + 100.*int(text) for r in at])
-    z = R.score_bank(Loud(), None, {}, [dict(id=t, text=t) for t in "01"], pl.DataFrame({"user": [0, 1]}), [[3, 1, 2], [7]], "m")
-    np.testing.assert_array_equal(z, np.array([[[3, 1, 2], [7, np.nan, np.nan]], [[103, 101, 102], [107, np.nan, np.nan]]], np.float32))
+    monkeypatch.setattr(R, "score_rows", lambda model, text, at, lists: [np.asarray(lists[r]) + 100.*int(text)
+            for r in at])
+    z = R.score_bank(Loud(), None, {}, [dict(id=t, text=t) for t in "01"], pl.DataFrame({"user": [0, 1]}),
+                     [[3, 1, 2], [7]], "m")
+    np.testing.assert_array_equal(z, np.array([[[3, 1, 2], [7, np.nan, np.nan]],
+                                               [[103, 101, 102], [107, np.nan, np.nan]]], np.float32))
     monkeypatch.setattr(R, "score_rows", lambda model, text, at, lists: [np.full(len(lists[r]), np.nan) for r in at])
-    with pytest.raises(UserError, match="under template 0 are NaN"): R.score_bank(Loud(), None, {}, [dict(id="0", text="0")], pl.DataFrame({"user": [0]}), [[3, 1, 2]])
+    with pytest.raises(UserError, match="under template 0 are NaN"):
+        R.score_bank(Loud(), None, {}, [dict(id="0", text="0")], pl.DataFrame({"user": [0]}), [[3, 1, 2]])
 
 
 def test_what_each_spelling_is_worth(monkeypatch):
@@ -394,8 +465,10 @@ def test_what_each_spelling_is_worth(monkeypatch):
     monkeypatch.setattr(R, "whole_logits", lambda model, prompts: p.log())
     words = SimpleNamespace(convert_ids_to_tokens=lambda ids: ["no", "No", "yes", "Yes"])
     found = R.spelled(SimpleNamespace(names=[0, 1, 2, 3]), words, [[1], [2]], np.array([True, False]))
-    assert found["no"].to_list() == ["no", "No", "all"] and found["yes"].to_list() == ["yes", "Yes", "all"] and found["auc"].to_list() == [1., 1., 1.]
-    np.testing.assert_allclose(found["p_no"], [.25, .25, .5], atol=1e-6); np.testing.assert_allclose(found["p_yes"], [.25, .25, .5], atol=1e-6)
+    assert (found["no"].to_list() == ["no", "No", "all"] and found["yes"].to_list() == ["yes", "Yes", "all"]
+            and found["auc"].to_list() == [1., 1., 1.])
+    np.testing.assert_allclose(found["p_no"], [.25, .25, .5], atol=1e-6)
+    np.testing.assert_allclose(found["p_yes"], [.25, .25, .5], atol=1e-6)
 
 
 def test_few_flips_are_not_taken_for_robustness():
@@ -405,10 +478,14 @@ def test_few_flips_are_not_taken_for_robustness():
     floor = R.chance(np.full(200, n))
     assert floor["hit@10"] == .2 and floor["tau"] == 0
     said = R.verdict(R.template_table(z, BANK), floor)
-    assert "Few flips are not robustness here: under 8 of 9 templates" in said and "by chance" in said and "0.200 by chance" in said
+    assert ("Few flips are not robustness here: under 8 of 9 templates" in said and "by chance" in said
+            and "0.200 by chance" in said)
     assert "under none of these is half of the order" in R.verdict(R.template_table(made("robust") + 20, BANK), floor)
     assert "Under no template" in R.verdict(R.template_table(RNG.normal(size=(len(BANK), 200, n)), BANK), floor)
-    def table(hit): return pl.DataFrame({"id": ["clean", "other"], "flips": [0., .01], "tau": [1., .9], "hit@10": [.6, hit]})
-    assert "Few flips are not robustness" in R.verdict(table(.3), floor) and "under none of these" in R.verdict(table(.5), floor) # half of .6 - .2 is .2 above chance
+    def table(hit):
+        return pl.DataFrame({"id": ["clean", "other"], "flips": [0., .01], "tau": [1., .9], "hit@10": [.6, hit]})
+    # half of .6 - .2 is .2 above chance
+    assert ("Few flips are not robustness" in R.verdict(table(.3), floor)
+            and "under none of these" in R.verdict(table(.5), floor))
     r = R.ranks(RNG.normal(size=(2, 300, n)))
     assert floor["rbo"] == pytest.approx(R.rbo(r[0], r[1]).mean(), abs=.02)

@@ -10,7 +10,8 @@ from ganprompt.runs import UserError, _definitions, root
 
 def test_every_reader_gives_frames_that_fit_together(finished):
     run = Run(finished)
-    assert list(run.stages) == ["data", "prompts", "backbones", "attributes", "encoder", "recommender"] and not any(run.stages.values())
+    assert (list(run.stages) == ["data", "prompts", "backbones", "attributes", "encoder", "recommender"]
+            and not any(run.stages.values()))
     assert run.stage("encoder") == finished/"encoder" and "encoder" in repr(run)
     assert run.sequences("valid").equals(load_sequences(str(finished), "valid"))
     lists = run.candidates("pop99")
@@ -19,9 +20,11 @@ def test_every_reader_gives_frames_that_fit_together(finished):
     states = run.states("before")
     assert states["version"].n_unique() == 1 + len(run.words) and not states.equals(run.states())
     scores, test = run.scores("no-stage-1"), run.sequences()
-    assert scores["items"].list.len().equals(scores["scores"].list.len()) and scores["items"].list.first().to_list() == test["target"].to_list()
+    assert (scores["items"].list.len().equals(scores["scores"].list.len())
+            and scores["items"].list.first().to_list() == test["target"].to_list())
     mine = run.shopper(3)
-    assert mine["item"].to_list()[-1] == test.filter(user=3)["target"][0] and mine["time"].is_sorted() and mine["title"].null_count() == 0
+    assert (mine["item"].to_list()[-1] == test.filter(user=3)["target"][0] and mine["time"].is_sorted()
+            and mine["title"].null_count() == 0)
     assert "{target_item}" in run.templates["recommendation"]
 
 
@@ -34,7 +37,8 @@ def test_what_is_not_there_is_said(finished, tmp_path):
 
 
 def test_readers_are_found_by_completion_and_make_no_stage_out_of_date(finished):
-    assert {"sequences", "titles", "candidates", "attributes", "states", "scores", "ranks", "table", "points"} <= set(dir(Run(finished)))
+    assert ({"sequences", "titles", "candidates", "attributes", "states", "scores", "ranks", "table", "points"}
+            <= set(dir(Run(finished))))
     known = _definitions((root()/"ganprompt/data.py").read_text())[0]
     assert "load_sequences" in known and not {"items", "sequences", "candidates"} & set(known)
     assert isinstance(Run(finished).interactions, pl.DataFrame)

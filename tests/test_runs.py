@@ -1,11 +1,13 @@
-"Stages: made once, whole or not at all, made again when what they were made from has changed, never replaced by others unasked, and resumed after a kill."
+"""Stages: made once, whole or not at all, made again when what they were made from has changed, never replaced by
+others unasked, and resumed after a kill."""
 import hashlib, json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 
 from ganprompt import runs
-from ganprompt.runs import (UserError, commit, complete, finite, fresh, kept, load_checkpoint, lock, manifest, need, once, replacing, root, run_folder,
+from ganprompt.runs import (UserError, commit, complete, finite, fresh, kept, load_checkpoint, lock, manifest, need,
+                            once, replacing, root, run_folder,
                             save_checkpoint, seed_all, sources, stage, stale, write_json)
 
 WALK = '''
@@ -24,7 +26,8 @@ def make(folder):
         loss = (model(x) - x.sum(1, keepdim=True)).pow(2).mean()
         opt.zero_grad(); loss.backward(); opt.step()
         if step % 7 == 6: save_checkpoint(folder, step + 1, {"model": model.state_dict(), "opt": opt.state_dict()})
-    write_json(folder/"end.json", {"loss": loss.item(), "weights": [p.tolist() for p in model.parameters()], "began": start})
+    weights = [p.tolist() for p in model.parameters()]
+    write_json(folder/"end.json", {"loss": loss.item(), "weights": weights, "began": start})
 stage(run, "walk", {"seed": 0}, make)
 '''
 
@@ -122,7 +125,8 @@ def test_failure_keeps_what_a_rerun_can_use(tmp_path, error):
     with pytest.raises(error): stage(tmp_path/"r", "toy", {}, lambda folder: work(folder, True))
     folder = stage(tmp_path/"r", "toy", {}, work)
     assert made == ["first"]
-    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*")) == ["first", "first/first.json", "manifest.json"]
+    assert (sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+            == ["first", "first/first.json", "manifest.json"])
 
 
 def two_parts(run, made, seed=0, rank=8, fails=False):
@@ -135,7 +139,8 @@ def two_parts(run, made, seed=0, rank=8, fails=False):
             return {"loss": .1 + .2}
         return make
     def make(folder):
-        both = once(folder/"first", {"seed": seed}, train("first")), once(folder/"second", {"seed": seed, "rank": rank}, train("second"))
+        both = once(folder/"first", {"seed": seed}, train("first")), once(folder/"second", {"seed": seed, "rank": rank},
+                train("second"))
         write_json(folder/"both.json", both)
     with replacing(True): return stage(run, "two", {"seed": seed, "rank": rank}, make)
 
@@ -182,7 +187,8 @@ def test_a_half_written_part_is_made_again(tmp_path):
 
 
 def killed_at(n, function):
-    "Call it in a fork that is killed before the n-th time that it changes the name of a file or removes one; whether it got so far."
+    """Call it in a fork that is killed before the n-th time that it changes the name of a file or removes one;
+    whether it got so far."""
     if not (pid := os.fork()):
         left = [n]
         def deadly(do):
@@ -207,13 +213,16 @@ def test_a_kill_at_any_step_loses_no_stage_and_no_part(tmp_path):
             def append(self, name): log.open("a").write(f"{name}\n")
         died = killed_at(n, lambda: two_parts(run, Made(), rank=4))
         old, new = run/"two", run/"two.partial"
-        standing = [json.loads((p/"manifest.json").read_text())["parameters"]["rank"] for p in (old, new) if complete(p)]
+        standing = [json.loads((p/"manifest.json").read_text())["parameters"]["rank"] for p in (old, new)
+                    if complete(p)]
         assert standing, f"killed at step {n}: neither the old stage nor the new one is there"
-        before, whole = log.read_text().split() if log.exists() else [], {p.parent.name for p in run.rglob(".part.json")}
+        before, whole = log.read_text().split() if log.exists() else [], {p.parent.name
+                for p in run.rglob(".part.json")}
         again = []
         two_parts(run, again, rank=4)
         assert not whole & set(again) and (4 not in standing or again == []) and len(before) == len(set(before))
-        assert sorted(p.name for p in (run/"two").iterdir()) == ["both.json", "first", "manifest.json", "second"] and manifest(run, "two")["parameters"]["rank"] == 4
+        assert (sorted(p.name for p in (run/"two").iterdir()) == ["both.json", "first", "manifest.json", "second"]
+                and manifest(run, "two")["parameters"]["rank"] == 4)
         assert not [p for p in run.iterdir() if p.name not in (".locks", "log", "two")]
         if not died: break
     assert 10 < n < 99
@@ -228,7 +237,8 @@ def test_kept_arrays(tmp_path):
 
 
 def test_two_processes_do_not_make_one_stage(tmp_path):
-    code = f"import time\nfrom ganprompt.runs import *\nwith lock({str(tmp_path/'r')!r}, 'toy'): print('mine', flush=True); time.sleep(60)"
+    code = (f"import time\nfrom ganprompt.runs import *\nwith lock({str(tmp_path/'r')!r}, 'toy'): print('mine', "
+            "flush=True); time.sleep(60)")
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "mine\n"
@@ -243,7 +253,8 @@ def test_two_processes_do_not_make_one_stage(tmp_path):
 
 def test_unwritable_run_folder(tmp_path):
     (tmp_path/"file").write_text("in the way")
-    with pytest.raises(UserError, match="cannot write the run folder .*choose another with --run"): toy(tmp_path/"file"/"run", [])
+    with pytest.raises(UserError, match="cannot write the run folder .*choose another with --run"):
+        toy(tmp_path/"file"/"run", [])
     with pytest.raises(UserError, match="cannot write the run folder"): toy("/proc/run", [])
 
 
@@ -298,13 +309,16 @@ def test_need(home):
     need("demo", "toy", make); need("demo", "toy", make)
     assert calls == [1]
     toy("beauty", [], name="data")
-    with pytest.raises(UserError, match="no complete stage 'toy'; make it with: ganprompt run --run beauty --until toy"): need("beauty", "toy", make)
+    with pytest.raises(UserError,
+                       match="no complete stage 'toy'; make it with: ganprompt run --run beauty --until toy"):
+        need("beauty", "toy", make)
 
 
 def test_a_misspelt_run_is_not_begun(home):
     toy("demo", [], name="data"); toy("beauty", [], name="data")
     for name, near in ("dmeo", "demo"), ("beuty", "beauty"), (home/"runs/bauty", "beauty"):
-        with pytest.raises(UserError, match=f"there is no run '.*'; the nearest existing run is '{near}'"): need(name, "toy", lambda run: toy(run, []))
+        with pytest.raises(UserError, match=f"there is no run '.*'; the nearest existing run is '{near}'"):
+            need(name, "toy", lambda run: toy(run, []))
     assert {p.name for p in (home/"runs").iterdir()} == {"demo", "beauty"}
     assert run_folder(2024) == home/"runs"/"2024" # as papermill reads `-p run 2024`
     with pytest.raises(UserError, match="no run '2024'"): need(2024, "toy", lambda run: toy(run, []))
@@ -313,7 +327,8 @@ def test_a_misspelt_run_is_not_begun(home):
 def chain(run, seed=0, **kw):
     "Three stages, each made from the one before."
     for name, inputs in ("first", []), ("second", ["first"]), ("third", ["second"]):
-        stage(run, name, {"seed": seed, "name": name}, lambda folder: write_json(folder/"x.json", [seed, name]), inputs=inputs, **kw)
+        stage(run, name, {"seed": seed, "name": name}, lambda folder: write_json(folder/"x.json", [seed, name]),
+              inputs=inputs, **kw)
 
 
 def test_being_out_of_date_is_passed_on(tmp_path):
@@ -323,9 +338,12 @@ def test_being_out_of_date_is_passed_on(tmp_path):
     first = manifest(tmp_path/"r", "first")
     write_json(tmp_path/"r/first/manifest.json", first | {"files": {str(tmp_path/"gone"): "0"}})
     assert stale(tmp_path/"r", "first") == f"cannot read {tmp_path/'gone'}: No such file or directory; check the path"
-    assert stale(tmp_path/"r", "second") == "input first is out of date" and stale(tmp_path/"r", "third") == "input second is out of date"
+    assert (stale(tmp_path/"r", "second") == "input first is out of date"
+            and stale(tmp_path/"r", "third") == "input second is out of date")
     for name in "first", "third":
-        with pytest.raises(UserError, match=f"stage {name!r} of run .* is out of date .*ganprompt run --run .* --until {name}"): need(tmp_path/"r", name)
+        with pytest.raises(UserError,
+                           match=f"stage {name!r} of run .* is out of date .*ganprompt run --run .* --until {name}"):
+            need(tmp_path/"r", name)
     with pytest.raises(UserError, match="'third' of run"): toy(tmp_path/"r", [], name="fourth", inputs=["third"])
     shutil.rmtree(tmp_path/"r/first")
     assert stale(tmp_path/"r", "second") == "input first is missing"
@@ -359,7 +377,8 @@ def test_what_was_found_fresh_is_not_hashed_again(tmp_path, monkeypatch):
 def test_weights_and_tokenizer_of_a_model_count(tmp_path):
     (model := tmp_path/"model").mkdir()
     for name in "config.json", "model.safetensors", "tokenizer.json", "README.md": (model/name).write_text("1")
-    go = lambda: stage(tmp_path/"r", "toy", {}, lambda folder: write_json(folder/"where.json", str(model)), models=[model])
+    go = lambda: stage(tmp_path/"r", "toy", {}, lambda folder: write_json(folder/"where.json", str(model)),
+                       models=[model])
     go(); toy(tmp_path/"r", [], name="after", inputs=["toy"])
     (model/"README.md").write_text("2")
     assert fresh(tmp_path/"r", "after")
@@ -367,25 +386,35 @@ def test_weights_and_tokenizer_of_a_model_count(tmp_path):
         (model/name).write_text("2")
         assert stale(tmp_path/"r", "toy") == f"model changed: {model}"
         go()
-        assert stale(tmp_path/"r", "after") == "input toy has changed" # though its one output is the same: it says where the model lies
+        # though its one output is the same: it says where the model lies
+        assert stale(tmp_path/"r", "after") == "input toy has changed"
         toy(tmp_path/"r", [], name="after", inputs=["toy"])
 
 
 def test_other_parameters_replace_nothing_unasked(tmp_path):
     run = tmp_path/"r"
     chain(run)
-    with pytest.raises(UserError, match=r"stage 'first' of run .* was made with other values: seed 0 -> 1; to replace it: --replace true"): chain(run, 1)
+    with pytest.raises(UserError,
+                       match=r"stage 'first' of run .* was made with other values: seed 0 -> 1; to replace it: "
+                             r"--replace true"):
+        chain(run, 1)
     assert json.loads((run/"first/x.json").read_text()) == [0, "first"]
-    with replacing(True), pytest.raises(UserError, match=r"'third' of run .* would be built on another seed's second: seed 0 -> 1.*--seed 1 --until third --replace true"):
+    with replacing(True), pytest.raises(UserError,
+                                        match=r"'third' of run .* would be built on another seed's second: seed 0 -> "
+                                              r"1.*--seed 1 --until third --replace true"):
         stage(run, "third", {"seed": 1}, lambda folder: None, inputs=["second"])
     with replacing(True): chain(run, 1)
-    assert json.loads((run/"third/x.json").read_text()) == [1, "third"] and "replace" not in json.dumps(manifest(run, "third")["parameters"])
-    stage(run, "first", {"seed": 1, "name": "first", "new": 0}, lambda folder: None) # a parameter that there was not before is a matter of the sources
+    assert (json.loads((run/"third/x.json").read_text()) == [1, "third"]
+            and "replace" not in json.dumps(manifest(run, "third")["parameters"]))
+    # a parameter that there was not before is a matter of the sources
+    stage(run, "first", {"seed": 1, "name": "first", "new": 0}, lambda folder: None)
     with pytest.raises(UserError, match="seed 1 -> 2"): chain(run, 2)
 
 
 def test_more_parts_replace_nothing(tmp_path):
-    def go(parts, n=1): return stage(tmp_path/"r", "toy", {"parts": parts, "n": n}, lambda folder: write_json(folder/"x.json", parts), grows=["parts"])
+    def go(parts, n=1):
+        return stage(tmp_path/"r", "toy", {"parts": parts, "n": n}, lambda folder: write_json(folder/"x.json", parts),
+                     grows=["parts"])
     saved = lambda: json.loads((tmp_path/"r/toy/x.json").read_text())
     go("a"); go("b, a"); go("a,b,c"); go("b"); go("c,a")
     assert saved() == "a,b,c" # fewer are there already
@@ -399,7 +428,9 @@ def test_more_parts_replace_nothing(tmp_path):
 
 def test_what_was_told_counts_if_the_result_would_differ(tmp_path):
     "Two files of one name in two folders are two data sets, unless they hold the same."
-    def go(file): return stage(tmp_path/"r", "data", {"dataset": "shop"}, lambda folder: write_json(folder/"x.json", file.read_text()), files=[file], given={"dataset": str(file)})
+    def go(file):
+        return stage(tmp_path/"r", "data", {"dataset": "shop"}, lambda folder: write_json(folder/"x.json",
+                file.read_text()), files=[file], given={"dataset": str(file)})
     for folder, text in ("a", "1"), ("b", "1"), ("c", "2"):
         (tmp_path/folder).mkdir(); (tmp_path/folder/"shop.csv").write_text(text)
     go(tmp_path/"a/shop.csv"); go(tmp_path/"b/shop.csv")
@@ -446,7 +477,8 @@ def package(tmp_path, monkeypatch):
     return change
 
 
-STAGES = "data", "prompts", "backbones", "attributes", "encoder", "gather", "recommender", "metrics", "baselines", "p5", "collm", "ctrl", "figures", "benchmarks", "study"
+STAGES = ("data", "prompts", "backbones", "attributes", "encoder", "gather", "recommender", "metrics", "baselines",
+          "p5", "collm", "ctrl", "figures", "benchmarks", "study")
 
 @pytest.mark.parametrize("file, old, new, wanted", [
     ("recommender.py", r"\ndef rec_loss\(", "\n# in other words\ndef rec_loss(", set()),
@@ -455,8 +487,11 @@ STAGES = "data", "prompts", "backbones", "attributes", "encoder", "gather", "rec
     ("recommender.py", r"\ndef rec_loss\(", "\ndef rec_loss(_=0, *, ", {"recommender", "collm", "study", "benchmarks"}),
     ("figures.py", r"def draw_figure3\(", "X = 1\ndef draw_figure3(_=X, *, ", {"figures"}),
     ("metrics.py", r"def means_table\(", "def means_table(_=0, *, ", set()),
-    ("baselines.py", r"def serve\(\):", "def serve(_=0):", {"baselines"}), # reached by a text that another process executes
-    ("attributes.py", r"k:int=5", "k:int=6", {"attributes", "encoder", "gather", "recommender", "benchmarks", "study", "collm", "ctrl", "p5"}), # a default of another stage
+    # reached by a text that another process executes
+    ("baselines.py", r"def serve\(\):", "def serve(_=0):", {"baselines"}),
+    # a default of another stage
+    ("attributes.py", r"k:int=5", "k:int=6", {"attributes", "encoder", "gather", "recommender", "benchmarks", "study",
+                                              "collm", "ctrl", "p5"}),
 ])
 def test_sources_change_with_what_a_stage_reaches(package, file, old, new, wanted):
     before = {name: sources(name) for name in STAGES}
@@ -473,7 +508,9 @@ def test_every_file_of_data_that_a_stage_reads_is_among_its_files(name):
     reached = runs._reach(name)
     start = reached[name, f"make_{name}"][1]
     told = named(start).union(*(named(one) for (_, what), (_, one) in reached.items() if what in start.names))
-    mine = {key: one for key, (hash, one) in reached.items() if hash == one.hash and key != ("prompts", "load_templates")} # that one reads a stage's
+    # that one reads a stage's
+    mine = {key: one for key, (hash, one) in reached.items() if hash == one.hash
+            and key != ("prompts", "load_templates")}
     assert {file: key for key, one in mine.items() for file in named(one) - told} == {}
 
 
@@ -482,14 +519,17 @@ def test_a_change_of_sources_makes_a_stage_stale_and_says_where(tmp_path, packag
     assert fresh(tmp_path/"r", "prompts")
     package("prompts.py", r"def titles_table\(", "def titles_table(_=0, *, ")
     assert stale(tmp_path/"r", "prompts") == "sources: prompts.py"
-    with pytest.raises(UserError, match=f"git checkout {manifest(tmp_path/'r', 'prompts')['commit'][:10]}"): need(tmp_path/"r", "prompts")
+    with pytest.raises(UserError, match=f"git checkout {manifest(tmp_path/'r', 'prompts')['commit'][:10]}"):
+        need(tmp_path/"r", "prompts")
     stage(tmp_path/"r", "prompts", {}, lambda folder: None) # with the same parameters it is simply made again
     assert fresh(tmp_path/"r", "prompts")
 
 
 def test_commit(tmp_path, monkeypatch):
     "Of the project's own checkout, and not of a repository that happens to hold it."
-    def git(*args): subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", tmp_path, *args], check=True, capture_output=True)
+    def git(*args):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", tmp_path, *args], check=True,
+                       capture_output=True)
     home = [tmp_path/"inner"]
     home[0].mkdir()
     monkeypatch.setattr(runs, "root", lambda: home[0])
@@ -524,9 +564,12 @@ print((need("demo", "slow", make)/"by.json").read_text())'''
 
 
 def test_threads_are_chosen_by_the_model_alone():
-    "A pocket model computes with one thread however many there are, so that a busy machine neither slows it down many times nor changes its sums; a large one gets them all, and keeps them."
+    """A pocket model computes with one thread however many there are, so that a busy machine neither slows it down
+    many times nor changes its sums; a large one gets them all, and keeps them."""
     code = ("import torch; from ganprompt.runs import set_threads; torch.set_num_threads(3); seen = []\n"
-            "for width in 64, 600, 64: set_threads(torch.nn.Linear(width, 1000)); seen.append(torch.get_num_threads())\n"
+            "for width in 64, 600, 64: set_threads(torch.nn.Linear(width, 1000)); "
+            "seen.append(torch.get_num_threads())\n"
             "print(seen)")
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
+                         | {"CUDA_VISIBLE_DEVICES": ""})
     assert out.stdout.split("\n")[0] == "[1, 3, 3]"

@@ -27,7 +27,9 @@ def shown(finished):
     "Reader, folder of the encoder, questions and candidate lists of the test users."
     run = str(finished)
     reader, _ = reader_for(run)
-    return reader, str(finished/"encoder/model"), Questions(reader, own_attributes(run), load_sequences(run, "test")), load_candidates(run, "uni99")[1]
+    return reader, str(finished/"encoder/model"), Questions(reader, own_attributes(run),
+                                                            load_sequences(run, "test")), load_candidates(run,
+                                                                    "uni99")[1]
 
 
 def byte_level(titles):
@@ -35,7 +37,8 @@ def byte_level(titles):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|endoftext|>"], show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  special_tokens=["<|endoftext|>"], show_progress=False)
     tokenizer.train_from_iterator([f" {t} ?" for t in titles] + [" yes", " no"]*1000, trainer)
     return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
@@ -51,7 +54,9 @@ def test_scores_are_those_of_the_whole_model(shown):
     model = T5Decoder(load_model(path, "t5"), reader)
     prompts = [questions.ids(r, int(i)) for r in range(6) for i in lists[r][:20]]
     ids, mask = padded(prompts, reader)
-    with torch.inference_mode(): z = model.t5(input_ids=ids, attention_mask=mask, decoder_input_ids=start_tokens(model.t5, len(ids))).logits[:, 0]
+    with torch.inference_mode():
+        z = model.t5(input_ids=ids, attention_mask=mask, decoder_input_ids=start_tokens(model.t5, len(ids))).logits[:,
+                0]
     no, yes = (reader.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("no", "yes"))
     assert np.allclose(score_prompts(model, prompts), (z[:, yes] - z[:, no]).numpy(), atol=1e-4)
     assert np.allclose(score_prompts(model, prompts, "vocab"), z.log_softmax(-1)[:, yes].numpy(), atol=1e-4)
@@ -60,15 +65,19 @@ def test_scores_are_those_of_the_whole_model(shown):
 @pytest.mark.parametrize("gated", ["relu", "gated-gelu"])
 def test_one_query_gives_the_gradients_of_the_whole_decoder(gated):
     torch.manual_seed(0)
-    config = tf.T5Config(vocab_size=50, d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=2, feed_forward_proj=gated, decoder_start_token_id=0, dropout_rate=0.)
+    config = tf.T5Config(vocab_size=50, d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=2, feed_forward_proj=gated,
+                         decoder_start_token_id=0, dropout_rate=0.)
     model, mask = tf.T5ForConditionalGeneration(config), torch.tensor([[1]*9, [1]*5 + [0]*4])
     states, found = torch.randn(2, 9, 32), {}
     for way in "ours", "whole":
         model.zero_grad()
         if way == "ours": z = answer_logits(model, states, mask, [3, 4])
-        else: z = model(encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=start_tokens(model, 2)).logits[:, 0, [3, 4]]
+        else:
+            z = model(encoder_outputs=(states,), attention_mask=mask,
+                      decoder_input_ids=start_tokens(model, 2)).logits[:, 0, [3, 4]]
         z.sigmoid().sum().backward()
-        found[way] = {n: p.grad.clone() for n, p in model.decoder.block.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+        found[way] = {n: p.grad.clone() for n, p in model.decoder.block.named_parameters() if p.grad is not None
+                      and p.grad.abs().max() > 0}
     assert found["ours"].keys() == found["whole"].keys() and len(found["ours"]) > 10
     assert all(torch.allclose(g, found["whole"][n], atol=1e-6) for n, g in found["ours"].items())
 
@@ -84,7 +93,8 @@ def test_the_ranker_is_the_decoder_with_another_first_input(n, shown):
         ours = model.answer((states, mask), items, model.names)
         for r in range(3):
             x = model.item_vectors()[items[r]].unsqueeze(1)
-            whole = model.t5(encoder_outputs=(states[[r]*n],), attention_mask=mask[[r]*n], decoder_inputs_embeds=x).logits[:, 0, model.names]
+            whole = model.t5(encoder_outputs=(states[[r]*n],), attention_mask=mask[[r]*n],
+                             decoder_inputs_embeds=x).logits[:, 0, model.names]
             assert torch.allclose(ours[r], whole, atol=1e-4)
 
 
@@ -94,9 +104,11 @@ def test_a_shared_prefix_changes_no_score(kind, shown, finished, tmp_path):
     reader, path, questions, lists = shown
     model_class, config_class, more, modules = LLMS[kind]
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4) if kind != "gpt2" else {}
+    sizes = (dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4) if kind != "gpt2"
+             else {})
     tokenizer = reader.tokenizer if kind == "llama" else byte_level(reader.titles)
-    model_class(config_class(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=1, **sizes, **more)).save_pretrained(tmp_path)
+    model_class(config_class(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=1, **sizes,
+                             **more)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model = new_recommender("causal-lm", path, reader, resolve(str(tmp_path)), lora_modules=modules)
     for name, p in model.peft.named_parameters():
@@ -109,7 +121,8 @@ def test_a_shared_prefix_changes_no_score(kind, shown, finished, tmp_path):
             for j in 0, 1, 50, 99:
                 tail = model.tails[lists[r][j]]
                 said = tokenizer.decode(tail).strip()
-                assert said.endswith("?") and reader.titles[lists[r][j]].startswith(said[:-1].strip()) # a long title is cut
+                # a long title is cut
+                assert said.endswith("?") and reader.titles[lists[r][j]].startswith(said[:-1].strip())
                 text = torch.cat([prefix, model.lm.get_input_embeddings()(torch.tensor(tail))])
                 z = model.peft(inputs_embeds=text.unsqueeze(0)).logits[0, -1]
                 assert abs(found[r][j] - (z[model.names[1]] - z[model.names[0]]).item()) < 1e-4
@@ -150,10 +163,12 @@ def test_any_causal_model_of_a_folder_serves(finished, shop, tmp_path):
     shutil.copytree(finished, run)
     reader = reader_for(str(finished))[0]
     tokenizer = byte_level(reader.titles)
-    tf.Qwen2ForCausalLM(tf.Qwen2Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+    tf.Qwen2ForCausalLM(tf.Qwen2Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
+                                       num_hidden_layers=1, num_attention_heads=2,
                                        num_key_value_heads=1, bos_token_id=None, eos_token_id=1)).save_pretrained(llm)
     tokenizer.save_pretrained(llm)
-    folder = make(run, "recommender", shop, recommender="causal-lm", llm=str(llm), lora_modules="q_proj,o_proj", lora_rank=2, recommender_epochs=1)
+    folder = make(run, "recommender", shop, recommender="causal-lm", llm=str(llm), lora_modules="q_proj,o_proj",
+                  lora_rank=2, recommender_epochs=1)
     about = json.loads((folder/"ganprompt, causal-lm/adapter/adapter_config.json").read_text())
     assert about["r"] == 2 and set(about["target_modules"]) == {"q_proj", "o_proj"} and not (folder/"llm").exists()
     assert type(load_recommender(folder/"ganprompt, causal-lm", reader).lm).__name__ == "Qwen2ForCausalLM"
@@ -163,16 +178,22 @@ def test_whole_catalogues_are_ranked(finished, shop, tmp_path):
     run = tmp_path/"run"
     shutil.copytree(finished, run)
     folder = make(run, "recommender", shop, recommender="t5-ranker", candidates="full", recommender_epochs=1)
-    (users, lists), scores = load_candidates(str(run), "full"), pl.read_parquet(folder/"scores.parquet").filter(model="ganprompt, t5-ranker")
-    assert scores["user"].to_list() == list(users) and [len(s) for s in scores["scores"]] == [len(items) for items in lists]
+    users, lists = load_candidates(str(run), "full")
+    scores = pl.read_parquet(folder/"scores.parquet").filter(model="ganprompt, t5-ranker")
+    assert (scores["user"].to_list() == list(users)
+            and [len(s) for s in scores["scores"]] == [len(items) for items in lists])
 
 
-@pytest.mark.parametrize("bad, said", [(dict(recommender="t5-decoder,llama"), "recommender='llama'.*causal-lm"), (dict(recommender="causal-lm", llm="no-such-llm"), "no-such-llm.*neither"),
-                                       (dict(recommender="causal-lm", lora_modules="w_q"), "lora_modules='w_q'.*q_proj"), (dict(recommender="causal-lm", four_bit=True), "four_bit needs a GPU")])
+@pytest.mark.parametrize("bad, said", [(dict(recommender="t5-decoder,llama"), "recommender='llama'.*causal-lm"),
+                                       (dict(recommender="causal-lm", llm="no-such-llm"), "no-such-llm.*neither"),
+                                       (dict(recommender="causal-lm", lora_modules="w_q"),
+                                        "lora_modules='w_q'.*q_proj"),
+                                        (dict(recommender="causal-lm", four_bit=True), "four_bit needs a GPU")])
 def test_a_wrong_recommender_is_named(bad, said, finished, shop, tmp_path):
     shutil.copytree(finished, tmp_path/"run")
     shutil.copytree(finished/"recommender/llm", tmp_path/"llm") # spares training one
-    with pytest.raises(UserError, match=said): make(tmp_path/"run", "recommender", shop, **({"llm": str(tmp_path/"llm")} | bad))
+    with pytest.raises(UserError, match=said):
+        make(tmp_path/"run", "recommender", shop, **({"llm": str(tmp_path/"llm")} | bad))
     assert not list((tmp_path/"run").glob("*.partial"))
 
 
@@ -182,5 +203,6 @@ def test_a_pocket_llama_is_trained_once_and_whole(finished, tmp_path, monkeypatc
     monkeypatch.setattr(backbones, "train", lambda *args: trainings.append(args[-2]) or [])
     (tmp_path/"llm").mkdir()
     shutil.copy(finished/"recommender/llm/config.json", tmp_path/"llm")
-    for _ in range(2): assert find_llm(str(finished), {"llm": "pocket", "seed": 0}, tmp_path/"llm") == str(tmp_path/"llm")
+    for _ in range(2):
+        assert find_llm(str(finished), {"llm": "pocket", "seed": 0}, tmp_path/"llm") == str(tmp_path/"llm")
     assert trainings == ["pocket causal"] and load_model(str(tmp_path/"llm"), "causal").num_parameters() > 0

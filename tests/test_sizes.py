@@ -1,4 +1,5 @@
-"How much is computed at once, and where it is kept: arithmetic of batches, budgets and places, on machines that are made up."
+"""How much is computed at once, and where it is kept: arithmetic of batches, budgets and places, on machines that
+are made up."""
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +25,8 @@ def test_batches_are_as_large_as_the_budget_allows():
     lengths = np.random.default_rng(0).integers(1, 40, 300)
     cut = token_batches(lengths, 200)
     assert sorted(np.concatenate(cut)) == list(range(300))
-    for mine, following in zip(cut, cut[1:]): assert lengths[mine].max()*len(mine) <= 200 < lengths[following[0]]*(len(mine) + 1)
+    for mine, following in zip(cut, cut[1:]):
+        assert lengths[mine].max()*len(mine) <= 200 < lengths[following[0]]*(len(mine) + 1)
 
 
 @pytest.fixture
@@ -36,8 +38,10 @@ def machine(monkeypatch):
 
 
 @pytest.mark.parametrize("need, memory, file, shared, where", [
-    (2_048_000, 1, 1, False, "memory"), (2_048_001, 1, 1, False, "a mapped file"), (5_000_000, 1, 1, False, "a mapped file"), (5_000_001, 1, 1, False, "nowhere"),
-    (1_000_000, .001, 1, False, "memory"), (1_000_001, .001, 1, False, "a mapped file"), (3_000_000, 1, .003, False, "a mapped file"), (3_000_001, 1, .003, False, "nowhere"),
+    (2_048_000, 1, 1, False, "memory"), (2_048_001, 1, 1, False, "a mapped file"),
+    (5_000_000, 1, 1, False, "a mapped file"), (5_000_001, 1, 1, False, "nowhere"),
+    (1_000_000, .001, 1, False, "memory"), (1_000_001, .001, 1, False, "a mapped file"),
+    (3_000_000, 1, .003, False, "a mapped file"), (3_000_001, 1, .003, False, "nowhere"),
     (10, 1, 1, True, "a mapped file")])
 def test_half_of_what_is_free_is_taken(need, memory, file, shared, where, machine, tmp_path):
     assert place(need, memory, file, tmp_path, shared) == where
@@ -58,7 +62,8 @@ def test_bfloat16_is_for_gpus_that_have_it(monkeypatch):
 
 def test_states_say_how_large_they_are(tmp_path):
     "Five tokens, a million wide, four bytes each."
-    assert str(States([[1, 2], [3, 4, 5]], 10**6, 0, tmp_path/"x", 0, 1e-6)) == "2 prompts, 0.02 GB of states computed each time, for there is no room to keep them"
+    assert (str(States([[1, 2], [3, 4, 5]], 10**6, 0, tmp_path/"x", 0, 1e-6))
+            == "2 prompts, 0.02 GB of states computed each time, for there is no room to keep them")
 
 
 @pytest.mark.parametrize("memory_gb, file_gb", [(1, 1), (0, 1), (0, 0)])
@@ -77,7 +82,8 @@ def test_states_are_the_same_wherever_they_are_kept(memory_gb, file_gb, world, t
 
 def test_the_vocabulary_is_the_last_axis():
     z = torch.tensor([[[1., 3., 0.], [2., 2., 2.]]]) # one prompt, two candidates, three pieces
-    assert torch.allclose(scores_of(z, "vocab", [0, 1]), torch.tensor([[3 - np.log(np.exp([1, 3, 0]).sum()), -np.log(3)]], dtype=torch.float32))
+    assert torch.allclose(scores_of(z, "vocab", [0, 1]), torch.tensor([[3 - np.log(np.exp([1, 3, 0]).sum()),
+            -np.log(3)]], dtype=torch.float32))
     assert scores_of(z[..., :2], "yes-no", [0, 1]).tolist() == [[2., 0.]]
 
 
@@ -86,7 +92,8 @@ def test_a_small_budget_means_few_candidates_at_a_time(world): # noqa: F811
     reader, t5 = world
     model, rows = T5Ranker(t5, reader), shoppers(4)[0]
     (questions,), asked_for = asked(reader, rows), []
-    contexts, items = [questions.context(r) for r in range(4)], np.stack([np.random.default_rng(r).permutation(12)[:10] for r in range(4)])
+    contexts, items = [questions.context(r) for r in range(4)], np.stack([np.random.default_rng(r).permutation(12)[:10]
+            for r in range(4)])
     whole, answer = score_contexts(model, contexts, items), model.answer
     model.cost = lambda mask: 10
     model.answer = lambda memory, items, rows: (asked_for.append(items.shape), answer(memory, items, rows))[1]
@@ -95,8 +102,11 @@ def test_a_small_budget_means_few_candidates_at_a_time(world): # noqa: F811
 
 
 def test_the_bank_begins_with_what_is_trained_on(tmp_path):
-    "A wording of one's own comes first and is called so; one of the bank's is moved to the front, and stands there once."
-    reader, bank = tiny_reader(), [t for t in read_templates(root()/"data/templates.yaml") if t["task"] == "recommendation"]
+    """A wording of one's own comes first and is called so; one of the bank's is moved to the front, and stands there
+    once."""
+    reader, bank = tiny_reader(), [t for t in read_templates(root()/"data/templates.yaml") if t["task"]
+                                   == "recommendation"]
     assert [t["id"] for t in bank_for(reader)] == ["own", *(t["id"] for t in bank)]
     reader.templates = reader.templates | {"recommendation": bank[7]["text"]}
-    assert [t["id"] for t in bank_for(reader)] == [bank[7]["id"], *(t["id"] for i, t in enumerate(bank) if i != 7)] and bank_for(reader)[0]["split"] == "seen"
+    assert ([t["id"] for t in bank_for(reader)] == [bank[7]["id"], *(t["id"] for i, t in enumerate(bank) if i != 7)]
+            and bank_for(reader)[0]["split"] == "seen")

@@ -35,8 +35,10 @@ def test_likeness_by_hand():
 @pytest.fixture(scope="module")
 def studied(finished, tmp_path_factory):
     "Two entries on the small shop, one of them with an encoder of its own."
-    shutil.copytree(finished, run := tmp_path_factory.mktemp("study")/"run", ignore=shutil.ignore_patterns("recommender", "encoder"))
-    S.make_study(str(run), study_entries="one template,random templates,gathered amid nonsense", study_users=20, recommender_epochs=1)
+    shutil.copytree(finished, run := tmp_path_factory.mktemp("study")/"run",
+                    ignore=shutil.ignore_patterns("recommender", "encoder"))
+    S.make_study(str(run), study_entries="one template,random templates,gathered amid nonsense", study_users=20,
+                 recommender_epochs=1)
     return run
 
 
@@ -49,16 +51,19 @@ def test_kept_ranks_are_those_of_the_report(studied, tmp_path):
     "The model that the study leaves, asked again by the command's own function."
     kept = read(paths := S.keep_study(str(studied), tmp_path/"kept"))
     for name in ("one template", "gathered amid nonsense"):
-        said = json.loads(R.make_report(str(studied/"study"/S.slug(name)), str(studied), users=20, out=str(tmp_path/name)).with_suffix(".json").read_text())
+        said = json.loads(R.make_report(str(studied/"study"/S.slug(name)), str(studied), users=20,
+                                        out=str(tmp_path/name)).with_suffix(".json").read_text())
         assert [t["id"] for t in kept[name]["by_template"]] == [t["id"] for t in said["by_template"]]
-        np.testing.assert_allclose(S.table_of(kept[name])["hit@10"].mean(axis=1), [t["hit@10"] for t in said["by_template"]], atol=1e-9)
+        np.testing.assert_allclose(S.table_of(kept[name])["hit@10"].mean(axis=1),
+                                   [t["hit@10"] for t in said["by_template"]], atol=1e-9)
         assert kept[name]["measured"]["unseen"]["flips"] == pytest.approx(said["measured"]["unseen"]["flips"])
     assert kept["gathered amid nonsense"]["fingerprint"] == manifest(str(studied), "study")["fingerprint"]
     assert not any(str(studied.parent) in p.read_text() for p in paths)
 
 
 def test_a_report_that_was_cut_short_asks_on(studied, monkeypatch):
-    "Each template's scores are kept until the report is written, and used again by the same model for the same questions only."
+    """Each template's scores are kept until the report is written, and used again by the same model for the same
+    questions only."""
     model, asked = str(studied/"study/one-template"), []
     def counted(lm, questions, at, lists):
         asked.append(len(lists))
@@ -77,32 +82,43 @@ def test_a_report_that_was_cut_short_asks_on(studied, monkeypatch):
 
 
 def test_another_bank_asks_the_same_recommender(studied, tmp_path, monkeypatch):
-    "Trained again and asked under the fresh bank, and trained for the first bank and asked by the command's own function."
+    """Trained again and asked under the fresh bank, and trained for the first bank and asked by the command's own
+    function."""
     shutil.copytree(studied, run := tmp_path/"run", ignore=shutil.ignore_patterns("study"))
-    with pytest.raises(UserError, match="study_bank=none: there is no .*data/none.yaml"): S.make_study(str(run), study_bank="none")
+    with pytest.raises(UserError, match="study_bank=none: there is no .*data/none.yaml"):
+        S.make_study(str(run), study_bank="none")
     monkeypatch.setattr(S, "bank_file", lambda p: seen)
-    (seen := tmp_path/"seen.yaml").write_text('- {id: a, task: recommendation, group: own, split: seen, text: "{purchase_history} then {target_item} ?"}')
+    (seen := tmp_path/"seen.yaml").write_text('- {id: a, task: recommendation, group: own, split: seen, text: '
+                                              '"{purchase_history} then {target_item} ?"}')
     with pytest.raises(UserError, match="seen.yaml has no unseen recommendation template"): S.make_study(str(run))
     monkeypatch.undo()
-    S.make_study(str(run), study_entries="one template", study_users=20, recommender_epochs=1, study_bank="templates-fresh")
+    S.make_study(str(run), study_entries="one template", study_users=20, recommender_epochs=1,
+                 study_bank="templates-fresh")
     (kept,) = read(S.keep_study(str(run), tmp_path/"kept")).values()
-    said = json.loads(R.make_report(str(studied/"study/one-template"), str(studied), str(root()/"data/templates-fresh.yaml"), users=20, out=str(tmp_path/"out")).with_suffix(".json").read_text())
-    assert [t["id"] for t in kept["by_template"]] == [t["id"] for t in said["by_template"]] and kept["by_template"][1]["id"] == "fresh-para-1"
-    np.testing.assert_allclose(S.table_of(kept)["hit@10"].mean(axis=1), [t["hit@10"] for t in said["by_template"]], atol=1e-9)
+    said = json.loads(R.make_report(str(studied/"study/one-template"), str(studied),
+                                    str(root()/"data/templates-fresh.yaml"), users=20,
+                                    out=str(tmp_path/"out")).with_suffix(".json").read_text())
+    assert ([t["id"] for t in kept["by_template"]] == [t["id"] for t in said["by_template"]]
+            and kept["by_template"][1]["id"] == "fresh-para-1")
+    np.testing.assert_allclose(S.table_of(kept)["hit@10"].mean(axis=1), [t["hit@10"] for t in said["by_template"]],
+                               atol=1e-9)
 
 
 @pytest.mark.parametrize("how", [{}, dict(gather_same=1., gather_wordings=4, gather_nonsense=0)])
 def test_gathering_moves_the_encoder_and_tells_histories_apart(how, finished, tmp_path):
     shutil.copytree(finished, run := tmp_path/"run", ignore=shutil.ignore_patterns("recommender", "encoder"))
     folder = make_gather(str(run), gather_batch=16, gather_epochs=3, **how)
-    merit, curves = json.loads((folder/"manifest.json").read_text())["metrics"], S.pl.read_parquet(folder/"curves.parquet")
-    assert ((curves["same"] > 0) == bool(how)).all() and (curves["loss"] - curves["lm"] - curves["next"] - curves["same"]).abs().max() < 1e-4
+    merit, curves = (json.loads((folder/"manifest.json").read_text())["metrics"],
+                     S.pl.read_parquet(folder/"curves.parquet"))
+    assert (((curves["same"] > 0) == bool(how)).all()
+            and (curves["loss"] - curves["lm"] - curves["next"] - curves["same"]).abs().max() < 1e-4)
     assert merit["after"]["found"] > merit["before"]["found"] and merit["after"]["cosine"] > .5
 
 
 def test_an_entry_that_fails_does_not_stop_the_rest_and_whole_ones_are_kept(studied, tmp_path, monkeypatch):
     shutil.copytree(studied, run := tmp_path/"run", ignore=shutil.ignore_patterns("study"))
-    calls, one = [], {e: json.loads((studied/"study/study.json").read_text())["entries"][e] for e in ("one template", "gathered amid nonsense")}
+    calls, one = [], {e: json.loads((studied/"study/study.json").read_text())["entries"][e]
+                      for e in ("one template", "gathered amid nonsense")}
     tables = S.pl.read_parquet(studied/"study/ranks.parquet")
     def fake(run, name, folder, p):
         calls.append(name)
@@ -110,20 +126,29 @@ def test_an_entry_that_fails_does_not_stop_the_rest_and_whole_ones_are_kept(stud
         if name == "gathered amid nonsense" and calls.count("gathered amid nonsense") == 1: raise KeyboardInterrupt
         return {k: v for k, v in one[name].items() if k != "settings"}, tables.filter(entry=name).drop("entry")
     monkeypatch.setattr(S, "run_entry", fake)
-    with pytest.raises(KeyboardInterrupt): S.make_study(str(run), study_entries="one template,random templates,gathered amid nonsense", study_users=20)
+    with pytest.raises(KeyboardInterrupt):
+        S.make_study(str(run), study_entries="one template,random templates,gathered amid nonsense", study_users=20)
     S.make_study(str(run), study_entries="one template,random templates,gathered amid nonsense", study_users=20)
-    assert calls == ["one template", "random templates", "gathered amid nonsense", "random templates", "gathered amid nonsense"]
-    assert json.loads((run/"study/study.json").read_text())["entries"]["random templates"] == {"failed": "no templates to draw from"}
-    assert {p.name for p in S.keep_study(str(run), tmp_path/"kept")} == {"one-template-0.json", "gathered-amid-nonsense-0.json"}
+    assert calls == ["one template", "random templates", "gathered amid nonsense", "random templates",
+                     "gathered amid nonsense"]
+    assert (json.loads((run/"study/study.json").read_text())["entries"]["random templates"]
+            == {"failed": "no templates to draw from"})
+    assert ({p.name for p in S.keep_study(str(run), tmp_path/"kept")}
+            == {"one-template-0.json", "gathered-amid-nonsense-0.json"})
 
 
 def test_pages_and_pictures_come_from_kept_entries(studied, tmp_path):
     S.keep_study(str(studied), tmp_path/"kept")
     made = S.draw_study(tmp_path/"kept", tmp_path/"out")
-    assert {p.suffix for p in made} == {".md", ".html", ".tex", ".csv", ".png"} and all(p.stat().st_size > 500 for p in made)
+    assert ({p.suffix for p in made} == {".md", ".html", ".tex", ".csv", ".png"}
+            and all(p.stat().st_size > 500 for p in made))
     text = next(p for p in made if p.suffix == ".md").read_text()
     assert [p.stem.rsplit("_", 1)[1] for p in made if p.suffix == ".png"][-1] == "figure1" and "_figure1.png" in text
-    assert "pocket models" in text and "over users and templates, for one training: they say nothing of the method" in text and "The control of gathered amid nonsense, gathered in one wording, is not among these entries" in text and "Difference to random templates" in text
+    assert "pocket models" in text and ("over users and templates, for one training: they say nothing of the "
+                                        "method") in text and ("The control of gathered amid nonsense, gathered in one "
+                                                               "wording, is not among these "
+                                                               "entries") in text and ("Difference to random "
+                                                                                       "templates") in text
     before = {p: p.read_bytes() for p in made}
     assert {p: p.read_bytes() for p in S.draw_study(tmp_path/"kept", tmp_path/"out")} == before
 
@@ -132,9 +157,11 @@ def test_entries_that_cannot_be_compared_are_refused(studied, tmp_path):
     paths = S.keep_study(str(studied), tmp_path/"kept")
     other = json.loads(paths[0].read_text())
     paths[0].write_text(json.dumps(other | {"users_digest": "x"}))
-    with pytest.raises(UserError, match="other users, data, recommenders or templates"): S.read_study_entries(tmp_path/"kept")
+    with pytest.raises(UserError, match="other users, data, recommenders or templates"):
+        S.read_study_entries(tmp_path/"kept")
     paths[0].write_text(json.dumps(other | {"backbone": "x"}))
-    with pytest.raises(UserError, match="seed 0: kept entries started from different backbones"): S.read_study_entries(tmp_path/"kept")
+    with pytest.raises(UserError, match="seed 0: kept entries started from different backbones"):
+        S.read_study_entries(tmp_path/"kept")
     paths[0].write_text(json.dumps(other | {"users": 3}))
     with pytest.raises(UserError, match="is damaged"): S.read_study_entries(tmp_path/"kept")
     with pytest.raises(UserError, match="keep some first"): S.read_study_entries(tmp_path/"none")
@@ -223,33 +250,45 @@ def test_what_is_answered_is_kept_and_drawn(shop, tmp_path, monkeypatch):
 
 def test_deaf_and_parrot_are_told_from_steady():
     "What the page says of a constant model, of one that has learned the seen template by heart, and of a robust one."
-    rng, bank = np.random.default_rng(0), [dict(id=f"t{i}", group="toy", split="attack" if i else "seen") for i in range(13)]
+    rng, bank = np.random.default_rng(0), [dict(id=f"t{i}", group="toy", split="attack" if i else "seen")
+                                           for i in range(13)]
     truth = rng.normal(size=(50, 100)) + 3*(np.arange(100) == 0)
     def entry(model, scores):
         found, ranks = R.measure_bank(scores, bank), [S.ranking(z) for z in scores]
-        return dict(model=model, dataset="toy", synthetic=True, seed=0, users=50, recommender="none", pocket=False, measured=found,
+        return dict(model=model, dataset="toy", synthetic=True, seed=0, users=50, recommender="none", pocket=False,
+                    measured=found,
                     by_template=bank, ranks=S.Ranks(*(np.stack([r[c] for r in ranks]) for c in S.Ranks._fields)))
     noise = rng.normal(size=(13, 50, 100))
-    mine = [entry("random templates", np.concatenate([truth[None], noise[1:]])), entry("deaf", np.full((13, 50, 100), -1.)), entry("steady", truth + .1*noise)]
+    mine = [entry("random templates", np.concatenate([truth[None], noise[1:]])),
+            entry("deaf", np.full((13, 50, 100), -1.)), entry("steady", truth + .1*noise)]
     draws = S.drawn(mine)
     value = {s: {name: d[0].mean() for name, d in by.items()} for s, by in draws.items()}
-    assert value["clean"]["deaf"] == value["CPS"]["deaf"] == 0 and value["clean"]["random templates"] == pytest.approx(value["clean"]["steady"], abs=.1)
-    assert value["CPS"]["steady"] > 3*value["CPS"]["random templates"] and R.ends(draws["q05"]["steady"] - draws["q05"]["random templates"])[1] > 0
+    assert (value["clean"]["deaf"] == value["CPS"]["deaf"] == 0
+            and value["clean"]["random templates"] == pytest.approx(value["clean"]["steady"], abs=.1))
+    assert (value["CPS"]["steady"] > 3*value["CPS"]["random templates"]
+            and R.ends(draws["q05"]["steady"] - draws["q05"]["random templates"])[1] > 0)
 
 
 @pytest.mark.parametrize("plan", ["tables", "standard", "robustness", "robustness-fresh", "ablation"])
 def test_plans_name_what_there_is(plan):
     found = read_plan(str(root()/f"data/{plan}.yaml"))
-    entries, readings = list(S.read_entries()[1]), list(yaml.safe_load((root()/"data/study.yaml").read_text())["readings"])
-    wanted = {"robustness": [e for e in entries if e not in readings], "ablation": ["attributes", "GANPrompt", "GANPrompt as printed", *readings]}
+    entries, readings = (list(S.read_entries()[1]),
+                         list(yaml.safe_load((root()/"data/study.yaml").read_text())["readings"]))
+    wanted = {"robustness": [e for e in entries if e not in readings],
+              "ablation": ["attributes", "GANPrompt", "GANPrompt as printed", *readings]}
     assert all(set(m.get("study", [])) <= set(entries) for m in found["datasets"].values())
-    assert S.bank_file(found.get("parameters", {})).name == ("templates-fresh.yaml" if plan == "robustness-fresh" else "templates.yaml")
-    if plan in wanted: assert all(m["study"] == wanted[plan] and set(S.PAGES[plan][1]) <= set(entries) for m in found["datasets"].values())
+    assert (S.bank_file(found.get("parameters", {})).name
+            == ("templates-fresh.yaml" if plan == "robustness-fresh" else "templates.yaml"))
+    if plan in wanted:
+        assert all(m["study"] == wanted[plan] and set(S.PAGES[plan][1]) <= set(entries)
+                   for m in found["datasets"].values())
 
 
 def test_another_run_of_a_study_has_its_pages():
-    assert [S.kind_of(name) for name in ("robustness", "robustness-mine", "/tmp/ablation-2", "tables", "robustnesses")] == ["robustness", "robustness", "ablation", "", ""]
-    assert [plan_of(name).name for name in ("robustness-mine", "robustness-fresh", "tables")] == ["robustness.yaml", "robustness-fresh.yaml", "tables.yaml"]
+    assert [S.kind_of(name) for name in ("robustness", "robustness-mine", "/tmp/ablation-2", "tables",
+                                         "robustnesses")] == ["robustness", "robustness", "ablation", "", ""]
+    assert ([plan_of(name).name for name in ("robustness-mine", "robustness-fresh", "tables")]
+            == ["robustness.yaml", "robustness-fresh.yaml", "tables.yaml"])
 
 
 def test_each_reading_changes_one_thing():
@@ -264,13 +303,16 @@ def test_readings_of_stage_1_are_measured_and_drawn(finished, tmp_path):
     kept = read(S.keep_study(str(run), tmp_path/"ablation"))
     for name, path in ("GANPrompt", "spread"), ("k 2", "k-2"):
         states = S.pl.read_parquet(run/"study/encoders"/path/"states.parquet").filter(S.pl.col("stage") == "after")
-        assert states["version"].n_unique() == {"GANPrompt": 4, "k 2": 3}[name] # plain, and one for each word: the shop has three
+        # plain, and one for each word: the shop has three
+        assert states["version"].n_unique() == {"GANPrompt": 4, "k 2": 3}[name]
         x = np.array(states["x"].to_list()).reshape(-1, states["version"].n_unique(), len(states["x"][0]))
-        assert S.separated(list(kept.values()))[name]["silhouette"] == pytest.approx(separability(x)["silhouette"], abs=1e-6)
+        assert (S.separated(list(kept.values()))[name]["silhouette"]
+                == pytest.approx(separability(x)["silhouette"], abs=1e-6))
     assert kept["attributes"]["encoder"] == {}
     made = S.draw_study(tmp_path/"ablation", tmp_path/"out")
     text = next(p for p in made if p.suffix == ".md").read_text()
-    assert "Difference to GANPrompt" in text and "how far apart" in text and {p.name.split("_")[0] for p in made} == {"ablation"}
+    assert ("Difference to GANPrompt" in text and "how far apart" in text
+            and {p.name.split("_")[0] for p in made} == {"ablation"})
 
 
 def test_p5_and_tallrec_rank_as_a_plain_forward_pass_does(finished, tmp_path):
@@ -279,26 +321,38 @@ def test_p5_and_tallrec_rank_as_a_plain_forward_pass_does(finished, tmp_path):
     S.make_study(str(run), study_entries="P5,TALLRec", study_users=10, recommender_epochs=1)
     kept, (rows, lists) = read(S.keep_study(str(run), tmp_path/"kept")), R.test_lists(str(run), 10)
     p5, tallrec = load_model(str(run/"study/p5/P5"), "t5"), load_text_lm(str(run), run/"study/tallrec", "TALLRec")
-    def of_p5(prompt, item): return -p5(input_ids=torch.tensor([prompt]), labels=torch.tensor([item])).loss.item()*len(item)
+    def of_p5(prompt, item):
+        return -p5(input_ids=torch.tensor([prompt]), labels=torch.tensor([item])).loss.item()*len(item)
     def of_tallrec(prompt, tail):
         no, yes = tallrec.lm(input_ids=torch.tensor([prompt + tail])).logits[0, -1, tallrec.names].tolist()
         return yes - no
     readers = {"P5": reader_for(str(run))[0], "TALLRec": text_reader(str(run), str(run/"study/tallrec/llm"))}
-    texts = {"P5": asker_for(str(run), "titles", 0, readers["P5"].tokenizer, "{title_seq}").items, "TALLRec": tallrec.tails}
+    texts = {"P5": asker_for(str(run), "titles", 0, readers["P5"].tokenizer, "{title_seq}").items,
+             "TALLRec": tallrec.tails}
     bank = bank_for(readers["P5"])
     for name, score in ("P5", of_p5), ("TALLRec", of_tallrec):
         for at in 0, next(i for i, t in enumerate(bank) if t["id"] == "para-3"):
             asked = Questions(readers[name], {}, rows, bank[at]["text"], False)
-            with torch.inference_mode(): z = [np.array([score(asked.context(r), texts[name][i]) for i in lists[r]]) for r in range(3)]
+            with torch.inference_mode():
+                z = [np.array([score(asked.context(r), texts[name][i]) for i in lists[r]]) for r in range(3)]
             ranks = kept[name]["ranks"].rank[at, :3]
             assert [1 + int((row[1:] >= row[0]).sum()) for row in z] == ranks.tolist(), (name, at)
     odds = kept["P5"]["odds"]
     assert (odds > 0).any() and (odds < 0).any() # likelier than the mean candidate, or not
 
 
-@pytest.mark.parametrize("change, message", [(lambda y: y["entries"]["GANPrompt"].update(wordngs=2), "unknown parameter 'wordngs'"), (lambda y: y["encoders"]["spread"].update(coupling_="none"), "unknown parameter 'coupling_'"),
-                                             (lambda y: y["encoders"]["gathered amid nonsense"].update(k=2), "unknown parameter 'k'"), (lambda y: y["entries"]["GANPrompt"].update(encoder="gan"), "encoder must be one of backbone"),
-                                             (lambda y: y["entries"]["P5"].update(form="P6"), "'P5': form must be one of TALLRec, P5"), (lambda y: y["entries"]["P5"].update(wordings=4), "unknown parameter 'wordings'")])
+@pytest.mark.parametrize("change, message", [(lambda y: y["entries"]["GANPrompt"].update(wordngs=2),
+                                              "unknown parameter 'wordngs'"),
+                                              (lambda y: y["encoders"]["spread"].update(coupling_="none"),
+                                               "unknown parameter 'coupling_'"),
+                                             (lambda y: y["encoders"]["gathered amid nonsense"].update(k=2),
+                                              "unknown parameter 'k'"),
+                                              (lambda y: y["entries"]["GANPrompt"].update(encoder="gan"),
+                                               "encoder must be one of backbone"),
+                                             (lambda y: y["entries"]["P5"].update(form="P6"),
+                                              "'P5': form must be one of TALLRec, P5"),
+                                              (lambda y: y["entries"]["P5"].update(wordings=4),
+                                               "unknown parameter 'wordings'")])
 def test_mistakes_in_the_entries(change, message, tmp_path):
     found = yaml.safe_load((root()/"data/study.yaml").read_text())
     change(found)

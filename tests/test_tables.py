@@ -25,7 +25,8 @@ def table(lists):
 def put(study, model, seed, ranks, size=21, dataset="beauty", lists=None, **more):
     "Keep a made-up entry."
     family = "ours" if "ganprompt" in model or "no-stage-1" in model else "id"
-    kept = dict(model=model, dataset=dataset, synthetic=False, seed=seed, family=family, pocket=family == "ours", users=len(ranks.split()), users_digest="hand", data="hand",
+    kept = dict(model=model, dataset=dataset, synthetic=False, seed=seed, family=family, pocket=family == "ours",
+                users=len(ranks.split()), users_digest="hand", data="hand",
                 search=[], seconds={"search": 9., "train": 2. + seed, "score": 1.}, machine="by hand") | more
     lists = lists or {"uni99": {"rank": ranks, "size": size}}
     return T.write_entry(T.entry_path(study, dataset, model, seed), kept, table(lists))
@@ -40,13 +41,16 @@ def hand(tmp_path):
 
 
 def made_up(study, users=150, seeds=3, dataset="beauty"):
-    "A study of all models, with everything that a table has to cope with: a failed model, one not run, a missing seed, awkward names."
+    """A study of all models, with everything that a table has to cope with: a failed model, one not run, a missing
+    seed, awkward names."""
     rng = np.random.default_rng(len(dataset))
     hard = rng.uniform(.3, 1.7, users)
     def ranks(p, size): return " ".join(map(str, np.minimum(rng.geometric(np.clip(p*hard, .001, 1)), size)))
-    simple, text = {"random": .01, "popularity": .03, "last-item": .06}, {"P5 (titles)": .05, "P5 (ids)": .06, "TALLRec": .1, "A&B_model 5%": .07}
+    simple, text = {"random": .01, "popularity": .03, "last-item": .06}, {"P5 (titles)": .05, "P5 (ids)": .06,
+            "TALLRec": .1, "A&B_model 5%": .07}
     ours = {"no-stage-1": .11, "ganprompt": .1, "no-stage-1, t5-ranker": .12, "ganprompt, t5-ranker": .12}
-    by_id = {"Caser": .08, "DIN": .07, "HGN": .1, "GRU4Rec": .09, "SASRec": .11, "SASRec-CE": .13, "S3Rec": .1, "MF": .09, "LightGCN": .1}
+    by_id = {"Caser": .08, "DIN": .07, "HGN": .1, "GRU4Rec": .09, "SASRec": .11, "SASRec-CE": .13, "S3Rec": .1,
+             "MF": .09, "LightGCN": .1}
     for family, models in dict(simple=simple, id=by_id, text=text, ours=ours).items():
         for model, p in models.items():
             for seed in range(seeds):
@@ -55,10 +59,13 @@ def made_up(study, users=150, seeds=3, dataset="beauty"):
                 if family == "id":
                     lists["full"] = {"rank": ranks(p/12, 2600), "size": rng.integers(2590, 2601, users).clip(2600)}
                 seconds = {"stage": 1500.} if family == "ours" else {"train": 60*p, "score": 2.}
-                put(study, model, seed, "1", dataset=dataset, family=family, pocket=family in ("text", "ours"), users=users, lists=lists, seconds=seconds)
-    rows = [dict(dataset=dataset, source="ours", cut=cut, users=4144, items=2675, interactions=36414, sequences=4144, sparsity=99.67) for cut in ("literal", "holdout-first")]
+                put(study, model, seed, "1", dataset=dataset, family=family, pocket=family in ("text", "ours"),
+                    users=users, lists=lists, seconds=seconds)
+    rows = [dict(dataset=dataset, source="ours", cut=cut, users=4144, items=2675, interactions=36414, sequences=4144,
+                 sparsity=99.67) for cut in ("literal", "holdout-first")]
     failed = [dict(model="CTRL", seed=0, kept_from="x", why="out of memory & <time>, 100 % of it_")]
-    T.entry_path(study, dataset, "x", 0).with_name("data.json").write_text(json.dumps(dict(dataset=dataset, synthetic=False, table1=rows, failed=failed)))
+    T.entry_path(study, dataset, "x", 0).with_name("data.json").write_text(json.dumps(dict(dataset=dataset,
+            synthetic=False, table1=rows, failed=failed)))
 
 
 @pytest.fixture(scope="module")
@@ -70,32 +77,41 @@ def whole(tmp_path_factory):
     return folder
 
 
-def figure(r, model, metric): return r.stats.row(by_predicate=(pl.col("model") == model) & (pl.col("metric") == metric), named=True)
+def figure(r, model, metric):
+    return r.stats.row(by_predicate=(pl.col("model") == model) & (pl.col("metric") == metric), named=True)
 
 
 def test_hand_worked_figures(hand):
     r = T.results(T.read_tables(hand))
     ours, mrr = figure(r, "ganprompt", "hit@1"), figure(r, "HGN", "mrr")
     assert (ours["mean"], ours["seeds"]) == (.625, 2) and ours["sd"] == pytest.approx(.25/2**.5)
-    assert mrr["mean"] == pytest.approx(np.mean([1/2, 1/3, 1/9, 1/12, 1/2, 1/2, 1/8, 1/20])) and mrr["sd"] == pytest.approx(np.std([37/36/4, (1 + .175)/4], ddof=1))
+    assert (mrr["mean"] == pytest.approx(np.mean([1/2, 1/3, 1/9, 1/12, 1/2, 1/2, 1/8, 1/20]))
+            and mrr["sd"] == pytest.approx(np.std([37/36/4, (1 + .175)/4], ddof=1)))
     assert figure(r, "SASRec", "auc")["mean"] == pytest.approx(1 - 22/20/8)
-    assert figure(r, "SASRec", "ndcg@5")["mean"] == pytest.approx((3 + np.log(2)/np.log(3) + 2/2 + np.log(2)/np.log(5))/8)
+    assert (figure(r, "SASRec", "ndcg@5")["mean"]
+            == pytest.approx((3 + np.log(2)/np.log(3) + 2/2 + np.log(2)/np.log(5))/8))
     best = {(row["model"], row["metric"]) for row in r.stats.filter("best").iter_rows(named=True)}
     assert best == {("ganprompt", m) for m in M.METRICS}
-    assert {(row["model"], row["metric"]) for row in r.stats.filter("best_baseline").iter_rows(named=True)} == {("SASRec", m) for m in M.METRICS}
+    assert ({(row["model"], row["metric"]) for row in r.stats.filter("best_baseline").iter_rows(named=True)}
+            == {("SASRec", m) for m in M.METRICS})
     first = r.pairs.row(by_predicate=pl.col("metric") == "hit@1", named=True)
-    assert first["improvement"] == pytest.approx(200/3) and first["difference"] == .25 and first["trainings"] == 2 and first["low"] == pytest.approx(.25 - 1.96*(1/12)**.5/2, abs=1e-4) # both seeds say .25; users 0, .5, .5, 0
+    # both seeds say .25; users 0, .5, .5, 0
+    assert (first["improvement"] == pytest.approx(200/3) and first["difference"] == .25 and first["trainings"] == 2
+            and first["low"] == pytest.approx(.25 - 1.96*(1/12)**.5/2, abs=1e-4))
 
 
 def test_hand_worked_page(hand):
     text = T.to_md(T.page_of(T.results(T.read_tables(hand))))
-    def cells(start): return [c.strip() for c in next(line for line in text.splitlines() if line.startswith(start)).split("|")][1:-1]
+    def cells(start):
+        return [c.strip() for c in next(line for line in text.splitlines() if line.startswith(start)).split("|")][1:-1]
     assert cells("| GANPrompt (pocket)")[:4] == ["GANPrompt (pocket)", "2", "**.956 ± .009**", "**.625 ± .177**"]
     assert cells("| SASRec ")[3] == r".375 ± .177\*"
     assert cells("| Improvement")[3] == "+66.7"
     assert cells("| HR@1 ") == ["HR@1", "SASRec", "2", ".375", ".625", "+66.7", "+.250 [-.033, +.533]", "no"]
-    assert "read titles" not in text and "read titles" in T.to_md(T.page_of(T.results(T.read_tables(hand)), {"titles": False}))
-    assert cells("| Caser ") == ["Caser", "0 of 2", *["–"]*8] and "Caser" in next(line for line in text.splitlines() if line.startswith("No entry"))
+    assert "read titles" not in text and "read titles" in T.to_md(T.page_of(T.results(T.read_tables(hand)),
+            {"titles": False}))
+    assert (cells("| Caser ") == ["Caser", "0 of 2", *["–"]*8]
+            and "Caser" in next(line for line in text.splitlines() if line.startswith("No entry")))
 
 
 def test_negative_improvement_and_zero_baseline(tmp_path):
@@ -106,7 +122,8 @@ def test_negative_improvement_and_zero_baseline(tmp_path):
     assert dict(pairs.select("metric", "improvement").iter_rows())["hit@10"] == pytest.approx(50)
     put(tmp_path, "HGN", 0, "21 21 21", 31)
     r = T.results(T.read_tables(tmp_path))
-    assert dict(r.pairs.select("metric", "improvement").iter_rows())["hit@1"] is None and "| Improvement (%) " in T.to_md(T.page_of(r))
+    assert (dict(r.pairs.select("metric", "improvement").iter_rows())["hit@1"] is None
+            and "| Improvement (%) " in T.to_md(T.page_of(r)))
 
 
 def test_the_interval_of_one_training_is_scipys(tmp_path):
@@ -134,7 +151,9 @@ def test_one_training_gives_no_verdict(tmp_path):
     "GANPrompt is better for every user: with one training that is still no claim, with two that agree it is one."
     put(tmp_path, "HGN", 0, "5 5 5 5"); put(tmp_path, "ganprompt", 0, "1 1 1 1")
     def verdicts():
-        return {line.split("|")[-2].strip() for line in T.to_md(T.page_of(T.results(T.read_tables(tmp_path)))).splitlines() if line.startswith(("| HR@1 ", "| MRR "))}
+        return {line.split("|")[-2].strip()
+                for line in T.to_md(T.page_of(T.results(T.read_tables(tmp_path)))).splitlines()
+                if line.startswith(("| HR@1 ", "| MRR "))}
     assert verdicts() == {"–"}
     put(tmp_path, "HGN", 1, "5 5 5 5"); put(tmp_path, "ganprompt", 1, "1 1 1 1")
     assert verdicts() == {"yes, better"}
@@ -148,7 +167,8 @@ def test_tau_and_swaps(whole):
         return np.mean([M.gains(e["lists"][name].rank)["mrr"].mean() for e in ids if e["model"] == model])
     u, f = ([mean(m, name) for m in models] for name in ("uni99", "full"))
     row = T.sampling_table(entries).row(by_predicate=pl.col("metric") == "mrr", named=True)
-    assert row["tau"] == pytest.approx(scipy.stats.kendalltau(u, f).statistic) and row["models"] == 9 and row["pairs"] == 36
+    assert (row["tau"] == pytest.approx(scipy.stats.kendalltau(u, f).statistic) and row["models"] == 9
+            and row["pairs"] == 36)
     swapped = {f"{a} > {b}" for i, a in enumerate(models) for j, b in enumerate(models) if u[i] > u[j] and f[i] < f[j]}
     assert set(filter(None, row["swapped"].split(", "))) == swapped and len(swapped) == round(36*(1 - row["tau"])/2)
 
@@ -157,7 +177,8 @@ def test_a_clear_swap_is_told(tmp_path):
     n = 60
     for seed, clear in ((0, ""), (1, "HGN > SASRec")): # one training makes nothing clear
         for model, sampled, full in (("HGN", "1", "99"), ("SASRec", "5", "1")):
-            put(tmp_path, model, seed, "1", users=n, lists={"uni99": {"rank": " ".join([sampled]*n), "size": 100}, "full": {"rank": " ".join([full]*n), "size": 2000}})
+            put(tmp_path, model, seed, "1", users=n, lists={"uni99": {"rank": " ".join([sampled]*n), "size": 100},
+                                                            "full": {"rank": " ".join([full]*n), "size": 2000}})
         row = T.sampling_table(T.read_tables(tmp_path)).row(by_predicate=pl.col("metric") == "mrr", named=True)
         assert (row["tau"], row["swapped"], row["clear"]) == (-1, "HGN > SASRec", clear)
 
@@ -174,7 +195,8 @@ def test_auc_comes_back_from_rank_and_ties(tmp_path):
 
 def test_other_users_are_refused(hand):
     put(hand, "ganprompt", 1, "1 1 1 4", users_digest="others")
-    with pytest.raises(UserError, match=r"ganprompt \(seed 1\) and HGN \(seed 0\) were scored for different users"): T.make_tables(hand, hand/"out")
+    with pytest.raises(UserError, match=r"ganprompt \(seed 1\) and HGN \(seed 0\) were scored for different users"):
+        T.make_tables(hand, hand/"out")
 
 
 @pytest.mark.parametrize("change", [
@@ -215,23 +237,30 @@ def test_twice_the_same_bytes(whole):
 def test_what_is_missing_is_said(whole):
     text = (whole/"out/table2_beauty.md").read_text()
     assert "Missing seeds: MF: 1." in text and "No entry on uni99 lists: BERT4Rec, CoLLM." in text
-    assert re.search(r"\| MF +\| 2 of 3 ", text) and re.search(r"\| CTRL +\| 0 of 3 +\| – ", text) and "Failed: CTRL, seed 0: out of memory" in text
+    assert (re.search(r"\| MF +\| 2 of 3 ", text) and re.search(r"\| CTRL +\| 0 of 3 +\| – ", text)
+            and "Failed: CTRL, seed 0: out of memory" in text)
 
 
 def test_rows_are_in_the_papers_order(whole):
     r = T.results([e for e in T.read_tables(whole/"study") if e["dataset"] == "beauty"])
-    assert [row["model"] for row in r.rows] == ["last-item", "popularity", "random", "Caser", "DIN", "HGN", "GRU4Rec", "BERT4Rec", "SASRec", "SASRec-CE", "S3Rec", "MF", "LightGCN", "P5 (ids)", "P5 (titles)",
-                                                "TALLRec", "CoLLM", "CTRL", "A&B_model 5%", "no-stage-1, t5-ranker", "ganprompt, t5-ranker", "no-stage-1", "ganprompt"]
+    assert [row["model"] for row in r.rows] == ["last-item", "popularity", "random", "Caser", "DIN", "HGN", "GRU4Rec",
+                                                "BERT4Rec", "SASRec", "SASRec-CE", "S3Rec", "MF", "LightGCN",
+                                                "P5 (ids)", "P5 (titles)",
+                                                "TALLRec", "CoLLM", "CTRL", "A&B_model 5%", "no-stage-1, t5-ranker",
+                                                "ganprompt, t5-ranker", "no-stage-1", "ganprompt"]
     assert r.pairs["baseline"].is_in(["ganprompt", "no-stage-1"]).sum() == 0
 
 
 def test_reported_figures_have_their_marks(whole):
-    marks = {(r["model"], r["metric"]): r["mark"] for r in M.check_tables(M.paper_tables().filter(dataset="beauty")).iter_rows(named=True)}
+    marks = {(r["model"], r["metric"]): r["mark"]
+             for r in M.check_tables(M.paper_tables().filter(dataset="beauty")).iter_rows(named=True)}
     text = (whole/"out/table2_beauty.md").read_text()
     for line in text.splitlines():
         if "(reported)" in line:
             name, *cells = [c.strip() for c in line.split("|")[1:-1]]
-            for metric, cell in zip(M.METRICS, cells): assert ("(!)" in cell) == (marks.get((name.removesuffix(" (reported)"), metric), "ok") != "ok"), (name, metric)
+            for metric, cell in zip(M.METRICS, cells):
+                assert ("(!)" in cell) == (marks.get((name.removesuffix(" (reported)"), metric), "ok") != "ok"), (name,
+                        metric)
     assert text.count("(reported)") == 9 and text.count("(!)") > 9
     table = pl.read_csv(whole/"out/table2_beauty.csv")
     both = table.filter(model="ganprompt", metric="ndcg@5").row(0, named=True)
@@ -255,35 +284,42 @@ class Shape(HTMLParser):
 def test_html_is_whole(whole, name):
     text, shape = (whole/f"out/{name}.html").read_text(), Shape()
     shape.feed(text)
-    assert not shape.open and "script" not in shape.tags and shape.tags.count("caption") == shape.tags.count("table") and "http" not in text
+    assert (not shape.open and "script" not in shape.tags and shape.tags.count("caption") == shape.tags.count("table")
+            and "http" not in text)
     for block in re.findall(r"<table>.*?</table>", text, re.S):
         one = Shape(); one.feed(block)
         assert len(set(one.rows)) == 1
-    if "beauty" in name: assert "A&amp;B_model 5%" in text and "&lt;time&gt;" in text and "<strong>" in text and "<sup>*</sup>" in text
+    if "beauty" in name:
+        assert "A&amp;B_model 5%" in text and "&lt;time&gt;" in text and "<strong>" in text and "<sup>*</sup>" in text
 
 
 @pytest.mark.parametrize("name", ["table1", "table2_beauty", "table_shoes-co"])
 def test_latex_compiles(whole, name):
     text = (whole/f"out/{name}.tex").read_text()
-    assert text.count(r"\begin{table}") == text.count(r"\end{tabular}") == text.count(r"\toprule") == text.count(r"\bottomrule")
+    assert (text.count(r"\begin{table}") == text.count(r"\end{tabular}") == text.count(r"\toprule")
+            == text.count(r"\bottomrule"))
     for block in re.findall(r"\\toprule\n(.*?)\\bottomrule", text, re.S):
         assert len({len(re.findall(r"(?<!\\)&", line)) for line in block.splitlines() if line.endswith(r"\\")}) == 1
-    if "beauty" in name: assert r"A\&B\_model 5\%" in text and r"\textbf{" in text and "$^*$" in text and r"of it\_" in text
+    if "beauty" in name:
+        assert r"A\&B\_model 5\%" in text and r"\textbf{" in text and "$^*$" in text and r"of it\_" in text
     if not shutil.which("pdflatex"): return
-    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", f"-output-directory={whole}", whole/f"out/{name}.tex"], capture_output=True, text=True, errors="replace")
+    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", f"-output-directory={whole}",
+                           whole/f"out/{name}.tex"], capture_output=True, text=True, errors="replace")
     assert done.returncode == 0, done.stdout[-2000:]
     assert "Overfull" not in done.stdout, re.findall("Overfull.*", done.stdout)
 
 
 def test_escapes():
     assert T.written("t5-x -.5 [-1, -2]", "tex") == "t5-x $-$.5 [$-$1, $-$2]"
-    assert T.written("50% of A&B_c #1 {x} ~ ^ \\ ± –", "tex") == r"50\% of A\&B\_c \#1 \{x\} \textasciitilde{} \textasciicircum{} \textbackslash{} $\pm$ --"
+    assert (T.written("50% of A&B_c #1 {x} ~ ^ \\ ± –", "tex")
+            == r"50\% of A\&B\_c \#1 \{x\} \textasciitilde{} \textasciicircum{} \textbackslash{} $\pm$ --")
     assert T.written("a|b*", "md") == r"a\|b\*" and T.written("<b>&", "html") == "&lt;b&gt;&amp;"
 
 
 @pytest.fixture
 def run(shop, tmp_path):
-    "A run with a data stage, recommenders whose scores are drawn at random, and a baseline stage as those chapters leave it."
+    """A run with a data stage, recommenders whose scores are drawn at random, and a baseline stage as those chapters
+    leave it."""
     folder = tmp_path/"shop-3"
     make(folder, "data", shop)
     users, lists = load_candidates(str(folder), "uni99")
@@ -291,34 +327,43 @@ def run(shop, tmp_path):
     rng = np.random.default_rng(0)
     def scored(i): return [rng.integers(0, 9, len(x)).astype(np.float32) for x in lists[i:i + 50]]
     def recommend(to):
-        pl.concat([pl.DataFrame({"model": model, "row": numbers, "user": users[:50], "scores": scored(0)}) for model in ("no-stage-1", "ganprompt", "ganprompt, causal-lm")]).write_parquet(to/"scores.parquet")
+        pl.concat([pl.DataFrame({"model": model, "row": numbers, "user": users[:50], "scores": scored(0)})
+                   for model in ("no-stage-1", "ganprompt", "ganprompt, causal-lm")]).write_parquet(to/"scores.parquet")
         write_json(to/"recommender.json", {"candidates": "uni99", "pocket": True, "t5": "pocket", "llm": "tiny"})
         return {"valid_auc ganprompt": .7}
     def baseline(to):
         frames = [B.rank_rows(m, users[:50], c, scored(0)) for m in ("HGN", "popularity") for c in ("uni99", "full")]
-        return B.finish(to, frames, {"HGN": ABOUT, "popularity": dict(family="simple", pocket=False), "CTRL": dict(family="text", failed="no memory")})
-    for name, what in (("recommender", recommend), ("baselines", baseline)): stage(folder, name, dict(seed=3), what, inputs=["data"])
+        return B.finish(to, frames, {"HGN": ABOUT, "popularity": dict(family="simple", pocket=False),
+                                     "CTRL": dict(family="text", failed="no memory")})
+    for name, what in (("recommender", recommend), ("baselines", baseline)):
+        stage(folder, name, dict(seed=3), what, inputs=["data"])
     return folder
 
 
-ABOUT = dict(family="id", pocket=False, settings={"width": 8}, search=[{"settings": {"width": 8}, "valid": .5}], valid=.5, valid_metric="ndcg@10", parameters=99, seconds={"train": 1.5})
+ABOUT = dict(family="id", pocket=False, settings={"width": 8}, search=[{"settings": {"width": 8}, "valid": .5}],
+             valid=.5, valid_metric="ndcg@10", parameters=99, seconds={"train": 1.5})
 
 
 def test_keep_models_of_a_run(run, tmp_path):
     paths = T.keep_models(str(run), tmp_path/"study")
     kept = {e["model"]: e for e in (T.read_entry(p, T.lists_of) for p in paths[1:])}
     assert set(kept) == {"random", "popularity", "HGN", "no-stage-1", "ganprompt", "ganprompt, causal-lm"}
-    assert [p.name for p in paths] == ["data.json", "random-3.json", "popularity-3.json", *(f"{m}-3.json" for m in ("no-stage-1", "ganprompt", "ganprompt-causal-lm", "hgn"))]
+    assert [p.name for p in paths] == ["data.json", "random-3.json", "popularity-3.json",
+                                       *(f"{m}-3.json" for m in ("no-stage-1", "ganprompt", "ganprompt-causal-lm",
+                                               "hgn"))]
     assert kept["popularity"]["stage"] == "baselines" and kept["random"]["stage"] == "recommender"
     ours, hgn = kept["ganprompt, causal-lm"], kept["HGN"]
-    assert (ours["family"], ours["pocket"], ours["backbone"], kept["ganprompt"]["backbone"], kept["ganprompt"]["valid"]) == ("ours", True, "pocket + tiny", "pocket", .7)
+    assert (ours["family"], ours["pocket"], ours["backbone"], kept["ganprompt"]["backbone"],
+            kept["ganprompt"]["valid"]) == ("ours", True, "pocket + tiny", "pocket", .7)
     rows, scores = M.collect_scores(str(run), 3)
-    assert {e["users_digest"] for e in kept.values()} == {digest(rows["user"].to_list())} and hgn["fingerprint"] == manifest(run, "baselines")["fingerprint"]
+    assert ({e["users_digest"] for e in kept.values()} == {digest(rows["user"].to_list())}
+            and hgn["fingerprint"] == manifest(run, "baselines")["fingerprint"])
     assert hgn["weights"] == 99 and hgn["parameters"] == {"seed": 3} and hgn["search"] == ABOUT["search"]
     assert not any(str(tmp_path) in p.read_text() for p in paths)
     for model, lists in scores.items():
         if model == "popularity": continue
-        np.testing.assert_allclose(T.figures_of(*kept[model]["lists"]["uni99"])["auc"], M.ranking(lists)["auc"], atol=1e-12)
+        np.testing.assert_allclose(T.figures_of(*kept[model]["lists"]["uni99"])["auc"], M.ranking(lists)["auc"],
+                                   atol=1e-12)
 
 
 def test_keep_again_and_what_is_lacking(run, tmp_path):
@@ -326,8 +371,10 @@ def test_keep_again_and_what_is_lacking(run, tmp_path):
     paths = T.keep_models(str(run), study)
     first = paths[0]
     data = json.loads(first.read_text())
-    assert data["failed"] == [dict(model="CTRL", seed=3, kept_from="shop-3", why="no memory")] and [row["cut"] for row in data["table1"]] == ["literal", "holdout-first"]
-    assert T.lacking(study, data["dataset"], 3, ["HGN", "CTRL", "popularity"]) == ["CTRL"] and T.lacking(study, "elsewhere/" + data["dataset"], 4, ["HGN"]) == ["HGN"]
+    assert (data["failed"] == [dict(model="CTRL", seed=3, kept_from="shop-3", why="no memory")]
+            and [row["cut"] for row in data["table1"]] == ["literal", "holdout-first"])
+    assert (T.lacking(study, data["dataset"], 3, ["HGN", "CTRL", "popularity"]) == ["CTRL"]
+            and T.lacking(study, "elsewhere/" + data["dataset"], 4, ["HGN"]) == ["HGN"])
     assert T.keep_models(str(run), study) == paths and json.loads(first.read_text()) == data
     text = next(p for p in T.make_tables(study, tmp_path/"out") if p.suffix == ".md").read_text()
     assert "Failed: CTRL, seed 3: no memory" in text and "GANPrompt, causal-lm (pocket)" in text
@@ -335,7 +382,8 @@ def test_keep_again_and_what_is_lacking(run, tmp_path):
 
 def test_nothing_to_keep(run, tmp_path):
     for name in ("recommender", "baselines"): shutil.rmtree(run/name)
-    with pytest.raises(UserError, match="no ranked models; make some: ganprompt run"): T.keep_models(str(run), tmp_path/"study")
+    with pytest.raises(UserError, match="no ranked models; make some: ganprompt run"):
+        T.keep_models(str(run), tmp_path/"study")
 
 
 def test_a_user_with_several_lists_is_one_person():
@@ -344,7 +392,8 @@ def test_a_user_with_several_lists_is_one_person():
     e = dict(model="m", seed=0, dataset="toy", users=3, users_digest="x", data="y")
     e |= {"lists": {"uni99": T.ranks_of(rows, 3)}} | T.owners_of(T.owned(rows, 3), 3)
     people = T.people([e])
-    assert people["user"].to_list() == [0, 1] and people["hit@1"].to_list() == [.5, 0] and people["mrr"].to_list() == pytest.approx([2/3, 1/2])
+    assert (people["user"].to_list() == [0, 1] and people["hit@1"].to_list() == [.5, 0]
+            and people["mrr"].to_list() == pytest.approx([2/3, 1/2]))
     del e["owners"]
     assert len(T.people([e])) == 3 and T.owners_of(T.owned(rows.with_columns(user=pl.Series([7, 8, 9])), 3), 3) == {}
 

@@ -1,4 +1,5 @@
-"What cannot work is told before the first stage: every name and number of every chapter, models that are not there, not whole or of another kind, and a full disk."
+"""What cannot work is told before the first stage: every name and number of every chapter, models that are not
+there, not whole or of another kind, and a full disk."""
 import importlib, json, os, shutil, subprocess, sys, time
 from types import SimpleNamespace
 
@@ -6,7 +7,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ganprompt import cli
-from ganprompt.backbones import bert_tokenizer, find_model, is_model, nearest_folder, of_kind, pocket_model, resolve, t5_tokenizer
+from ganprompt.backbones import (bert_tokenizer, find_model, is_model, nearest_folder, of_kind, pocket_model, resolve,
+                                 t5_tokenizer)
 from ganprompt.cli import ask_first, chapters, main, parameters
 from ganprompt.recommender import POCKET_LINEAR, add_adapters, linear_layers, lora_faults
 from ganprompt.runs import UserError, root, told
@@ -47,12 +49,15 @@ def test_every_number_and_every_name_is_looked_at(chapter):
     for name, p in chapter.parameters.items():
         wrong = {"int": [-7], "float": [-7., float("nan")], "str": ["no-such-thing"], "bool": []}[p.type]
         for value in [] if name in ANY | FREE else wrong:
-            assert any(name in f or "no-such-thing" in f for f in faults(chapter, **asked | {name: value})), f"{name}={value} went through"
+            assert any(name in f or "no-such-thing" in f for f in faults(chapter, **asked
+                    | {name: value})), f"{name}={value} went through"
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--recommender", "causal-lm", "--llm", "no-such-model"], "llm: the model 'no-such-model' is neither a folder nor in the local cache"),
-    (["--recommender", "causal-lm", "--lora-modules", "w_q"], "lora_modules='w_q': pocket has no linear layer 'w_q'; it has q_proj, k_proj"),
+    (["--recommender", "causal-lm", "--llm", "no-such-model"],
+     "llm: the model 'no-such-model' is neither a folder nor in the local cache"),
+    (["--recommender", "causal-lm", "--lora-modules", "w_q"],
+     "lora_modules='w_q': pocket has no linear layer 'w_q'; it has q_proj, k_proj"),
     (["--recommender", "t5-decodr"], "did you mean 't5-decoder'?"),
     (["--recommender", ""], "recommender='' is not known"),
     (["--coupling", "rival"], "coupling='rival' is not known"),
@@ -83,10 +88,12 @@ def test_a_wrong_value_is_told_first(tmp_path, monkeypatch, capsys, args, messag
 
 
 def test_all_faults_are_told_together(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["ganprompt", "run", "--run", str(tmp_path/"run"), "--k", "0", "--coupling", "rival", "--t5", "none", "--valid-users", "-1"])
+    monkeypatch.setattr(sys, "argv", ["ganprompt", "run", "--run", str(tmp_path/"run"), "--k", "0", "--coupling",
+                                      "rival", "--t5", "none", "--valid-users", "-1"])
     with pytest.raises(SystemExit): main()
     said = capsys.readouterr().err
-    assert all(s in said for s in ("k=0", "coupling='rival'", "t5: the model 'none'")) and said.count("valid_users=-1") == 1
+    assert (all(s in said for s in ("k=0", "coupling='rival'", "t5: the model 'none'"))
+            and said.count("valid_users=-1") == 1)
 
 
 def test_ten_seconds_are_enough(tmp_path):
@@ -94,7 +101,8 @@ def test_ten_seconds_are_enough(tmp_path):
     import resource
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
     code = "from ganprompt.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, "run", "--run", str(tmp_path/"run"), "--recommender", "causal-lm", "--llm", "no-such-model"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", code, "run", "--run", str(tmp_path/"run"), "--recommender",
+                           "causal-lm", "--llm", "no-such-model"], capture_output=True, text=True, cwd=tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and not done.stdout and not list(tmp_path.iterdir())
     assert after.ru_utime - before.ru_utime < 10 and time.time() - start < 60
@@ -104,7 +112,8 @@ def test_a_folder_is_meant_from_where_the_user_stands(models, monkeypatch):
     monkeypatch.chdir(models.parent)
     known = parameters(chapters())
     for name, kind in ("t5", "t5"), ("bert", "bert"), ("llm", "causal"):
-        for given in f"{models.name}/{kind}", f"./{models.name}/{kind}", str(models/kind): assert cli.absolute(name, given, known[name].help) == str(models/kind)
+        for given in f"{models.name}/{kind}", f"./{models.name}/{kind}", str(models/kind):
+            assert cli.absolute(name, given, known[name].help) == str(models/kind)
     monkeypatch.chdir(models)
     values = cli.resolve(chapters(), {"t5": "t5", "llm": "causal"})
     assert (values["t5"], values["bert"], values["llm"]) == (str(models/"t5"), "pocket", str(models/"causal"))
@@ -127,16 +136,21 @@ def test_a_model_of_another_kind_is_refused(models, kind):
 
 
 @pytest.mark.parametrize("architecture, model_type, kinds", [
-    ("BertModel", "bert", ""), ("BertForPreTraining", "bert", "bert"), ("RobertaForMaskedLM", "roberta", "bert"), ("T5EncoderModel", "t5", ""), ("MT5ForConditionalGeneration", "mt5", "t5"),
-    ("GPT2LMHeadModel", "gpt2", "causal"), ("MistralForCausalLM", "mistral", "causal"), ("LlamaForSequenceClassification", "llama", ""), ("BertLMHeadModel", "bert", "")])
+    ("BertModel", "bert", ""), ("BertForPreTraining", "bert", "bert"), ("RobertaForMaskedLM", "roberta", "bert"),
+    ("T5EncoderModel", "t5", ""), ("MT5ForConditionalGeneration", "mt5", "t5"),
+    ("GPT2LMHeadModel", "gpt2", "causal"), ("MistralForCausalLM", "mistral", "causal"),
+    ("LlamaForSequenceClassification", "llama", ""), ("BertLMHeadModel", "bert", "")])
 def test_what_a_config_says(architecture, model_type, kinds):
-    assert [k for k in ("t5", "bert", "causal") if of_kind({"architectures": [architecture], "model_type": model_type}, k)] == kinds.split()
+    assert [k for k in ("t5", "bert", "causal") if of_kind({"architectures": [architecture], "model_type": model_type},
+                                                           k)] == kinds.split()
 
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda d: (d/"model-1.safetensors").unlink(), "incomplete copy: model-1.safetensors is missing"),
-    (lambda d: (d/"model-1.safetensors").write_bytes((d/"model-1.safetensors").read_bytes()[:-40]), "incomplete copy: model-1.safetensors is cut short or damaged"),
-    (lambda d: (d/"model-0.safetensors").write_text("version https://git-lfs.github.com/spec/v1"), "incomplete copy: model-0.safetensors is cut short or damaged"),
+    (lambda d: (d/"model-1.safetensors").write_bytes((d/"model-1.safetensors").read_bytes()[:-40]),
+     "incomplete copy: model-1.safetensors is cut short or damaged"),
+    (lambda d: (d/"model-0.safetensors").write_text("version https://git-lfs.github.com/spec/v1"),
+     "incomplete copy: model-0.safetensors is cut short or damaged"),
     (lambda d: [f.unlink() for f in d.glob("tokenizer*")], "incomplete copy: its tokenizer is missing"),
     (lambda d: (d/"tokenizer.json").write_text("{"), "incomplete copy: its tokenizer cannot be read"),
     (lambda d: (d/"config.json").unlink(), "has no config.json"),
@@ -169,7 +183,8 @@ def test_adapters_need_something_to_adapt(models):
 
 def test_all_linear_layers_but_the_last_get_adapters(models):
     lm = pocket_model("causal", t5_tokenizer(["oak lamp"], ["yes", "no"]), 16, 2)
-    adapted = {n.split(".lora_A")[0].rpartition(".")[2] for n, p in add_adapters(lm, 2).named_parameters() if p.requires_grad and "lora_A" in n}
+    adapted = {n.split(".lora_A")[0].rpartition(".")[2] for n, p in add_adapters(lm, 2).named_parameters()
+               if p.requires_grad and "lora_A" in n}
     assert adapted == set(POCKET_LINEAR)
 
 
@@ -177,7 +192,8 @@ def test_the_disk_is_looked_at(tmp_path, monkeypatch, models):
     values = DEFAULTS | {"run": str(tmp_path/"deep/run"), "dataset": "demo"}
     ask_first(chapters()[:8], values)
     monkeypatch.setattr(cli.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e8))
-    with pytest.raises(UserError, match=r"the run will write about 0\.\d GB, and .* has 0\.1 GB free; .*--run"): ask_first(chapters()[:8], values)
+    with pytest.raises(UserError, match=r"the run will write about 0\.\d GB, and .* has 0\.1 GB free; .*--run"):
+        ask_first(chapters()[:8], values)
     assert not list(tmp_path.iterdir())
 
 
@@ -203,15 +219,19 @@ def test_no_users_means_all_in_the_figure():
     import polars as pl
 
     from ganprompt.figures import pick_states
-    states = pl.DataFrame([(when, u, v, [1., 2.]) for when in ("before", "after") for u in range(7) for v in range(2)], schema=["stage", "user", "version", "x"], orient="row")
+    states = pl.DataFrame([(when, u, v, [1., 2.]) for when in ("before", "after") for u in range(7) for v in range(2)],
+                          schema=["stage", "user", "version", "x"], orient="row")
     assert len(pick_states(states, 0)[0]) == 14 and len(pick_states(states, 3)[0]) == 6
 
 
 def test_the_figure_needs_no_folder_of_numba(tmp_path):
     "A stand-in for UMAP that fails as the true one does where its folder and the user's cache cannot be written."
-    (tmp_path/"umap.py").write_text("import numba\nif not numba.config.CACHE_DIR: raise RuntimeError('cannot cache function')\nclass UMAP: pass")
-    code = "from ganprompt.figures import load_umap; import numba, os; load_umap(); print(os.path.isdir(numba.config.CACHE_DIR), numba.config.CACHE_DIR)"
-    env = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"} | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root()}"}
+    (tmp_path/"umap.py").write_text("import numba\nif not numba.config.CACHE_DIR: raise RuntimeError('cannot cache "
+                                    "function')\nclass UMAP: pass")
+    code = ("from ganprompt.figures import load_umap; import numba, os; load_umap(); "
+            "print(os.path.isdir(numba.config.CACHE_DIR), numba.config.CACHE_DIR)")
+    env = ({k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"}
+           | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root()}"})
     said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.split()
     assert said[0] == "True" and not os.path.exists(said[1])
 
@@ -222,14 +242,17 @@ def test_own_results_stay_out_of_the_repository(shop, tmp_path, monkeypatch):
     from ganprompt.data import make_data
     mine = tmp_path/"mine"
     make_data(str(tmp_path/"run"), dataset=str(shop), core=2)
-    with pytest.raises(UserError, match=r"shop.csv is data of your own, .* --study ./tables"): cli.check_home("tables", [str(tmp_path/"run")])
-    with pytest.raises(UserError, match="the project has no study 'mine'; .* --study ./mine"): cli.check_home("mine", [])
+    with pytest.raises(UserError, match=r"shop.csv is data of your own, .* --study ./tables"):
+        cli.check_home("tables", [str(tmp_path/"run")])
+    with pytest.raises(UserError, match="the project has no study 'mine'; .* --study ./mine"):
+        cli.check_home("mine", [])
     cli.check_home("./tables", [str(tmp_path/"run")])
     monkeypatch.chdir(tmp_path)
     shutil.copytree(root()/"data/results/end_to_end", mine)
     before = {p: p.stat().st_mtime_ns for folder in ("figures", "data") for p in (root()/folder).rglob("*")}
     done = CliRunner().invoke(cli.cli, ["tables", "./mine"])
-    assert done.output.split() == ["mine/mine.md"] and (mine/"mine.png").exists() and "mine.png" in (mine/"mine.md").read_text()
+    assert (done.output.split() == ["mine/mine.md"] and (mine/"mine.png").exists()
+            and "mine.png" in (mine/"mine.md").read_text())
     assert before == {p: p.stat().st_mtime_ns for folder in ("figures", "data") for p in (root()/folder).rglob("*")}
 
 
@@ -242,5 +265,7 @@ def test_the_study_prints_what_it_found():
     bank = [t for t in read_templates(root()/"data/templates.yaml") if t["task"] == "recommendation"]
     scores = np.random.default_rng(0).normal(size=(len(bank), 6, 21))
     measured = measure_bank(scores, bank)
-    page = S.to_md(S.stage_page({"agreement": {"measured": measured}, "P5": {"failed": "no titles"}}, "t5-ranker, demo, 6 users"))
-    assert f"{measured['clean']['hit@10']:.3f}" in page and f"{measured['unseen']['hit@10']['avg']:.3f}" in page and "no titles" in page and "6 users" in page
+    page = S.to_md(S.stage_page({"agreement": {"measured": measured}, "P5": {"failed": "no titles"}},
+                                "t5-ranker, demo, 6 users"))
+    assert (f"{measured['clean']['hit@10']:.3f}" in page and f"{measured['unseen']['hit@10']['avg']:.3f}" in page
+            and "no titles" in page and "6 users" in page)

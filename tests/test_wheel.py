@@ -10,11 +10,13 @@ from ganprompt.runs import root
 def installed(tmp_path_factory):
     "A folder with the unpacked wheel, and another that is empty."
     source, home, desk = (tmp_path_factory.mktemp(name) for name in ("source", "home", "desk"))
-    for name in ("nbs", "ganprompt", "data"): shutil.copytree(root()/name, source/name, ignore=shutil.ignore_patterns("results", "raw", "__pycache__"))
+    for name in ("nbs", "ganprompt", "data"):
+        shutil.copytree(root()/name, source/name, ignore=shutil.ignore_patterns("results", "raw", "__pycache__"))
     for name in ("setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE"): shutil.copy(root()/name, source)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     subprocess.run([*pip, "wheel", "--no-deps", "-w", str(source/"dist"), str(source)], check=True)
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(home), *map(str, (source/"dist").glob("*.whl"))], check=True)
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(home), *map(str, (source/"dist").glob("*.whl"))],
+                   check=True)
     shutil.rmtree(source)
     return home, desk
 
@@ -22,8 +24,10 @@ def installed(tmp_path_factory):
 def ganprompt(installed, *args):
     "What the command says, from the wheel and in the empty folder."
     home, desk = installed
-    code = "import sys, ganprompt; assert ganprompt.__file__.startswith(sys.argv.pop(1)), ganprompt.__file__; from ganprompt.cli import main; sys.exit(main())"
-    done = subprocess.run([sys.executable, "-c", code, str(home), *map(str, args)], cwd=desk, text=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(home)})
+    code = ("import sys, ganprompt; assert ganprompt.__file__.startswith(sys.argv.pop(1)), ganprompt.__file__; from "
+            "ganprompt.cli import main; sys.exit(main())")
+    done = subprocess.run([sys.executable, "-c", code, str(home), *map(str, args)], cwd=desk, text=True,
+                          capture_output=True, env=os.environ | {"PYTHONPATH": str(home)})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -31,7 +35,8 @@ def ganprompt(installed, *args):
 def test_a_run_goes_under_the_current_folder(installed):
     assert "prompts" in ganprompt(installed, "run", "--until", "prompts")
     run = installed[1]/"runs/demo"
-    assert (run/"prompts/manifest.json").exists() and (run/"report.html").exists() and not list(installed[0].rglob("manifest.json"))
+    assert ((run/"prompts/manifest.json").exists() and (run/"report.html").exists()
+            and not list(installed[0].rglob("manifest.json")))
     assert '"commit": "unknown"' in (run/"data/manifest.json").read_text()
     assert "done" in ganprompt(installed, "show", "demo")
 
