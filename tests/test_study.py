@@ -16,6 +16,7 @@ from ganprompt.gather import contrast, likeness, make_gather
 from ganprompt.p5 import asker_for
 from ganprompt.runs import UserError, manifest, root, stage, write_json
 from ganprompt.scorer import Questions, bank_for
+from ganprompt.tables import by_dataset
 
 
 def test_the_contrast_is_that_of_looped_sums():
@@ -267,6 +268,33 @@ def test_deaf_and_parrot_are_told_from_steady():
             and value["clean"]["random templates"] == pytest.approx(value["clean"]["steady"], abs=.1))
     assert (value["CPS"]["steady"] > 3*value["CPS"]["random templates"]
             and R.ends(draws["q05"]["steady"] - draws["q05"]["random templates"])[1] > 0)
+
+
+def test_figures_of_kept_entries_by_hand():
+    "Each entry has its own seeds' tables, its costliest templates first, and its own separation."
+    mine = by_dataset(S.read_study_entries("robustness-fresh"))["toys"]
+    for name, (seeds, tables) in S.by_entry(mine).items():
+        own = [e for e in mine if e["model"] == name]
+        assert seeds == [e["seed"] for e in own] == sorted(seeds)
+        hits = np.stack([S.table_of(e)["hit@10"] for e in own])
+        np.testing.assert_array_equal(tables["hit@10"], hits)
+        found = S.costliest(mine)[name]
+        lost = {t["id"]: 1 - hits[:, i].mean()/hits[:, 0].mean()
+                for i, t in enumerate(mine[0]["by_template"]) if t["split"] != "seen"}
+        assert [x for _, x in found] == pytest.approx(sorted(lost.values(), reverse=True)[:5])
+        assert all(lost[t] == pytest.approx(x) for t, x in found)
+    order = list(S.read_entries()[1])
+    assert [e["model"] for e in mine] == sorted((e["model"] for e in mine), key=order.index)
+    trained = by_dataset(S.read_study_entries("ablation"))["toys"]
+    for name, apart in S.separated(trained).items():
+        each = [e["encoder"]["after"]["silhouette"] for e in trained if e["model"] == name]
+        assert len(each) > 1 and apart["silhouette"] == pytest.approx(np.mean(each))
+
+
+def test_room_for_each_entry():
+    "Three times an encoder and seven times a recommender."
+    p = dict(study_entries="one template,attributes", t5="pocket")
+    assert S.room_study(p) == 2*S.room_study(p | {"study_entries": "attributes"}) == 20*S.model_bytes("pocket")
 
 
 @pytest.mark.parametrize("plan", ["tables", "standard", "robustness", "robustness-fresh", "ablation"])
