@@ -824,6 +824,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ganprompt.scorer.Questions.__init__': ('scorer.html#questions.__init__', 'ganprompt/scorer.py'),
                                   'ganprompt.scorer.Questions.context': ('scorer.html#questions.context', 'ganprompt/scorer.py'),
                                   'ganprompt.scorer.Questions.ids': ('scorer.html#questions.ids', 'ganprompt/scorer.py'),
+                                  'ganprompt.scorer.Recommender': ('scorer.html#recommender', 'ganprompt/scorer.py'),
+                                  'ganprompt.scorer.Recommender.scores': ('scorer.html#recommender.scores', 'ganprompt/scorer.py'),
                                   'ganprompt.scorer.States': ('scorer.html#states', 'ganprompt/scorer.py'),
                                   'ganprompt.scorer.States.__init__': ('scorer.html#states.__init__', 'ganprompt/scorer.py'),
                                   'ganprompt.scorer.States.__str__': ('scorer.html#states.__str__', 'ganprompt/scorer.py'),

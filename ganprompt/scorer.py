@@ -6,11 +6,12 @@ twice."""
 # %% auto #0
 __all__ = ['BLANK', 'blanked', 'Questions', 'wordless', 'somebody_elses', 'own_attributes', 'bank_for', 'token_batches',
            'bf16_pays', 'fast_math', 'place', 'States', 'scores_of', 'wanted', 'score_prompts', 'score_contexts',
-           'square', 'score_rows']
+           'square', 'Recommender', 'score_rows']
 
 # %% ../nbs/06_scorer.ipynb #06-004
 import math, os
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import polars as pl
@@ -259,14 +260,25 @@ def square(
     longest = max(map(len, lists))
     return np.stack([np.pad(items, (0, longest - len(items)), mode="edge") for items in lists])
 
+class Recommender(Protocol):
+    "Whatever is asked in words and says how sure it is of yes."
+    attributes: bool # whether every question has the row's attribute word
+
+    def scores(self,
+        questions:Questions, # What is asked; `ids` and `context` give a row's words
+        rows:np.ndarray, # Rows to score
+        lists:list, # Candidates of each row of the questions
+    )->list[np.ndarray]: ... # Log-odds of yes for each row's candidates
+
 def score_rows(
-    model, # Recommender
+    model, # A `Recommender`, or one with `read` and `answer`
     questions:Questions, # Users and histories
     rows:np.ndarray, # Rows to score
     lists:list, # Candidates of every row; lists of one call may differ in length
     score:str="yes-no", # yes-no or vocab
 )->list[np.ndarray]: # Scores of each row's candidates
     "Scores of candidate lists, the same way for every recommender."
+    if hasattr(model, "scores"): return model.scores(questions, rows, lists)
     lists = [np.asarray(lists[r]) for r in rows]
     if model.joint:
         z = score_prompts(model, [questions.ids(r, int(i)) for r, items in zip(rows, lists) for i in items], score)

@@ -489,3 +489,21 @@ def test_few_flips_are_not_taken_for_robustness():
             and "under none of these" in R.verdict(table(.5), floor))
     r = R.ranks(RNG.normal(size=(2, 300, n)))
     assert floor["rbo"] == pytest.approx(R.rbo(r[0], r[1]).mean(), abs=.02)
+
+
+def test_a_recommender_of_ones_own_is_put_under_the_bank():
+    "One method is enough: its numbers come back template by template, and its questions are in each template's words."
+    from ganprompt.scorer import Questions
+    from test_equations import shoppers, tiny_reader
+    reader, (rows, _) = tiny_reader(), shoppers(4)
+    class Longest:
+        attributes = False
+        def scores(self, questions, at, lists):
+            assert isinstance(questions, Questions)
+            return [np.array([len(questions.ids(r, i)) + .1*i for i in lists[r]]) for r in at]
+    bank = [dict(id=str(i), split="seen", text=text) for i, text in enumerate(
+        ("A {purchase_history} B {target_item} ?", "A {purchase_history} B C D {target_item} ?"))]
+    z = R.score_bank(Longest(), reader, {}, bank, rows, [[0, 1, 2], [3, 4], [5], [6, 7]])
+    assert z.shape == (2, 4, 3) and np.isnan(z[0, 1, 2])
+    longer = z[1] - z[0]
+    assert (longer[~np.isnan(longer)] > 0).all() and np.ptp(longer[~np.isnan(longer)]) < 1e-5
