@@ -17,7 +17,7 @@ def test_pandas_and_ours_keep_the_same_rows(tmp_path):
 
 def test_benchmarks_run_on_demand_only():
     assert ([c.stage for c in chapters() if c.on_demand]
-            == ["gather", "baselines", "p5", "collm", "ctrl", "benchmarks", "study"])
+            == ["baselines", "p5", "collm", "ctrl", "gather", "study", "benchmarks"])
 
 
 @pytest.mark.parametrize("bad, said", [(dict(bench_size="huge"), "bench_size='huge'.*t5-small"),
@@ -37,7 +37,7 @@ def test_a_part_that_fails_does_not_stop_the_others_and_results_are_kept(finishe
     assert ("recommend" in found["parts"]["catalogue"]["failed"]
             and found["parts"]["ranking"]["ratios"]["t5-decoder"] > 0)
     assert found["random_weights"] and found["versions"]["torch"] and len(plot_benchmarks(found).axes) == 1
-    monkeypatch.setattr(benchmarks, "root", lambda: tmp_path)
+    monkeypatch.setattr(benchmarks, "workspace", lambda: tmp_path)
     with pytest.raises(UserError, match="no results"): draw_benchmarks()
     kept = json.loads(keep_benchmarks(str(run)).read_text())
     assert kept["parts"] == found["parts"] and kept["fingerprint"]

@@ -231,13 +231,12 @@ def test_tables_make_what_is_missing_and_a_failure_does_not_stop_the_rest(shop, 
     failed stage is tried."""
     import polars as pl
 
-    from ganprompt import tables
     (bare := tmp_path/"bare.csv").write_text(pl.read_csv(shop).drop("title").write_csv())
     plan = dict(seeds=[0, 1], datasets={str(bare): ["p5", "baselines"]}, parameters=dict(core=2), stages=dict(
         baselines=dict(needs=["data"], models=["popularity", "last-item"]),
         p5=dict(needs=["data", "prompts", "backbones"], models=["P5 (ids)"])))
     (tmp_path/"plan.yaml").write_text(yaml.safe_dump(plan))
-    monkeypatch.setattr(tables, "root", lambda: tmp_path)
+    for module in "tables", "cli": monkeypatch.setattr(f"ganprompt.{module}.workspace", lambda: tmp_path)
     for again in False, True:
         monkeypatch.setattr(sys, "argv", ["ganprompt", "tables", "--data-dir", "", "--plan", str(tmp_path/"plan.yaml"),
                                           "--runs", str(tmp_path/"runs")])

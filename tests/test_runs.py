@@ -298,8 +298,8 @@ def test_non_finite_loss(loss):
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    "A repository's root of the test's own, so that its run `demo` may be made."
-    monkeypatch.setattr(runs, "root", lambda: tmp_path)
+    "A workspace of the test's own, so that its run `demo` may be made."
+    monkeypatch.setattr(runs, "workspace", lambda: tmp_path)
     return tmp_path
 
 
