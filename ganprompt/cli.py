@@ -411,12 +411,13 @@ def write_report(
     run:str, # Run
     notebooks:list, # Executed notebooks
 ) -> Path: # `report.html` in the run folder
-    "One page of all executed chapters, figures embedded."
+    "One page of what the chapters' stages made, figures embedded; the definitions are left to the notebooks."
     import nbformat
     from nbconvert import HTMLExporter
     page = nbformat.v4.new_notebook()
     for path in notebooks:
         for i, cell in enumerate(nbformat.read(path, as_version=4).cells):
+            if cell.source.startswith("#| export"): continue
             cell.id = f"{path.stem.replace('_', '-')}-{i}"
             page.cells.append(cell)
     html, _ = HTMLExporter(embed_images=True).from_notebook_node(page,
