@@ -67,9 +67,9 @@ def test_a_stage_can_be_made_without_its_lesson():
 
 @each
 def test_lines_are_short(path):
-    "120 columns, but for tables, formulas and commands, and for parameters, whose help stands on their line."
+    "120 columns, but for tables, formulas and commands."
     for c in nbformat.read(path, 4).cells:
-        if "parameters" in c.metadata.get("tags", []) or c.cell_type == "raw": continue
+        if c.cell_type == "raw": continue
         fenced = False
         for line in c.source.splitlines():
             if c.cell_type == "markdown" and line.strip().startswith("```"): fenced = not fenced
