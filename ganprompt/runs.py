@@ -45,7 +45,7 @@ def strange(
     **known, # Parameter -> values that there are
 ) -> list[str]: # A sentence for each value that there is not
     "Values that are not known."
-    each = {name: v if isinstance(v := p[name], list) and v else [v or ""] for name in known}
+    each = {name: v if isinstance(v := p[name], list) and v else ["" if v in ([], None) else v] for name in known}
     def near(name, v):
         return "".join(f"; did you mean {w!r}?" for w in difflib.get_close_matches(str(v), map(str, known[name]), 1))
     return [f"{name}={v!r} is not known{near(name, v) or ';'} choose one of {', '.join(map(str, known[name]))}"

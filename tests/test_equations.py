@@ -1,6 +1,6 @@
 """The paper's equations as the library computes them, against numpy and plain forward passes on a tiny shop; and
 models that must learn in the right direction."""
-import json
+import inspect, json
 from types import SimpleNamespace
 
 import numpy as np
@@ -346,6 +346,13 @@ def test_every_way_of_scoring_gives_the_scores_of_one_prompt_at_a_time(kind, wor
         if kind is T5Decoder:
             np.testing.assert_allclose(row, [log_odds(t5, reader, questions.ids(r, int(i))) for i in lists[r]],
                                        atol=1e-4)
+
+
+def test_both_signs_of_the_divergence_and_no_third():
+    p = {name: v.default for name, v in inspect.signature(encoder.make_encoder).parameters.items()}
+    for sign in (-1, 1): assert not encoder.check_encoder(p | {"js_sign": sign})
+    (fault,) = encoder.check_encoder(p | {"js_sign": 0})
+    assert "js_sign=0" in fault
 
 
 def test_states_as_rows():

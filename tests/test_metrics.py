@@ -183,10 +183,11 @@ def test_summary_writes_table_and_picture(kept):
 def test_one_figure_a_line():
     "The three measured numbers stand in their columns, and the paper's beside them."
     found = {"metrics": {"GANPrompt": {m: [.2, .1, .3] for m in M.METRICS}},
-             "reported": {"GANPrompt": {m: [.4, "GANPrompt", ""] for m in M.METRICS}}}
+             "reported": {"GANPrompt": {m: [.4, "theirs", "!"] for m in M.METRICS}}}
     lines = M.long_table(found)
     assert lines.filter(model="GANPrompt").select("measured", "low", "high").unique().row(0) == (.2, .1, .3)
-    assert set(lines.drop_nulls("reported").select("model", "reported").rows()) == {("ganprompt", .4)}
+    theirs = lines.drop_nulls("reported").select("model", "reported", "reported_model", "reported_mark")
+    assert set(theirs.rows()) == {("ganprompt", .4, "theirs", "!")}
 
 
 def test_summary_of_nothing(kept):
