@@ -26,8 +26,8 @@ from .prompts import pad
 from .recommender import (CausalLM, T5Decoder, T5Ranker, add_adapters, freeze_encoder, load_recommender,
                                    rec_loss, uncached_logits)
 from .runs import (Study, UserError, below, complete, device, device_words, listed, manifest, need, once,
-                            refuse, root, run_folder, seed_all, stage, strange,
-                            versions, workspace, write_json)
+                            pages_folder, refuse, results_folder, root, run_folder, seed_all, stage, strange, versions,
+                            write_json)
 from .scorer import (Questions, States, bf16_pays, fast_math, own_attributes, score_contexts, score_prompts,
                               score_rows, scores_of, token_batches)
 
@@ -604,7 +604,7 @@ def keep_benchmarks(
 )->Path: # <study>/<run>.json
     "Keep a run's measurements, with the fingerprint of their manifest."
     found = json.loads((need(run, "benchmarks")/"benchmarks.json").read_text())
-    path = workspace()/"data/results"/study/f"{run_folder(run).name}.json"
+    path = results_folder(study)/f"{run_folder(run).name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     made = manifest(run, "benchmarks")
     write_json(path, found | {k: made[k] for k in ("fingerprint", "commit", "dirty", "parameters", "wall_seconds",
@@ -616,10 +616,10 @@ def draw_benchmarks(
     out:Path|None=None, # Where the pictures go; figures/ by default
 )->list[Path]: # benchmarks-<entry>.png
     "Draw all kept measurements."
-    files, out = sorted((workspace()/"data/results"/study).glob("*.json")), out or workspace()/"figures"
+    files = sorted(results_folder(study).glob("*.json"))
     if not files:
         raise UserError(f"no results in data/results/{study}; keep some first: ganprompt keep RUN --study {study}")
-    made = {file: out/f"benchmarks-{file.stem}.png" for file in files}
+    made = {file: pages_folder(out)/f"benchmarks-{file.stem}.png" for file in files}
     for file, picture in made.items():
         plot_benchmarks(json.loads(file.read_text())).savefig(picture, dpi=110, metadata={"Software": None})
     return [*made.values()]

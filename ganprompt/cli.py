@@ -22,9 +22,9 @@ import click
 
 import ganprompt
 
-from .runs import (UserError, complete, covered, differing, digest, existing_runs, fresh, grown, lock,
-                            manifest, refuse, remembered, root, run_folder, sha256,
-                            stale, told, workspace, write_json)
+from .runs import (UserError, complete, covered, differing, digest, existing_runs, fresh, grown, kind_of, lock,
+                            manifest, refuse, remembered, results_folder, root, run_folder, sha256, stale,
+                            told, workspace, write_json)
 
 # %% ../nbs/21_cli.ipynb #21-005
 class Parameter(NamedTuple):
@@ -636,15 +636,15 @@ def fill(
 def studies() -> dict: # Kind -> `Study`; "" for what no chapter knows
     "The kinds of studies that the chapters name."
     names = [path.stem for path in Path(ganprompt.__file__).parent.glob("[a-z]*.py") if path.stem != "cli"]
-    return {kind: s for name in names for kind, s in getattr(importlib.import_module(f"ganprompt.{name}"), "STUDIES",
-                                                             {}).items()}
+    named = [getattr(importlib.import_module(f"ganprompt.{name}"), "STUDIES", {}) for name in names]
+    return {kind: study for some in named for kind, study in some.items()}
 
 def study_of(
     study:str, # A folder under data/results, or a path
-): # (the study, the folder of its pages, `Study`)
+): # (the study, the folder of its pages or None for figures/, `Study`)
     "Where a study is kept, where its pages go, and how: robustness-mine is another robustness."
     own = Path(study).expanduser().absolute() if "/" in study else None
-    return own or study, own or workspace()/"figures", studies().get(Path(study).name.partition("-")[0], studies()[""])
+    return own or study, own, studies().get(kind_of(study), studies()[""])
 
 # %% ../nbs/21_cli.ipynb #21-058u
 def check_home(
@@ -654,7 +654,7 @@ def check_home(
     "Raise `UserError` if results of one's own would be written into the repository."
     from ganprompt import data
     if "/" in study: return
-    if not (workspace()/"data/results"/study).is_dir():
+    if not results_folder(study).is_dir():
         raise UserError(f"--study: the project has no study {study!r}; for one of your own name a folder, as in "
                         f"--study ./{study}")
     for run in runs:
@@ -684,8 +684,8 @@ def plan_of(
     study:str, # Folder under data/results
 ) -> Path: # data/STUDY.yaml
     "The plan of a study: its own, or else that of its kind."
-    own, kind = root()/"data"/f"{Path(study).name}.yaml", Path(study).name.partition("-")[0]
-    return own if own.is_file() or kind not in studies() else own.with_name(f"{kind}.yaml")
+    own = root()/"data"/f"{Path(study).name}.yaml"
+    return own if own.is_file() or kind_of(study) not in studies() else own.with_name(f"{kind_of(study)}.yaml")
 
 @cli.command()
 @click.argument("study", default="tables")

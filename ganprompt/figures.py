@@ -18,8 +18,8 @@ import numpy as np, polars as pl
 
 # %% ../nbs/09_figures.ipynb #09-005
 from fastcore.basics import patch
-from .runs import (Study, Run, UserError, below, kept, listed, manifest, need, refuse, run_folder, stage,
-                            told, workspace)
+from .runs import (Run, Study, UserError, below, kept, listed, manifest, need, pages_folder, refuse,
+                            run_folder, stage, told)
 from .data import dataset_info
 from .encoder import make_encoder
 from .metrics import keep, summary
@@ -200,7 +200,6 @@ def save_figure(
     "Write a figure without dates: the same figure gives the same bytes."
     from matplotlib import pyplot as plt
     for path in paths:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         fig.savefig(path, dpi=150, metadata={"CreationDate": None} if Path(path).suffix == ".pdf"
                     else {"Software": None})
     plt.close(fig)
@@ -240,8 +239,7 @@ def keep_figure(
     out:Path|None=None, # Where the file goes; figures/ by default
 ) -> Path: # figure3_<dataset>.png
     "Copy a run's Figure 3 to a folder of figures."
-    path = (out or workspace() / "figures") / f"figure3_{dataset_info(run)['dataset']}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = pages_folder(out) / f"figure3_{dataset_info(run)['dataset']}.png"
     shutil.copyfile(need(run, "figures", make_figures) / "figure3.png", path)
     return path
 
@@ -266,7 +264,7 @@ def compare_runs(
 ) -> Path: # figures/coupling.png
     "Settings of `coupling` side by side."
     rows = [(about_run(run), pl.read_parquet(need(run, "figures") / "points.parquet")) for run in runs]
-    path = workspace() / "figures/coupling.png"
+    path = pages_folder() / "coupling.png"
     save_figure(draw_couplings(rows), path)
     return path
 
@@ -280,7 +278,7 @@ def points(self:Run) -> pl.DataFrame: # method, stage, user, version, x, y
 def keep_run(
     run:str, # A run with the stages metrics and figures
     study:str|Path, # Folder under data/results, or a path
-    out:Path, # Folder of the pictures
+    out:Path|None=None, # Where Figure 3 goes; figures/ by default
 ) -> list[Path]: # Files
     "Keep a run's figures of merit, and its Figure 3."
     return [keep(run, study), keep_figure(run, out)]

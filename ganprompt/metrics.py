@@ -20,7 +20,8 @@ import numpy as np, polars as pl
 
 # %% ../nbs/08_metrics.ipynb #08-005
 from fastcore.basics import patch
-from .runs import Run, UserError, below, manifest, need, refuse, root, run_folder, stage, workspace, write_json
+from .runs import (Run, UserError, below, manifest, need, pages_folder, refuse, results_folder, root,
+                            run_folder, stage, write_json)
 from .data import dataset_info, load_candidates, load_sequences, load_training, make_data
 from .recommender import make_recommender
 
@@ -494,7 +495,7 @@ def keep(
                    separability=made.get("encoder", {}).get("metrics"), fingerprints=each("fingerprint"),
                    commits=each("commit"), dirty=each("dirty"))
     del record["reported"]
-    path = workspace() / "data/results" / study / f"{record['entry']}.json"
+    path = results_folder(study) / f"{record['entry']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record)
     return path
@@ -518,7 +519,7 @@ def read_study(
     study:str, # Folder under data/results
 ) -> list: # Kept entries, each with its "group"
     "The kept entries of a study, sorted by group and seed; `UserError` if there are none."
-    files = sorted((workspace() / "data/results" / study).glob("*.json"))
+    files = sorted(results_folder(study).glob("*.json"))
     if not files: raise UserError(f"no results in data/results/{study}; keep some first: ganprompt keep RUN")
     records = [json.loads(f.read_text()) for f in files]
     for group, record in zip(group_names(records), records):
@@ -628,9 +629,8 @@ def summary(
 ) -> Path: # figures/<study>.md, with <study>.csv and <study>.png beside it
     "One table and one picture of all kept entries of a study."
     from matplotlib import pyplot as plt
-    records, path, study = read_study(study), (out or workspace()
-                                               / "figures") / f"{Path(study).name}.md", Path(study).name
-    kept = entries(records)
+    records, study = read_study(study), Path(study).name
+    path, kept = pages_folder(out) / f"{study}.md", entries(records)
     path.with_suffix(".csv").write_text(kept.write_csv(float_precision=6))
     fig = plot_study(kept)
     fig.savefig(path.with_suffix(".png"), dpi=120, metadata={"Software": None}); plt.close(fig)

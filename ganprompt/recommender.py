@@ -274,8 +274,8 @@ def save_adapters(
 ):
     "Write adapters as safetensors. What peft writes beside them gets one order, and names no folder of this machine."
     config = lm.peft_config["default"]
-    config.base_model_name_or_path, config.target_modules = (Path(config.base_model_name_or_path).name,
-                                                             sorted(config.target_modules))
+    config.base_model_name_or_path = Path(config.base_model_name_or_path).name
+    config.target_modules = sorted(config.target_modules)
     lm.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     (folder/"README.md").unlink(missing_ok=True)
 

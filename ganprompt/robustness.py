@@ -7,9 +7,9 @@ survives?"""
 __all__ = ['FIGURES', 'PALETTE', 'STYLE', 'over_templates', 'drop_rate', 'halved', 'held_out', 'pss', 'flips', 'posix', 'tau',
            'ranks', 'rbo', 'unpadded', 'agreement', 'diversity', 'by_template', 'mean_known', 'template_table',
            'measure_bank', 'user_draws', 'drawn_means', 'between', 'bank_intervals', 'chance', 'verdict', 'score_bank',
-           'chat_ends', 'Untuned', 'load_any', 'spelled', 'whole_logits', 'plot_templates', 'plot_heat', 'figure1',
-           'picture', 'plain_table', 'split_table', 'shown_table', 'report_page', 'test_lists', 'check_report',
-           'score_key', 'make_report']
+           'chat_ends', 'Untuned', 'is_ours', 'load_any', 'spelled', 'whole_logits', 'plot_templates', 'plot_heat',
+           'figure1', 'picture', 'plain_table', 'split_table', 'shown_table', 'report_page', 'test_lists',
+           'check_report', 'score_key', 'make_report']
 
 # %% ../nbs/15_robustness.ipynb #15-004
 import base64, html, io, json, shutil, time
@@ -395,6 +395,12 @@ class Untuned:
             return self.lm(encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=start).logits
 
 # %% ../nbs/15_robustness.ipynb #15-043
+def is_ours(
+    name:str, # Folder or hub name
+) -> bool:
+    "Whether it is a recommender of chapter 07."
+    return (Path(name) / "model.json").exists()
+
 def load_any(
     name:str, # Folder of a recommender of ours, a local folder, or a hub name
     reader:Reader, # Gets the model's tokenizer
@@ -403,7 +409,7 @@ def load_any(
 ): # (recommender, its name)
     "A recommender of chapter 07, or a seq2seq or causal language model as it is. `UserError` for anything else."
     reader.ends = None, None
-    if (Path(name) / "model.json").exists(): return load_recommender(Path(name), reader), Path(name).name
+    if is_ours(name): return load_recommender(Path(name), reader), Path(name).name
     path = resolve(name, download)
     config = json.loads((Path(path) / "config.json").read_text())
     kind = ("t5" if config.get("is_encoder_decoder")
@@ -620,8 +626,7 @@ def check_report(
     p:dict, # Parameters of `make_report`
 ) -> list[str]: # A sentence for everything that cannot work
     "Look for the model, and read the template file."
-    ours = (Path(p["model"]) / "model.json").exists()
-    return [*([] if ours else told(is_here, p["model"], p["download"])),
+    return [*([] if is_ours(p["model"]) else told(is_here, p["model"], p["download"])),
             *(told(read_templates, p["templates"]) if p["templates"] else []), *below(p, 0, "users")]
 
 def score_key(
@@ -632,11 +637,9 @@ def score_key(
 ) -> str: # A name for the scores of this model on these questions
     """Scores that an interrupted report has kept are used again if the weights, the tokenizer and every question are
     the same."""
-    ours = (Path(model) / "model.json").exists()
-    files = ([] if ours and (home / "manifest.json").exists()
-             else model_files(model if ours else resolve(model, download)))
-    stage = manifest(home.parent, home.name)["fingerprint"] if not files else ""
-    return digest([Path(model).name, stage, [sha256(f) for f in files], asked])[:16]
+    if is_ours(model) and (home / "manifest.json").exists(): about = manifest(home.parent, home.name)["fingerprint"]
+    else: about = [sha256(f) for f in model_files(model if is_ours(model) else resolve(model, download))]
+    return digest([Path(model).name, about, asked])[:16]
 
 # %% ../nbs/15_robustness.ipynb #15-054u
 def make_report(
@@ -651,7 +654,7 @@ def make_report(
     """Measure how much a recommender minds the wording; after an interruption it goes on. `UserError` for a wrong
     template file or model, before anything is scored."""
     refuse(check_report(locals()))
-    own_run = Path(model).resolve().parent.parent if (Path(model) / "model.json").exists() else None
+    own_run = Path(model).resolve().parent.parent if is_ours(model) else None
     run = run or (str(own_run) if own_run else "demo")
     need(run, "attributes", make_attributes)
     home = Path(model).resolve().parent # the stage that the model is a part of
@@ -659,10 +662,10 @@ def make_report(
     (reader, _), own, (rows, lists) = reader_for(run), own_attributes(run), test_lists(run, users)
     bank, start = bank_for(reader, templates), time.time()
     recommender, name = load_any(model, reader, download, chat)
-    folder, key = Path(out) if out else run_folder(run) / "robustness" / name, score_key(model, home, download,
-            [*own.items()], bank, reader.titles, rows.to_dicts(), [*map(list, lists)], chat)
-    scores, info = score_bank(recommender, reader, own, bank, rows, lists, name, folder / ".scores"
-                              / key), dataset_info(run)
+    folder, info = Path(out) if out else run_folder(run) / "robustness" / name, dataset_info(run)
+    key = score_key(model, home, download, [*own.items()], bank, reader.titles, rows.to_dicts(), [*map(list, lists)],
+                    chat)
+    scores = score_bank(recommender, reader, own, bank, rows, lists, name, folder / ".scores" / key)
     order, pocket = agreement(scores), own_run is not None and backbone(run, "t5")["pocket"]
     table, floor = template_table(scores, bank, order), chance(np.array(list(map(len, lists))))
     sure, each = bank_intervals(scores, bank, rows["user"], order)

@@ -5,12 +5,12 @@ only when something it depends on has changed."""
 
 # %% auto #0
 __all__ = ['PLUMBING', 'PACKAGES', 'SIGNALS', 'LARGE', 'UserError', 'Killed', 'listed', 'strange', 'below', 'not_positive',
-           'told', 'refuse', 'root', 'workspace', 'run_folder', 'write_json', 'sha256', 'digest', 'model_files',
-           'sources', 'complete', 'manifest', 'contents', 'fingerprint', 'differing', 'changes', 'stale', 'fresh',
-           'existing_runs', 'lock', 'versions', 'device_words', 'commit', 'replacing', 'remembered', 'grown', 'covered',
-           'begun', 'stage', 'once', 'kept', 'seed_all', 'save_checkpoint', 'load_checkpoint', 'device', 'finite',
-           'need', 'Run', 'Study', 'rank', 'is_main', 'shard', 'part', 'Lost', 'summed', 'totals', 'gathered',
-           'possible', 'in_processes', 'set_threads']
+           'told', 'refuse', 'root', 'workspace', 'results_folder', 'pages_folder', 'run_folder', 'write_json',
+           'sha256', 'digest', 'model_files', 'sources', 'complete', 'manifest', 'contents', 'fingerprint', 'differing',
+           'changes', 'stale', 'fresh', 'existing_runs', 'lock', 'versions', 'device_words', 'commit', 'replacing',
+           'remembered', 'grown', 'covered', 'begun', 'stage', 'once', 'kept', 'seed_all', 'save_checkpoint',
+           'load_checkpoint', 'device', 'finite', 'need', 'Run', 'kind_of', 'Study', 'rank', 'is_main', 'shard', 'part',
+           'Lost', 'summed', 'totals', 'gathered', 'possible', 'in_processes', 'set_threads']
 
 # %% ../nbs/00_runs.ipynb #00-002
 import ast, difflib, fcntl, hashlib, inspect, io, json, logging, math, os, pickle, platform, random, re, resource
@@ -94,6 +94,20 @@ def workspace() -> Path:
     """The folder for what is made (`runs/`, `figures/`, `data/results/`) and fetched: the repository, or without one
     the current folder."""
     return root() if (root()/"settings.ini").is_file() else Path.cwd()
+
+def results_folder(
+    study:str|Path, # Name of a study, or a folder
+) -> Path: # data/results/<study>, or the folder; it need not exist yet
+    "Where the kept results of a study lie."
+    return workspace()/"data/results"/study
+
+def pages_folder(
+    out:Path|None=None, # A folder; none: figures/
+) -> Path: # It exists
+    "Where pages and pictures go."
+    out = out or workspace()/"figures"
+    out.mkdir(parents=True, exist_ok=True)
+    return out
 
 # %% ../nbs/00_runs.ipynb #00-007
 def run_folder(
@@ -806,11 +820,17 @@ class Run:
         "The folder of a stage that is complete and up to date; `UserError` otherwise."
         return need(self, name)
 
+def kind_of(
+    study:str|Path, # Name of a study, or a folder
+) -> str: # robustness of robustness-mine
+    "What a study is about, as its name says."
+    return Path(study).name.partition("-")[0]
+
 class Study(NamedTuple):
     """A kind of study: what it keeps of a run, and what is drawn of what is kept. A chapter names its kinds in
     `STUDIES`."""
-    keep:Callable # (run, study, folder of the pages) -> files that were written
-    draw:Callable # (study, folder of the pages) -> files that were written
+    keep:Callable # (run, study, folder of the pages or None) -> files that were written
+    draw:Callable # (study, folder of the pages or None) -> files that were written
     synthetic:bool = False # Whether the project's own may hold made-up data
 
 # %% ../nbs/00_runs.ipynb #00-055

@@ -11,7 +11,7 @@ __all__ = ['FORMS', 'FIRST', 'SHOWN', 'ABOUT', 'WHOLE', 'STATISTICS', 'SEPARABIL
            'join_tables', 'make_study', 'kept_measures', 'keep_study', 'read_study_entries', 'table_of', 'by_entry',
            'unseen_at', 'drawn_cps', 'drawn', 'ahead', 'epochs_of', 'separated', 'costliest', 'study_notes',
            'study_page', 'plot_study_groups', 'plot_study_heat', 'plot_separated', 'in_words', 'plot_figure1',
-           'kind_of', 'draw_study']
+           'draw_study']
 
 # %% ../nbs/17_study.ipynb #17-004
 import inspect, json, string, textwrap, time
@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np, polars as pl, yaml
 
 # %% ../nbs/17_study.ipynb #17-005
-from .runs import (Study, UserError, below, device, digest, listed, manifest, need, once, refuse, root,
-                            run_folder, stage, strange, told, workspace, write_json)
+from .runs import (Study, UserError, below, device, digest, kind_of, listed, manifest, need, once,
+                            pages_folder, refuse, results_folder, root, run_folder, stage, strange, told, write_json)
 from .data import dataset_info
 from .prompts import read_templates
 from .attributes import make_attributes
@@ -229,8 +229,8 @@ def run_entry(
     p:dict, # The stage's parameters
 )->tuple[dict, pl.DataFrame]: # What is known of the entry, and its answers
     "Tune and ask."
-    start, (rows, lists), (model, reader, valid, merits) = time.time(), test_lists(run,
-            p["study_users"]), tuned_model(run, name, folder, p)
+    start, (rows, lists) = time.time(), test_lists(run, p["study_users"])
+    model, reader, valid, merits = tuned_model(run, name, folder, p)
     bank, tuned = bank_for(reader, bank_file(p)), time.time()
     scores = score_bank(model, reader, own_attributes(run), bank, rows, lists, name, folder/".scores"/slug(name))
     if isinstance(model, InBlank): scores = likelier(scores)
@@ -374,7 +374,7 @@ def read_study_entries(
 )->list: # Entries, sorted by data set, place in data/study.yaml, seed
     """All kept entries. `UserError` if there are none, one is damaged, or they are about other users, data,
     templates or backbones than their neighbours."""
-    order, folder = list(read_entries()[1]), workspace()/"data/results"/study
+    order, folder = list(read_entries()[1]), results_folder(study)
     found = [read_entry(path, answers_of) for path in sorted(folder.glob("*/*.json"))]
     if not found: raise UserError(f"no results in {folder}; keep some first: ganprompt keep RUN --study robustness")
     found.sort(key=lambda e: (e["dataset"], order.index(e["model"]) if e["model"] in order else len(order), e["seed"]))
@@ -677,22 +677,15 @@ PAGES = {"robustness": ("Robustness", AGAINST, VIEWS),
          "ablation": ("Readings of stage 1", ("attributes", "GANPrompt"),
                       [("", plot_separated, "Separation of the versions, accuracy and robustness")])}
 
-def kind_of(
-    study:str|Path, # Folder under data/results, or a path
-)->str: # One of `PAGES`, or ""
-    "What a study is about: robustness-mine is another run of robustness."
-    return kind if (kind := Path(study).name.partition("-")[0]) in PAGES else ""
-
 def draw_study(
     study:str|Path="robustness", # Folder under data/results, or a path
     out:Path|None=None, # Where the files go; figures/ by default
 )->list[Path]: # Files made
     "A page and its pictures for each data set, from kept entries alone."
-    made, out = [], out or workspace()/"figures"
-    out.mkdir(parents=True, exist_ok=True)
-    title, against, plots = PAGES[kind_of(study) or "robustness"]
+    entries, made, out = read_study_entries(study), [], pages_folder(out)
+    title, against, plots = PAGES.get(kind_of(study), PAGES["robustness"])
     title += f" ({Path(study).name})"*(Path(study).name not in PAGES)
-    for dataset, mine in by_dataset(read_study_entries(study)).items():
+    for dataset, mine in by_dataset(entries).items():
         stem = out/f"{Path(study).name}_{slug(dataset)}"
         pictures = {f"{stem.name}{end}.png": (words, fig) for end, plot, words in plots if (fig := plot(mine))}
         made += write_page(*study_page(mine, against, title), stem,

@@ -24,8 +24,8 @@ from typing import NamedTuple
 import numpy as np, polars as pl
 
 # %% ../nbs/16_tables.ipynb #16-005
-from .runs import (Study, UserError, complete, digest, manifest, root, run_folder, sha256, stale, workspace,
-                            write_json)
+from .runs import (Study, UserError, complete, digest, manifest, pages_folder, results_folder, root,
+                            run_folder, sha256, stale, write_json)
 from .data import dataset_info
 from .metrics import (METRICS, check_tables, collect_scores, data_name, figures_of, interval, label, markdown,
                                notes, paper_tables,
@@ -92,7 +92,7 @@ def entry_path(
     seed:int, # Its seed
 ) -> Path: # data/results/<study>/<dataset>/<model>-<seed>.json
     "Where an entry is kept."
-    return workspace() / "data/results" / study / slug(dataset) / f"{slug(model)}-{seed}.json"
+    return results_folder(study) / slug(dataset) / f"{slug(model)}-{seed}.json"
 
 def lacking(
     study:str|Path, # Folder under data/results, or a path
@@ -322,7 +322,7 @@ def read_tables(
     study:str|Path="tables", # Folder under data/results, or a path
 ) -> list: # Kept entries, sorted by data set, row of the table, seed
     "All entries of a study. `UserError` if there are none or one is damaged."
-    folder = workspace() / "data/results" / study
+    folder = results_folder(study)
     found = [read_entry(path, lists_of) for path in sorted(folder.glob("*/*.json")) if path.name != "data.json"]
     if not found: raise UserError(f"no results in {folder}; keep some first: ganprompt keep RUN --study tables")
     return sorted(found, key=lambda e: (NUMBERS.get(e["dataset"], 9), e["dataset"], place(e), e["seed"]))
@@ -870,11 +870,10 @@ def published_rows(
     return [one(*key, mine) for key, mine in groups.items()] + [reported_of(*key) for key in alone]
 
 def write_published(
-    out:Path, # Folder
     study:str|Path="standard", # Folder under data/results, or a path
-) -> list[Path]: # Files; none if nothing is kept
-    "Ours beside published figures, in the setting that they share."
-    if not any((workspace() / "data/results" / study).glob("*/*-*.json")): return []
+    out:Path|None=None, # Where the page goes; figures/ by default
+) -> list[Path]: # Files
+    "Ours beside published figures, in the setting that they share. `UserError` if nothing is kept."
     rows = published_rows(read_tables(study), pl.read_csv(root() / "data/published.csv"))
     head = ["data set", "model", "HR@10", "NDCG@10", "source"]
     page = Page("Against published figures",
@@ -882,8 +881,8 @@ def write_published(
                  "several seeds over trainings and users (a claim wants five), with one seed over users alone, which "
                  "says nothing of the method. The others as reported."],
                  [Block("Id models on the common setting", head, rows)])
-    return write_page(page, pl.DataFrame([r for group in rows for r in group], schema=head, orient="row"), out
-                      / "published")
+    return write_page(page, pl.DataFrame([r for group in rows for r in group], schema=head, orient="row"),
+                      pages_folder(out) / "published")
 
 # %% ../nbs/16_tables.ipynb #16-074
 def table1_page(
@@ -943,11 +942,9 @@ def make_tables(
     out:Path|None=None, # Where the files go; figures/ by default
 ) -> list[Path]: # Files made
     "Tables 1 to 4, a picture for each data set, and what sampling does, from kept entries alone."
-    entries, made = read_tables(study), []
-    out = out or workspace() / "figures"
-    out.mkdir(parents=True, exist_ok=True)
+    entries, made, out = read_tables(study), [], pages_folder(out)
     data = sorted((read_json(p, lambda d: (d["failed"], d["table1"], d["synthetic"]))
-                   for p in (workspace() / "data/results" / study).glob("*/data.json")),
+                   for p in results_folder(study).glob("*/data.json")),
                    key=lambda d: (NUMBERS.get(d["dataset"], 9), d["dataset"]))
     known = {d["dataset"]: d for d in data}
     for dataset, mine in by_dataset(entries).items():
@@ -959,10 +956,9 @@ def make_tables(
     if data:
         made += write_page(table1_page(data), pl.concat([pl.DataFrame(d["table1"]) for d in data],
                                                         how="vertical_relaxed"), out / "table1")
-    return (made + write_sampling(sampling_table(entries), out / "sampling")
-            + (write_published(out) if study == "tables" else []))
+    return made + write_sampling(sampling_table(entries), out / "sampling")
 
 # %% ../nbs/16_tables.ipynb #16-090
 STUDIES = {"tables": Study(lambda run, study, out: keep_models(run, study), make_tables),
            "standard": Study(lambda run, study, out: keep_models(run, study),
-                             lambda study, out: write_published(out, study))}
+                             write_published)}

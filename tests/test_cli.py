@@ -236,7 +236,7 @@ def test_tables_make_what_is_missing_and_a_failure_does_not_stop_the_rest(shop, 
         baselines=dict(needs=["data"], models=["popularity", "last-item"]),
         p5=dict(needs=["data", "prompts", "backbones"], models=["P5 (ids)"])))
     (tmp_path/"plan.yaml").write_text(yaml.safe_dump(plan))
-    for module in "tables", "cli": monkeypatch.setattr(f"ganprompt.{module}.workspace", lambda: tmp_path)
+    monkeypatch.setattr("ganprompt.runs.workspace", lambda: tmp_path)
     for again in False, True:
         monkeypatch.setattr(sys, "argv", ["ganprompt", "tables", "--data-dir", "", "--plan", str(tmp_path/"plan.yaml"),
                                           "--runs", str(tmp_path/"runs")])

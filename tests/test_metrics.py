@@ -154,7 +154,7 @@ def test_marks_of_the_printed_tables():
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     """Two made-up entries of one study in a repository of their own."""
-    monkeypatch.setattr(M, "workspace", lambda: tmp_path)
+    monkeypatch.setattr("ganprompt.runs.workspace", lambda: tmp_path)
     (tmp_path / "figures").mkdir()
     (tmp_path / "data/results/toy").mkdir(parents=True)
     for seed in (0, 1):

@@ -8,7 +8,7 @@ import yaml
 
 from conftest import make
 from ganprompt import robustness as R, study as S
-from ganprompt.cli import plan_of, read_plan
+from ganprompt.cli import plan_of, read_plan, studies, study_of
 from ganprompt.backbones import load_model
 from ganprompt.collm import load_text_lm, text_reader
 from ganprompt.encoder import reader_for, separability
@@ -313,8 +313,10 @@ def test_plans_name_what_there_is(plan):
 
 
 def test_another_run_of_a_study_has_its_pages():
-    assert [S.kind_of(name) for name in ("robustness", "robustness-mine", "/tmp/ablation-2", "tables",
-                                         "robustnesses")] == ["robustness", "robustness", "ablation", "", ""]
+    kinds = {name: study_of(name)[2] for name in ("robustness", "robustness-mine", "./ablation-2", "tables",
+                                                  "robustnesses")}
+    assert [*kinds.values()] == [studies()[kind] for kind in ("robustness", "robustness", "ablation", "tables", "")]
+    assert kinds["robustness"].draw is S.draw_study is not kinds["tables"].draw
     assert ([plan_of(name).name for name in ("robustness-mine", "robustness-fresh", "tables")]
             == ["robustness.yaml", "robustness-fresh.yaml", "tables.yaml"])
 

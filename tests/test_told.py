@@ -250,6 +250,8 @@ def test_own_results_stay_out_of_the_repository(shop, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(root()/"data/results/end_to_end", mine)
     before = {p: p.stat().st_mtime_ns for folder in ("figures", "data") for p in (root()/folder).rglob("*")}
+    for wrong in "./none", "./robustness-none", "./benchmarks-none", "./tables-none", "./standard-none":
+        assert not CliRunner().invoke(cli.cli, ["tables", wrong]).output and not (tmp_path/wrong).exists()
     done = CliRunner().invoke(cli.cli, ["tables", "./mine"])
     assert (done.output.split() == ["mine/mine.md"] and (mine/"mine.png").exists()
             and "mine.png" in (mine/"mine.md").read_text())
