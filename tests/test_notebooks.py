@@ -1,8 +1,9 @@
 "The notebooks as files: clean, portable, in order, and the package is what they export."
-import json, re, shutil, subprocess, sys
+import ast, json, re, shutil, subprocess, sys
 
 import nbformat
 import pytest
+from papermill.inspection import inspect_notebook
 
 from ganprompt.runs import root
 
@@ -34,6 +35,14 @@ def test_imports_go_down_the_list(path):
                      if c["cell_type"] == "code")
     imported = set(re.findall(r"(?:from|import) ganprompt\.(\w+)", code))
     assert imported <= set(order[:order.index(path.stem.split("_", 1)[1]) + 1])
+
+
+@each_chapter
+def test_papermill_sees_every_parameter(path):
+    "Its reader passes over a line with two equals signs, in the help too."
+    cells = nbformat.read(path, as_version=4).cells
+    cell = next((c.source for c in cells if "parameters" in c.metadata.get("tags", [])), "")
+    assert list(inspect_notebook(str(path))) == [n.target.id for n in ast.parse(cell).body]
 
 
 @each_chapter
