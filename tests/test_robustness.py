@@ -507,3 +507,33 @@ def test_a_recommender_of_ones_own_is_put_under_the_bank():
     assert z.shape == (2, 4, 3) and np.isnan(z[0, 1, 2])
     longer = z[1] - z[0]
     assert (longer[~np.isnan(longer)] > 0).all() and np.ptp(longer[~np.isnan(longer)]) < 1e-5
+
+
+def test_a_templates_flips_are_those_of_the_target():
+    "The first candidate's answers alone, in the table and in the measures; another's may turn."
+    z = np.array([[[1., 1]], [[2., -1]], [[-1., 1]]]) # templates, one user, target and another
+    assert R.template_table(z, BANK[:3])["flips"].to_list() == [0, 0, 1]
+    assert R.measure_bank(z, BANK[:3])["unseen"]["flips"] == 1
+
+
+def test_the_middle_of_each_interval_is_the_measure():
+    "What `bank_intervals` says of each split and template is what `measure_bank` and `template_table` say of it."
+    z = made("memory", users=40)
+    splits, templates = R.bank_intervals(z, BANK, np.arange(40), resamples=20)
+    measured, table = R.measure_bank(z, BANK), R.template_table(z, BANK)
+    assert set(splits) == set(measured) - {"clean"} and splits["seen"]["avg"][0] > splits["attack"]["avg"][0] + .3
+    for s, found in splits.items():
+        for m in ("avg", "drop", "pss"): assert found[m][0] == pytest.approx(measured[s]["hit@10"][m])
+        for m in ("posix", "flips", "tau", "rbo"): assert found[m][0] == pytest.approx(measured[s][m])
+    for m in ("flips", "tau", "rbo"): np.testing.assert_allclose([v[0] for v in templates[m]], table[m])
+
+
+def test_everyone_is_asked_about_the_same_users(monkeypatch):
+    "The rows of the test part with their own lists, whatever the order."
+    rows = pl.DataFrame({"user": [4, 7, 9, 11]})
+    monkeypatch.setattr(R, "load_sequences", lambda run, part: {"test": rows}[part])
+    lists = [[40], [70], [90], [110]]
+    monkeypatch.setattr(R, "load_candidates", lambda run, name: {"uni99": (rows["user"], lists)}[name])
+    some, theirs = R.test_lists("r", 2)
+    assert some.height == 2 and [x[0] for x in theirs] == [10*u for u in some["user"]]
+    assert R.test_lists("r", 0)[1] == lists

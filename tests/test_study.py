@@ -33,6 +33,14 @@ def test_likeness_by_hand():
     assert likeness(x) == {"cosine": pytest.approx((1 + .6)/2), "found": .5}
 
 
+def test_a_bank_needs_something_unseen_to_ask_with():
+    "Recommendation templates alone count, and those that the run was trained on do not."
+    seen, title = (dict(id="a", task="recommendation", split="seen"), dict(id="b", task="title", split="attack"))
+    with pytest.raises(UserError, match="study_bank=x: bank.yaml has no unseen recommendation template"):
+        S.unseen_in("bank.yaml", dict(study_bank="x"), [seen, title])
+    S.unseen_in("bank.yaml", dict(study_bank="x"), [seen, seen | dict(id="c", split="attack")])
+
+
 @pytest.fixture(scope="module")
 def studied(finished, tmp_path_factory):
     "Two entries on the small shop, one of them with an encoder of its own."
