@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ganprompt.runs import replacing, root
+from ganprompt.files import root
+from ganprompt.runs import replacing
 
 
 def write_shop(path):

@@ -15,11 +15,11 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = {"prompts": ["prompts", "equations"], "encoder": ["equations"],
-         "scorer": ["sizes", "equations", "scorer", "heads"], "recommender": ["equations", "scorer", "models", "heads",
-                 "told"], "gather": ["equations", "study"],
-         # module -> files of tests
-         "metrics": ["metrics", "equations"], "robustness": ["robustness"], "study": ["study"]}
+TESTS = {"templates": ["prompts"], "prompts": ["prompts", "equations"], "encoder": ["equations"],
+         "scorer": ["sizes", "equations", "scorer", "heads"],
+         "recommender": ["equations", "scorer", "models", "heads", "told"], "gather": ["equations", "study"],
+         "measures": ["metrics", "equations"], "statistics": ["metrics", "robustness"], "metrics": ["metrics"],
+         "sensitivity": ["robustness"], "robustness": ["robustness"], "study": ["study"]}
 # the same, with a trained run
 TRAINED = {"encoder": ["models"], "scorer": ["scorer"], "recommender": ["scorer", "models"], "gather": ["study"],
            "robustness": ["robustness"], "study": ["study"]}

@@ -9,7 +9,8 @@ import torch
 from ganprompt import attributes
 from ganprompt.attributes import calibrated, choices, fill, make_attributes, usable, vote, whole_words, word_counts
 from ganprompt.prompts import PromptEncoder
-from ganprompt.runs import UserError, stage
+from ganprompt.files import UserError
+from ganprompt.runs import stage
 
 TITLES = ["Rose soap", "Oat soap 8 oz", "The rose cream for you", "Shampooing b12 rose-oat"]
 TEMPLATE = "the shopper saw {title_seq} and should focus on {attribute} ."
@@ -169,7 +170,7 @@ def test_users_without_a_training_part_are_asked_too(shop, tmp_path):
     from conftest import make
     from ganprompt.data import load_sequences, load_training
     from ganprompt.encoder import reader_for
-    from ganprompt.prompts import slots
+    from ganprompt.templates import slots
     from ganprompt.scorer import Questions, bank_for, own_attributes
     run = str(tmp_path/"r")
     make(run, "attributes", shop, protocol="time", max_sequence=8)

@@ -7,11 +7,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ganprompt import baselines
-from ganprompt.baselines import COUNTED, figures, known_models, make_baselines, rank_rows, trainer_process, write_atomic
+from ganprompt import baselines, idmodels
+from ganprompt.idmodels import figures, known_models, rank_rows, trainer_process, write_atomic
+from ganprompt.baselines import COUNTED, make_baselines
 from ganprompt.data import load_candidates, load_sequences, load_training, make_data
-from ganprompt.metrics import bootstrap
-from ganprompt.runs import Killed, UserError, replacing, run_folder
+from ganprompt.statistics import bootstrap
+from ganprompt.files import Killed, UserError, run_folder
+from ganprompt.runs import replacing
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +127,12 @@ def test_failure_resume_and_reuse(small, shop, monkeypatch, tmp_path):
 
 def test_a_killed_job_is_no_failed_model(small):
     "It would be noted for ever; the stage stops instead, and goes on when it is run again."
-    with baselines.trainer_process() as train:
-        children = [int(p) for p in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()]
-        serving = [p for p in children if b"serve()" in Path(f"/proc/{p}/cmdline").read_bytes()]
-        os.kill(serving[0], signal.SIGKILL)
+    with idmodels.trainer_process() as train:
+        def serving(): # a child that has just been forked has the name of its parent
+            children = [int(p) for p in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()]
+            return [p for p in children if b"serve()" in Path(f"/proc/{p}/cmdline").read_bytes()]
+        while not (found := serving()): time.sleep(.01)
+        os.kill(found[0], signal.SIGKILL)
         models = {}
         with pytest.raises(Killed, match="MF: .*run again to go on"):
             baselines.attempt(models, "MF", "id", lambda: train({"name": "MF"}))
@@ -222,7 +226,7 @@ def test_every_place_foretells_the_next_item_once(kind, monkeypatch):
     """The losses of SASRec-BCE and of SASRec-CE, against one question at a time about what stands at the end of each
     beginning of a sequence."""
     import torch, torch.nn.functional as F
-    from ganprompt.baselines import train_every_place
+    from ganprompt.idmodels import train_every_place
 
     class Mean(torch.nn.Module): # as RecBole's SASRec on the outside; a place knows the mean of what stands up to it
         ITEM_SEQ, ITEM_SEQ_LEN, POS_ITEM_ID, n_items, loss_type = "seen", "length", "next", 9, kind
@@ -263,7 +267,7 @@ def test_every_place_foretells_the_next_item_once(kind, monkeypatch):
 def small_sasrec():
     from types import SimpleNamespace
     import torch
-    from ganprompt.baselines import recbole
+    from ganprompt.idmodels import recbole
     recbole()
     from recbole.model.sequential_recommender import SASRec
     config = dict(USER_ID_FIELD="user", ITEM_ID_FIELD="item", LIST_SUFFIX="_list", ITEM_LIST_LENGTH_FIELD="length",
@@ -279,7 +283,7 @@ def test_sasrec_as_its_authors_built_it():
     """One history, place by place, with the weights of the blocks: queries alone are normalised, item vectors
     enlarged by the root of their width."""
     import torch, torch.nn.functional as F
-    from ganprompt.baselines import as_its_authors_built_it
+    from ganprompt.idmodels import as_its_authors_built_it
     as_its_authors_built_it(net := small_sasrec())
     net.eval()
     items, norm = torch.tensor([3, 7, 2, 2]), lambda x: F.layer_norm(x, (8,), eps=1e-8)
@@ -301,7 +305,7 @@ def test_sasrec_as_its_authors_built_it():
 def test_places_are_counted_from_the_end():
     "RecBole's SASRec answers as if the history were padded in front to the longest length."
     import torch
-    from ganprompt.baselines import count_from_the_end
+    from ganprompt.idmodels import count_from_the_end
     net = small_sasrec()
     padded = net(torch.tensor([[0, 0, 0, 3, 7, 2]]), torch.tensor([6]))
     count_from_the_end(net)

@@ -4,8 +4,8 @@ import json
 import pytest
 
 from ganprompt.benchmarks import bench_data, draw_benchmarks, keep_benchmarks, make_benchmarks, plot_benchmarks
-from ganprompt.cli import chapters
-from ganprompt.runs import UserError
+from ganprompt.launcher import chapters
+from ganprompt.files import UserError
 
 
 def test_pandas_and_ours_keep_the_same_rows(tmp_path):
@@ -36,7 +36,7 @@ def test_a_part_that_fails_does_not_stop_the_others_and_results_are_kept(finishe
     assert ("recommend" in found["parts"]["catalogue"]["failed"]
             and found["parts"]["ranking"]["ratios"]["t5-decoder"] > 0)
     assert found["random_weights"] and found["versions"]["torch"] and len(plot_benchmarks(found).axes) == 1
-    monkeypatch.setattr("ganprompt.runs.workspace", lambda: tmp_path)
+    monkeypatch.setattr("ganprompt.files.workspace", lambda: tmp_path)
     with pytest.raises(UserError, match="no results"): draw_benchmarks()
     kept = json.loads(keep_benchmarks(str(run)).read_text())
     assert kept["parts"] == found["parts"] and kept["fingerprint"]

@@ -8,9 +8,11 @@ import yaml
 from click.testing import CliRunner
 from rich.console import Console
 
-from ganprompt.cli import (ask_run, chapters, choose, cli, convert, launch, main, parameters, read_chapter,
-                           read_parameters, read_plan, resolve, stage_call, upstream)
-from ganprompt.runs import complete, manifest, root, stage, UserError, write_json
+from ganprompt.launcher import (ask_run, chapters, convert, launch, parameters, read_chapter, read_parameters, resolve,
+                                stage_call, upstream)
+from ganprompt.cli import choose, cli, main, read_plan
+from ganprompt.files import root, UserError, write_json
+from ganprompt.runs import complete, manifest, stage
 
 TRAIN = '''
 import os, time
@@ -34,7 +36,8 @@ def notebook(path, declared, body, tags=("parameters",)):
     cells = [nbformat.v4.new_markdown_cell("# Toy\n\n## Run this stage"),
              nbformat.v4.new_code_cell('run: str = "demo"  # Run folder\nseed: int = 0  # Seed\n' + declared,
                                        metadata={"tags": list(tags)}),
-             nbformat.v4.new_code_cell("from ganprompt.runs import *\n" + body)]
+             nbformat.v4.new_code_cell("from ganprompt.files import *\nfrom ganprompt.processes import *\n"
+                                       "from ganprompt.runs import *\n" + body)]
     path.parent.mkdir(exist_ok=True)
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
 
@@ -236,7 +239,7 @@ def test_tables_make_what_is_missing_and_a_failure_does_not_stop_the_rest(shop, 
         baselines=dict(needs=["data"], models=["popularity", "last-item"]),
         p5=dict(needs=["data", "prompts", "backbones"], models=["P5 (ids)"])))
     (tmp_path/"plan.yaml").write_text(yaml.safe_dump(plan))
-    monkeypatch.setattr("ganprompt.runs.workspace", lambda: tmp_path)
+    monkeypatch.setattr("ganprompt.files.workspace", lambda: tmp_path)
     for again in False, True:
         monkeypatch.setattr(sys, "argv", ["ganprompt", "tables", "--data-dir", "", "--plan", str(tmp_path/"plan.yaml"),
                                           "--runs", str(tmp_path/"runs")])
@@ -377,14 +380,14 @@ def test_papermill_replaces_nothing_unasked(tmp_path):
 
 
 def test_a_real_chapter_begins_no_run_for_a_misspelt_name(tmp_path):
-    failed = papermill(root()/"nbs/02_prompts.ipynb", tmp_path, ("run", 2024))
+    failed = papermill(root()/"nbs/07_prompts.ipynb", tmp_path, ("run", 2024))
     assert (failed.returncode and "there is no run" in failed.stderr and "TypeError" not in failed.stderr
             and not (root()/"runs/2024").exists())
 
 
 def test_a_notebook_that_was_edited_but_not_exported_is_told_apart(tmp_path):
     "What counts as the source of its stage are the cells as they were typed."
-    texts = ["".join(c["source"]) for c in json.loads((root()/"nbs/02_prompts.ipynb").read_text())["cells"]
+    texts = ["".join(c["source"]) for c in json.loads((root()/"nbs/07_prompts.ipynb").read_text())["cells"]
              if c["cell_type"] == "code"]
     cells = [nbformat.v4.new_code_cell(text) for text in texts if text.startswith("#| export")]
     cells.append(nbformat.v4.new_code_cell("import json\nfrom ganprompt import "

@@ -12,7 +12,8 @@ from ganprompt.collm import Texts, collaborative, load_text_lm, make_collm, new_
 from ganprompt.data import load_candidates, load_sequences, load_training
 from ganprompt.prompts import pad
 from ganprompt.recommender import training_items
-from ganprompt.runs import UserError, run_folder, stage
+from ganprompt.files import UserError, run_folder
+from ganprompt.runs import stage
 from ganprompt.scorer import score_contexts
 
 SMALL = dict(recommender_epochs=2, recommender_batch=16, recommender_lr=.005, valid_users=40)

@@ -9,9 +9,10 @@ import torch
 from ganprompt import backbones, ctrl
 from ganprompt.data import load_candidates, load_sequences, load_training
 from ganprompt.encoder import reader_for
-from ganprompt.metrics import bootstrap, ranking
+from ganprompt.measures import ranking
+from ganprompt.statistics import bootstrap
 from ganprompt.prompts import load_titles, pad
-from ganprompt.runs import UserError
+from ganprompt.files import UserError
 
 FEW = dict(ctrl_align_epochs=1, ctrl_epochs=3, ctrl_width=32, valid_users=40)
 

@@ -1,4 +1,4 @@
-"""Chapter 01: readers, cuts, splits, candidates, errors and downloads, on the demo and against values computed in
+"""Chapter 05: readers, cuts, splits, candidates, errors and downloads, on the demo and against values computed in
 another way."""
 import gzip, hashlib, http.server, json, os, threading
 from pathlib import Path
@@ -8,10 +8,12 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ganprompt import data
-from ganprompt.data import (fetch, find_source, generate_demo, load_candidates, load_sequences, make_data, prepare,
-                            read_reviews)
-from ganprompt.runs import UserError, replacing, root
+from ganprompt import data, reviews
+from ganprompt.reviews import find_source, read_reviews
+from ganprompt.corpora import fetch, generate_demo
+from ganprompt.data import load_candidates, load_sequences, make_data, prepare
+from ganprompt.files import UserError, root
+from ganprompt.runs import replacing
 
 DEMO = root()/"data"/"demo"
 
@@ -41,7 +43,7 @@ def test_committed_demo_is_what_seed_0_makes(tmp_path):
 def test_papermill_sees_every_parameter():
     import inspect
     from papermill.inspection import inspect_notebook
-    found = inspect_notebook(str(root()/"nbs"/"01_data.ipynb"))
+    found = inspect_notebook(str(root()/"nbs"/"05_data.ipynb"))
     # replace: for the stage before it runs
     assert [p for p in found if p != "replace"] == list(inspect.signature(make_data).parameters)
 
@@ -399,7 +401,7 @@ REAL = Path(os.environ.get("GANPROMPT_AMAZON", root()/"data"/"raw"))
     ("beauty", "literal", (4144, 2675, 36414)), ("toys", "literal", (3963, 2929, 30605)),
     ("beauty", "holdout-first", (2090, 1446, 20845)), ("toys", "holdout-first", (1689, 1466, 13664))])
 def test_counts_of_the_2014_files(name, cut, counts):
-    file = REAL/f"reviews_{data.categories(name)[1][0]}_5.json.gz"
+    file = REAL/f"reviews_{reviews.categories(name)[1][0]}_5.json.gz"
     if not file.exists(): pytest.skip("the release is not here")
     made = prepare(read_reviews(find_source(name, str(REAL)))[0], cut=cut)
     assert (len(made["users"]), len(made["items"]), len(made["core"])) == counts

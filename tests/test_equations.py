@@ -17,8 +17,9 @@ from ganprompt.encoder import (COUPLINGS, Versions, adversarial_update, cosine, 
 from ganprompt.gather import contrast, gather_update
 from ganprompt.recommender import (Best, T5Decoder, T5Ranker, Trained, ask, divergence, list_auc, rec_loss,
                                    sample_rows, training_items, tune_on_states)
-from ganprompt.prompts import read_templates
-from ganprompt.runs import root, seed_all
+from ganprompt.templates import read_templates
+from ganprompt.files import root
+from ganprompt.processes import seed_all
 from ganprompt.scorer import Questions, States, bank_for, score_rows, scores_of
 
 KINDS, THINGS = ("oak", "tin"), ("bowl", "desk lamp", "chair", "spoon", "shelf", "clock")

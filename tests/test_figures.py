@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 
 from ganprompt import figures as F
-from ganprompt.runs import UserError
+from ganprompt.files import UserError
 
 VERSIONS = 6
 

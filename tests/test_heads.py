@@ -7,13 +7,13 @@ import pytest
 import torch
 import transformers as tf
 
-from ganprompt.backbones import (answer_logits, answers, check_causal, check_t5, encode, follows, head_rows, label_loss,
-                                 last_logits, load_model, log_odds,
-                                 negatives, spellings)
+from ganprompt.models import (answer_logits, answers, check_t5, encode, follows, head_rows, load_model, log_odds,
+                              spellings)
+from ganprompt.backbones import check_causal, label_loss, last_logits, negatives
 from ganprompt.encoder import js
 from ganprompt.p5 import log_likelihood
 from ganprompt.recommender import answer_tails, answer_whole, prefix_room, read_prefix, window
-from ganprompt.runs import UserError
+from ganprompt.files import UserError
 from ganprompt.scorer import scores_of
 
 N = 60  # tokens of every vocabulary

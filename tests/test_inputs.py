@@ -1,13 +1,13 @@
-"""Chapter 01: files as shops keep them. Every way of writing one table gives the same reviews; what cannot be read
+"""Chapter 05: files as shops keep them. Every way of writing one table gives the same reviews; what cannot be read
 is told with its line. All names are invented."""
 import csv, datetime, gzip, io, json
 
 import polars as pl
 import pytest
 
-from ganprompt.data import (date_formats, dataset_info, find_source, gentler, make_data, prepare, read_reviews,
-                            read_titles)
-from ganprompt.runs import UserError
+from ganprompt.reviews import date_formats, find_source, read_reviews, read_titles
+from ganprompt.data import dataset_info, gentler, make_data, prepare
+from ganprompt.files import UserError
 
 TITLES = ["Oak kettle", "Brass hook, large", "Linen \"sun\" rug", "Café stool", "Walnut tray", "Amber vase"]
 IDS = ["0000001025", "000000102X", "12345678901234567890", "7", "SKU-5", "0x1F"]

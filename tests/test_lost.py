@@ -9,7 +9,7 @@ from conftest import make
 from ganprompt import backbones, recommender
 from ganprompt.backbones import make_backbones
 from ganprompt.data import load_sequences
-from ganprompt.runs import UserError
+from ganprompt.files import UserError
 
 
 def test_an_error_in_the_second_backbone_keeps_the_first(shop, tmp_path, monkeypatch):

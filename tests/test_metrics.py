@@ -9,8 +9,8 @@ import scipy.stats
 from ir_measures import RR, Success, nDCG
 from sklearn.metrics import roc_auc_score
 
-from ganprompt import metrics as M
-from ganprompt.runs import UserError
+from ganprompt import measures as G, metrics as M, published as P, statistics as S
+from ganprompt.files import UserError
 
 
 def tied_lists(n=300, seed=1):
@@ -20,7 +20,7 @@ def tied_lists(n=300, seed=1):
 
 def test_ranks_agree_with_ir_measures():
     lists = tied_lists()
-    ours = M.per_user(np.arange(len(lists)), {"m": lists})
+    ours = G.per_user(np.arange(len(lists)), {"m": lists})
     qrels = [ir_measures.Qrel(str(u), "0", 1) for u in range(len(lists))]
     run = []
     for u, scores in enumerate(lists):
@@ -36,46 +36,46 @@ def test_ranks_agree_with_ir_measures():
 def test_auc_agrees_with_scikit_learn():
     lists = tied_lists(seed=2)
     theirs = [roc_auc_score(np.arange(len(s)) == 0, s) for s in lists]
-    np.testing.assert_allclose(M.ranking(lists)["auc"], theirs, atol=1e-12)
+    np.testing.assert_allclose(G.ranking(lists)["auc"], theirs, atol=1e-12)
 
 
 def test_a_constant_score_does_not_look_good():
-    people = M.per_user(np.arange(5), {"constant": [np.zeros(100)] * 5})
+    people = G.per_user(np.arange(5), {"constant": [np.zeros(100)] * 5})
     assert people["rank"].to_list() == [100] * 5 and people["hit@10"].sum() == 0 and people["auc"].to_list() == [.5] * 5
 
 
 @pytest.mark.parametrize("lists, words", [([[1., 2.], [1.]], "another candidate"), ([[1., np.nan]], "NaN"),
                                           ([], "another candidate")])
 def test_lists_that_cannot_be_ranked(lists, words):
-    with pytest.raises(UserError, match=words): M.ranking(lists)
+    with pytest.raises(UserError, match=words): G.ranking(lists)
 
 
 def test_interval_holds_the_truth_95_times_in_100():
     rng = np.random.default_rng(0)
-    ends = [M.bootstrap(rng.normal(size=(80, 1)), 400, seed).ravel() for seed in range(300)]
+    ends = [S.bootstrap(rng.normal(size=(80, 1)), 400, seed).ravel() for seed in range(300)]
     assert .90 < np.mean([low < 0 < high for _, low, high in ends]) < .98
 
 
 def test_a_method_has_students_interval_over_its_trainings():
     "By hand, and against scipy where trainings are all the noise."
     each = np.array([[.30, .1], [.34, .1], [.41, .1]])
-    mean, low, high = M.student(each, np.array([0., .02]))
+    mean, low, high = S.student(each, np.array([0., .02]))
     theirs = scipy.stats.t.interval(.95, 2, each[:, 0].mean(), scipy.stats.sem(each[:, 0]))
     np.testing.assert_allclose([low[0], high[0]], theirs)
     np.testing.assert_allclose([mean[1], low[1], high[1]], [.1, .1 - 1.96*.02, .1 + 1.96*.02])
-    both = M.student(each[:, :1], np.array([.02]))
+    both = S.student(each[:, :1], np.array([.02]))
     assert (both[2] - both[0])[0] == pytest.approx((((theirs[1] - theirs[0])/2)**2 + (1.96*.02)**2)**.5)
 
 
 def test_one_training_has_an_interval_over_users_and_says_so():
     x = np.random.default_rng(0).normal(size=(1, 50, 2))
-    np.testing.assert_array_equal(M.interval(x), M.bootstrap(x[0]))
+    np.testing.assert_array_equal(S.interval(x), S.bootstrap(x[0]))
     draws = np.r_[.5, np.arange(101)/100]
     # percentiles of 0, .01, … 1
-    for one in (draws, draws[:, None]): assert M.ends(one) == pytest.approx([.5, .025, .975])
-    assert M.scope(1) == "over users, for one training: they say nothing of the method"
-    assert (M.scope(3, "users and templates") == "over 3 trainings, users and templates (a claim wants 5 trainings)"
-            and M.scope(5) == "over 5 trainings and users")
+    for one in (draws, draws[:, None]): assert S.ends(one) == pytest.approx([.5, .025, .975])
+    assert S.scope(1) == "over users, for one training: they say nothing of the method"
+    assert (S.scope(3, "users and templates") == "over 3 trainings, users and templates (a claim wants 5 trainings)"
+            and S.scope(5) == "over 5 trainings and users")
 
 
 STATISTICS = {"mean": lambda m: m.mean(-1), "q05": lambda m: np.quantile(m, .05, axis=-1),
@@ -94,7 +94,7 @@ def test_a_methods_interval_holds_the_truth_95_times_in_100(trainings, by_traini
              + by_template*rng.normal(size=(1, templates, 1)) + by_user*rng.normal(size=(1, 1, users))
              for i in range(studies)}
     for name, statistic in STATISTICS.items():
-        truth, held = statistic(banks).mean(), [M.ends(draws) for draws in M.redrawn(found, statistic, 100).values()]
+        truth, held = statistic(banks).mean(), [S.ends(draws) for draws in S.redrawn(found, statistic, 100).values()]
         assert np.mean([low < truth < high for _, low, high in held]) > .93, name
     if (by_user, trainings) == (0, 3): # the old way, kept as the reason: three trainings drawn again from themselves
         lots = rng.integers(3, size=(400, 3))
@@ -106,46 +106,46 @@ def test_a_methods_interval_holds_the_truth_95_times_in_100(trainings, by_traini
 def test_the_interval_of_a_method_is_no_shorter_than_that_of_its_trainings_or_of_its_users():
     rng = np.random.default_rng(1)
     each, error = rng.normal(size=(3, 500)), rng.uniform(0, 2, 500)
-    both, alone = (np.diff(M.student(each, e)[1:], axis=0)[0] for e in (error, 0*error))
+    both, alone = (np.diff(S.student(each, e)[1:], axis=0)[0] for e in (error, 0*error))
     assert (both >= alone).all() and (both >= 2*1.96*error).all()
 
 
 def test_paired_difference_needs_the_same_users():
     lists = tied_lists(5)
-    people = pl.concat([M.per_user(np.arange(5), {"a": lists}), M.per_user(np.arange(1, 6), {"b": lists})])
-    with pytest.raises(UserError, match="different users"): M.difference(people, "a", "b")
+    people = pl.concat([G.per_user(np.arange(5), {"a": lists}), G.per_user(np.arange(1, 6), {"b": lists})])
+    with pytest.raises(UserError, match="different users"): S.difference(people, "a", "b")
 
 
 def test_measured_figures_are_always_consistent():
     rng = np.random.default_rng(3)
     for _ in range(100):
         lists = [rng.normal(size=100) + rng.uniform(0, 4) * (np.arange(100) == 0) for _ in range(20)]
-        row = M.per_user(np.arange(20), {"m": lists}).select(M.METRICS).mean().row(0, named=True)
-        assert set(M.consistency(row).values()) == {"ok"}
+        row = G.per_user(np.arange(20), {"m": lists}).select(G.METRICS).mean().row(0, named=True)
+        assert set(P.consistency(row).values()) == {"ok"}
 
 
 def test_bounds_are_reached():
     best, worst = ([1] * 3 + [2] * 4 + [6] * 2 + [11], [1] * 3 + [5] * 4 + [10] * 2 + [1e12])
     for ranks, side in ((worst, 0), (best, 1)):
-        row = {m: v.mean() for m, v in M.gains(ranks).items()}
-        for m, ends in M.bounds(row).items(): assert ends[side] == pytest.approx(row[m], abs=1e-9), m
+        row = {m: v.mean() for m, v in G.gains(ranks).items()}
+        for m, ends in P.bounds(row).items(): assert ends[side] == pytest.approx(row[m], abs=1e-9), m
 
 
 def test_printed_tables_hang_together():
-    paper = M.paper_tables()
+    paper = P.paper_tables()
     assert paper.shape == (27, 10)
     # as printed
     improvement = {"beauty": [6.46, 20.77, 3.71, 6.46, 26.08, 24.35, 13.43],
                    "toys": [67.12, 22.87, 14.21, 67.12, 23.28, 8.73, 8.95]}
     for dataset, printed in improvement.items():
-        rows = M.reported(dataset)
-        ours = [100 * (rows["GANPrompt"][m][0] / rows["best baseline"][m][0] - 1) for m in M.METRICS[1:]]
+        rows = P.reported(dataset)
+        ours = [100 * (rows["GANPrompt"][m][0] / rows["best baseline"][m][0] - 1) for m in G.METRICS[1:]]
         np.testing.assert_allclose(ours, printed, atol=.011)
 
 
 def test_marks_of_the_printed_tables():
     marks = {(r["dataset"], r["model"], r["metric"]): r["mark"]
-             for r in M.check_tables(M.paper_tables()).iter_rows(named=True)}
+             for r in P.check_tables(P.paper_tables()).iter_rows(named=True)}
     ours = [marks[d, "GANPrompt", f"ndcg@{k}"] for d in ("beauty", "sports", "toys") for k in (5, 10)]
     assert ours == ["too high"] * 4 + ["too low"] * 2
     assert marks["toys", "HGN", "ndcg@10"] == "ok" and marks["beauty", "TALLRec", "mrr"] == "too low"
@@ -154,16 +154,16 @@ def test_marks_of_the_printed_tables():
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     """Two made-up entries of one study in a repository of their own."""
-    monkeypatch.setattr("ganprompt.runs.workspace", lambda: tmp_path)
+    monkeypatch.setattr("ganprompt.files.workspace", lambda: tmp_path)
     (tmp_path / "figures").mkdir()
     (tmp_path / "data/results/toy").mkdir(parents=True)
     for seed in (0, 1):
         lists = tied_lists(200, seed)
-        people = M.per_user(np.arange(200), {"random": lists, "popularity": lists,
+        people = G.per_user(np.arange(200), {"random": lists, "popularity": lists,
                                              "ganprompt": [s + 3 * (np.arange(len(s)) == 0) for s in lists]})
         record = dict(entry=f"toy-{seed}", dataset="toy", synthetic=True, pocket=True, seed=seed,
-                      metrics=M.measure(people, 100),
-                      differences={"ganprompt - popularity": M.difference(people, "ganprompt", "popularity", 100)},
+                      metrics=S.measure(people, 100),
+                      differences={"ganprompt - popularity": S.difference(people, "ganprompt", "popularity", 100)},
                       parameters={"data": {"k": 5, "seed": seed}})
         (tmp_path / f"data/results/toy/toy-{seed}.json").write_text(json.dumps(record))
     return tmp_path
@@ -182,8 +182,8 @@ def test_summary_writes_table_and_picture(kept):
 
 def test_one_figure_a_line():
     "The three measured numbers stand in their columns, and the paper's beside them."
-    found = {"metrics": {"GANPrompt": {m: [.2, .1, .3] for m in M.METRICS}},
-             "reported": {"GANPrompt": {m: [.4, "theirs", "!"] for m in M.METRICS}}}
+    found = {"metrics": {"GANPrompt": {m: [.2, .1, .3] for m in G.METRICS}},
+             "reported": {"GANPrompt": {m: [.4, "theirs", "!"] for m in G.METRICS}}}
     lines = M.long_table(found)
     assert lines.filter(model="GANPrompt").select("measured", "low", "high").unique().row(0) == (.2, .1, .3)
     theirs = lines.drop_nulls("reported").select("model", "reported", "reported_model", "reported_mark")
@@ -201,15 +201,15 @@ def test_two_rows_a_user_by_hand():
     order they come."""
     def list_of(rank): return np.r_[0., np.ones(rank - 1), -np.ones(20 - rank)]
     ranks, users, rows = [1, 3, 2, 11, 1, 1], [4, 4, 7, 7, 9, 9], [3, 8, 9, 12, 20, 21]
-    a = M.per_user(users, {"a": [list_of(r) for r in ranks]}, rows)
+    a = G.per_user(users, {"a": [list_of(r) for r in ranks]}, rows)
     turned = [1, 0, 5, 4, 3, 2] # the other model's lists come in another order
-    b = M.per_user([users[i] for i in turned], {"b": [list_of(ranks[i] + (i == 1)) for i in turned]},
+    b = G.per_user([users[i] for i in turned], {"b": [list_of(ranks[i] + (i == 1)) for i in turned]},
                    [rows[i] for i in turned])
-    assert M.measure(a)["a"]["hit@1"][0] == 3/6 and M.measure(a)["a"]["hit@10"][0] == 5/6
-    d = M.difference(pl.concat([a, b]), "a", "b")
+    assert S.measure(a)["a"]["hit@1"][0] == 3/6 and S.measure(a)["a"]["hit@10"][0] == 5/6
+    d = S.difference(pl.concat([a, b]), "a", "b")
     assert d["mrr"][0] == pytest.approx((1/3 - 1/4)/6) and d["hit@10"] == [0, 0, 0]
     with pytest.raises(UserError, match="different users"):
-        M.difference(pl.concat([a, b.with_columns(pl.col("row") + 1)]), "a", "b")
+        S.difference(pl.concat([a, b.with_columns(pl.col("row") + 1)]), "a", "b")
 
 
 def test_a_user_is_drawn_with_all_lists():
@@ -221,11 +221,11 @@ def test_a_user_is_drawn_with_all_lists():
     for _ in range(300):
         drawn = again.integers(40, size=40)
         draws.append(np.concatenate([values[users == u] for u in drawn]).mean(0))
-    found = M.bootstrap(values, 300, 5, users)
+    found = S.bootstrap(values, 300, 5, users)
     np.testing.assert_allclose(found, [values.mean(0), *np.quantile(draws, [.025, .975], axis=0)], atol=1e-12)
-    alone = M.bootstrap(values, 300, 5)
+    alone = S.bootstrap(values, 300, 5)
     assert ((found[2] - found[1]) > 1.15*(alone[2] - alone[1])).all()
-    np.testing.assert_array_equal(M.bootstrap(values, 300, 5, np.arange(len(values))), alone)
+    np.testing.assert_array_equal(S.bootstrap(values, 300, 5, np.arange(len(values))), alone)
 
 
 def test_scores_are_joined_by_their_sequence(shop, tmp_path):
@@ -254,14 +254,14 @@ def test_scores_are_joined_by_their_sequence(shop, tmp_path):
     assert rows["row"].to_list() == test["row"][at].to_list()
     for model in ("ganprompt", "no-stage-1"):
         for i, z in zip(at, scores[model]): np.testing.assert_array_equal(z, lists[i] + .5)
-    result = M.evaluate(str(run), M.per_user(rows["user"], scores, rows["row"]), 50, 0)
+    result = M.evaluate(str(run), G.per_user(rows["user"], scores, rows["row"]), 50, 0)
     assert ((result["users"], result["rows"]) == (30, len(at))
             and f"{len(at)} lists, for some users have several" in M.notes(result))
 
 
 def test_a_report_says_how_a_model_stands():
     "Generated from the paired differences, with the interval's ends in order."
-    def d(*ends): return {m: list(ends) for m in M.METRICS}
+    def d(*ends): return {m: list(ends) for m in G.METRICS}
     said = M.standing({"GANPrompt": {"random": d(.2, .15, .25), "popularity": d(-.033, -.051, -.012)},
                        "lost": {"random": d(-.01, -.03, .02), "popularity": d(.02, .01, .04)}})
     assert said[0] == ("GANPrompt's HR@10 lies above random by .200 [.150, .250]: it has learned something; below "
@@ -274,7 +274,7 @@ def test_a_report_says_how_a_model_stands():
     assert "within the noise of random" in edge and "within the noise of popularity" in edge
     rng = np.random.default_rng(0)
     lists = [rng.normal(size=30) for _ in range(200)]
-    people = M.per_user(np.arange(200), {"popularity": [z + 2*(np.arange(30) == 0) for z in lists], "random": lists,
+    people = G.per_user(np.arange(200), {"popularity": [z + 2*(np.arange(30) == 0) for z in lists], "random": lists,
                                          "ganprompt": [z + .7*(np.arange(30) == 0) for z in lists]})
-    pairs = {"ganprompt": {other: M.difference(people, "ganprompt", other, 200) for other in ("random", "popularity")}}
+    pairs = {"ganprompt": {other: S.difference(people, "ganprompt", other, 200) for other in ("random", "popularity")}}
     assert "above random" in M.standing(pairs)[0] and "it has learned less than a count" in M.standing(pairs)[0]

@@ -7,12 +7,13 @@ import pytest
 import torch
 from conftest import make, start
 
-from ganprompt.backbones import answers, backbone, load_model, load_tokenizer, pocket_model, resolve
+from ganprompt.models import answers, load_model, load_tokenizer, resolve
+from ganprompt.backbones import backbone, pocket_model
 from ganprompt.data import load_candidates, load_sequences
 from ganprompt.encoder import reader_for
 from ganprompt.recommender import (ask, divergence, load_recommender, logits_at, make_recommender, new_recommender,
                                    worded)
-from ganprompt.runs import UserError
+from ganprompt.files import UserError
 from ganprompt.scorer import Questions, States, bank_for, own_attributes, score_rows
 
 MODELS = [f"{start}{kind}" for start in ("no-stage-1", "ganprompt") for kind in ("", ", causal-lm", ", t5-ranker")]

@@ -5,7 +5,7 @@ import nbformat
 import pytest
 from papermill.inspection import inspect_notebook
 
-from ganprompt.runs import root
+from ganprompt.files import root
 
 NOTEBOOKS = sorted((root()/"nbs").glob("*.ipynb"))
 CHAPTERS = [p for p in NOTEBOOKS if p.name[0].isdigit()]
@@ -65,7 +65,7 @@ def test_exports_in_sync(tmp_path):
 
 def test_a_stage_can_be_made_without_its_lesson():
     "What a run executes of a chapter leaves the lesson's cells out: it names nothing that only they define."
-    from ganprompt.cli import chapters, job_cells
+    from ganprompt.launcher import chapters, job_cells
     for c in chapters():
         cells = job_cells(json.loads(c.path.read_text(encoding="utf-8"))["cells"])
         code = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")

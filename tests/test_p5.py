@@ -9,7 +9,8 @@ import torch
 import transformers as tf
 
 from ganprompt import scorer
-from ganprompt.backbones import backbone, encode, load_model, load_tokenizer
+from ganprompt.models import encode, load_model, load_tokenizer
+from ganprompt.backbones import backbone
 from ganprompt.data import load_candidates, load_sequences
 from ganprompt.p5 import (PIECES, VARIANTS, add_tokens, asker_for, item_texts, log_likelihood, make_p5, prompt_words,
                           random_numbers, score_items, spell)

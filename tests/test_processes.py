@@ -7,9 +7,10 @@ import polars as pl
 import pytest
 from conftest import SMALL, make, start
 
-from ganprompt import runs
-from ganprompt.runs import (Killed, UserError, gathered, in_processes, is_main, manifest, part, rank, root,
-                            save_checkpoint, shard, stage, summed, totals)
+from ganprompt import processes
+from ganprompt.files import Killed, UserError, root
+from ganprompt.runs import manifest, stage
+from ganprompt.processes import gathered, in_processes, is_main, part, rank, save_checkpoint, shard, summed, totals
 
 # Largest difference of an encoder state, of a point of a curve, or of a score, between one process and two
 TOLERANCE = 1e-4
@@ -65,14 +66,14 @@ def mill(chapter, run, out):
 
 def test_stage_1_in_two_processes_from_papermill(ready, finished, tmp_path):
     run = copy(ready, tmp_path/"mill")
-    mill("05_encoder", run, tmp_path/"out.ipynb")
+    mill("11_encoder", run, tmp_path/"out.ipynb")
     assert_same(run, finished)
 
 
 def test_stage_2_in_two_processes_from_papermill(finished, tmp_path):
     run = copy(finished, tmp_path/"mill")
     shutil.rmtree(run/"recommender")
-    mill("07_recommender", run, tmp_path/"out.ipynb")
+    mill("13_recommender", run, tmp_path/"out.ipynb")
     assert manifest(run, "recommender")["metrics"]["processes"] == 2
     one, two = (pl.read_parquet(r/"recommender/scores.parquet") for r in (finished, run))
     assert one.select("model", "user").equals(two.select("model", "user"))
@@ -106,9 +107,9 @@ def test_a_killed_pair_leaves_nobody_behind_and_its_work_goes_on(ready, finished
         if not any(map(alive, children)): break
         time.sleep(.1)
     assert not any(map(alive, children))
-    for processes in 1, 2:
-        again = copy(run, tmp_path/f"resumed by {processes}")
-        make(again, "encoder", shop, processes=processes)
+    for n in 1, 2:
+        again = copy(run, tmp_path/f"resumed by {n}")
+        make(again, "encoder", shop, processes=n)
         assert manifest(again, "encoder")["resumed"]
         assert max(np.abs(a - b).max() for a, b in zip(numbers(again), numbers(finished))) < TOLERANCE
 
@@ -153,7 +154,7 @@ def test_shares_add_up():
 def test_stage_1_in_processes_that_start_afresh(ready, finished, shop, tmp_path, monkeypatch):
     "The way that a machine with GPUs takes: all that stage 1 needs travels to a process that has touched none."
     run = copy(ready, tmp_path/"fresh")
-    monkeypatch.setattr(runs, "_gpus", lambda: 2)
+    monkeypatch.setattr(processes, "_gpus", lambda: 2)
     make(run, "encoder", shop, processes=2)
     assert_same(run, finished)
 
@@ -171,7 +172,7 @@ def test_this_process_stays_as_it_was():
 def test_a_killed_process_is_no_mistake_and_costs_no_checkpoint(victim, others, tmp_path):
     """The message says to run again to go on: then there must be something to go on from, and no one left who is at
     work on it."""
-    from ganprompt.runs import load_checkpoint
+    from ganprompt.processes import load_checkpoint
     def work():
         (tmp_path/f"{rank()[0]}.pid").write_text(str(os.getpid()))
         gathered(0)
@@ -197,7 +198,7 @@ def test_a_process_killed_before_the_others_have_joined():
 
 
 def test_a_signal_ends_all_of_them(tmp_path):
-    code = ("import os, time\nfrom pathlib import Path\nfrom ganprompt.runs import *\n"
+    code = ("import os, time\nfrom pathlib import Path\nfrom ganprompt.processes import *\n"
             f"in_processes(2, lambda: (Path({str(tmp_path)!r}, str(os.getpid())).touch(), time.sleep(60)))")
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     while len(list(tmp_path.iterdir())) < 2: time.sleep(.05)
@@ -208,5 +209,5 @@ def test_a_signal_ends_all_of_them(tmp_path):
 
 def test_a_wrong_number_of_processes(monkeypatch):
     with pytest.raises(UserError, match="processes=0"): in_processes(0, work)
-    monkeypatch.setattr(runs, "_gpus", lambda: 2)
+    monkeypatch.setattr(processes, "_gpus", lambda: 2)
     with pytest.raises(UserError, match="processes=3.* 2 GPUs"): in_processes(3, work)

@@ -5,9 +5,10 @@ import polars as pl
 import pytest
 import torch
 
-from ganprompt import prompts
-from ganprompt.prompts import PromptEncoder, clean_title, pad, read_templates, render
-from ganprompt.runs import UserError, root
+from ganprompt import prompts, templates as T
+from ganprompt.templates import clean_title, read_templates, render
+from ganprompt.prompts import PromptEncoder, pad
+from ganprompt.files import UserError, root
 
 BANK = read_templates(root()/"data"/"templates.yaml")
 TEXT = {t["task"]: t["text"] for t in prompts.choose(BANK, 1)}
@@ -124,8 +125,8 @@ def test_how_a_list_is_written(options, text):
 def test_slips(kind, one):
     "The same words each time, other words with another seed; a fifth of the words, each as the kind says."
     text = " ".join(w for t in titles(300, 7) for w in t.split() if w.isalpha() and len(set(w)) == len(w) > 3)
-    noisy, words = prompts.noisy(text, kind), text.split()
-    assert noisy == prompts.noisy(text, kind) != prompts.noisy(text, kind, seed=1)
+    noisy, words = T.noisy(text, kind), text.split()
+    assert noisy == T.noisy(text, kind) != T.noisy(text, kind, seed=1)
     changed = (len(words) - len(noisy.split()) if kind == "drop"
                else [(a, b) for a, b in zip(words, noisy.split()) if a != b])
     if kind != "drop": assert all(one(*pair) for pair in changed)
@@ -135,11 +136,11 @@ def test_a_slip_shows():
     "Letters that stand twice are not exchanged with each other."
     for word in ("coffee", "balloon", "Mississippi", "bookkeeper"):
         for kind in ("typo", "keyboard"):
-            for seed in range(20): assert prompts.slip(word, kind, random.Random(seed)) != word
+            for seed in range(20): assert T.slip(word, kind, random.Random(seed)) != word
 
 def test_slips_leave_slots_alone():
     for t in QUESTIONS + FRESH + BRACED:
-        for kind in prompts.NOISES: assert prompts.slots(prompts.noisy(t["text"], kind)) == prompts.slots(t["text"])
+        for kind in T.NOISES: assert T.slots(T.noisy(t["text"], kind)) == T.slots(t["text"])
 
 def test_cut_at_a_word_equals_text_of_cut_titles(tokenizer):
     names = titles(300, 3)
@@ -220,17 +221,17 @@ def test_braces_go_through_every_path(tmp_path):
     from ganprompt.scorer import BLANK, blanked
     from ganprompt.study import in_words
     for t in BRACED:
-        assert {n for n in prompts.slots(t["text"])} >= {"purchase_history", "target_item"}
+        assert {n for n in T.slots(t["text"])} >= {"purchase_history", "target_item"}
         plain = (string.Formatter().vformat(in_words(t["text"]), (), {}) if "{" not in in_words(t["text"])
                  else in_words(t["text"]))
         assert "[history" in plain and "[item" in plain and "{{" not in in_words(t["text"]).replace("{{x}}", "")
         filled = dict(user_entity="The user", purchase_history=["a", "b"], attribute="oat")
         assert (render(blanked(t["text"]), **filled)
                 == render(t["text"].replace("{target_item:case=upper}", "{target_item}"), target_item=BLANK, **filled))
-    made = prompts.nonsense(sorted(prompts.fixed_words(BRACED[0]["text"])), 200)
+    made = T.nonsense(sorted(T.fixed_words(BRACED[0]["text"])), 200)
     turned = sum(m["text"].index("{target_item") < m["text"].index("{purchase_history") for m in made)
     assert 40 < turned < 95 # one in three asks about the item first
-    bank = [dict(zip(prompts.FIELDS, (t["id"], "recommendation", "g", "seen", t["text"]))) for t in BRACED] + made
+    bank = [dict(zip(T.FIELDS, (t["id"], "recommendation", "g", "seen", t["text"]))) for t in BRACED] + made
     (tmp_path/"t.yaml").write_text(yaml.safe_dump(bank, sort_keys=False))
     assert read_templates(tmp_path/"t.yaml") == bank and any("{{" in t["text"] for t in made)
 
@@ -271,5 +272,5 @@ def test_stage(monkeypatch, tmp_path):
 
 
 def test_two_slots_that_touch_words_are_one_fault():
-    (fault,) = prompts._faults_of_slots("bought:{purchase_history} next:{target_item} ?", "recommendation")
+    (fault,) = T._faults_of_slots("bought:{purchase_history} next:{target_item} ?", "recommendation")
     assert "white space" in fault and "{purchase_history} lacks it" in fault

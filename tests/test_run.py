@@ -5,7 +5,8 @@ import pytest
 import ganprompt
 from ganprompt import Run
 from ganprompt.data import load_candidates, load_sequences
-from ganprompt.runs import UserError, _definitions, root
+from ganprompt.files import UserError, root
+from ganprompt.runs import _definitions
 
 
 def test_every_reader_gives_frames_that_fit_together(finished):

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from ganprompt import runs
-from ganprompt.runs import (UserError, commit, complete, finite, fresh, kept, load_checkpoint, lock, manifest, need,
-                            once, replacing, root, run_folder,
-                            save_checkpoint, seed_all, sources, stage, stale, write_json)
+from ganprompt import files, runs
+from ganprompt.files import UserError, lock, root, run_folder, write_json
+from ganprompt.runs import commit, complete, fresh, kept, manifest, need, once, replacing, sources, stage, stale
+from ganprompt.processes import finite, load_checkpoint, save_checkpoint, seed_all
 
 WALK = '''
 import os, random, signal, sys, numpy as np, torch
+from ganprompt.files import *
+from ganprompt.processes import *
 from ganprompt.runs import *
 run, kill_at = sys.argv[1], int(sys.argv[2])
 def make(folder):
@@ -237,7 +239,7 @@ def test_kept_arrays(tmp_path):
 
 
 def test_two_processes_do_not_make_one_stage(tmp_path):
-    code = (f"import time\nfrom ganprompt.runs import *\nwith lock({str(tmp_path/'r')!r}, 'toy'): print('mine', "
+    code = (f"import time\nfrom ganprompt.files import *\nwith lock({str(tmp_path/'r')!r}, 'toy'): print('mine', "
             "flush=True); time.sleep(60)")
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
@@ -299,7 +301,7 @@ def test_non_finite_loss(loss):
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     "A workspace of the test's own, so that its run `demo` may be made."
-    monkeypatch.setattr(runs, "workspace", lambda: tmp_path)
+    monkeypatch.setattr(files, "workspace", lambda: tmp_path)
     return tmp_path
 
 
@@ -488,7 +490,7 @@ STAGES = ("data", "prompts", "backbones", "attributes", "encoder", "gather", "re
     ("figures.py", r"def draw_figure3\(", "X = 1\ndef draw_figure3(_=X, *, ", {"figures"}),
     ("metrics.py", r"def means_table\(", "def means_table(_=0, *, ", set()),
     # reached by a text that another process executes
-    ("baselines.py", r"def serve\(\):", "def serve(_=0):", {"baselines"}),
+    ("idmodels.py", r"def serve\(\):", "def serve(_=0):", {"baselines"}),
     # a default of another stage
     ("attributes.py", r"k:int=5", "k:int=6", {"attributes", "encoder", "gather", "recommender", "benchmarks", "study",
                                               "collm", "ctrl", "p5"}),
@@ -551,9 +553,10 @@ def test_parallel_chapters_wait_for_each_other(tmp_path):
     code = f'''
 import os, time
 from pathlib import Path
-from ganprompt import runs
+from ganprompt import files
+from ganprompt.files import *
 from ganprompt.runs import *
-runs.root = lambda: Path({str(tmp_path)!r})
+files.workspace = lambda: Path({str(tmp_path)!r})
 def make(run):
     def work(folder): time.sleep(1); write_json(folder/"by.json", os.getpid())
     return stage(run, "slow", {{}}, work)
@@ -566,7 +569,7 @@ print((need("demo", "slow", make)/"by.json").read_text())'''
 def test_threads_are_chosen_by_the_model_alone():
     """A pocket model computes with one thread however many there are, so that a busy machine neither slows it down
     many times nor changes its sums; a large one gets them all, and keeps them."""
-    code = ("import torch; from ganprompt.runs import set_threads; torch.set_num_threads(3); seen = []\n"
+    code = ("import torch; from ganprompt.processes import set_threads; torch.set_num_threads(3); seen = []\n"
             "for width in 64, 600, 64: set_threads(torch.nn.Linear(width, 1000)); "
             "seen.append(torch.get_num_threads())\n"
             "print(seen)")

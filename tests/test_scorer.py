@@ -9,12 +9,12 @@ import transformers as tf
 from conftest import make
 
 from ganprompt import backbones, scorer
-from ganprompt.backbones import answer_logits, encode, load_model, resolve
+from ganprompt.models import answer_logits, encode, load_model, resolve
 from ganprompt.data import load_candidates, load_sequences
 from ganprompt.encoder import reader_for
 from ganprompt.prompts import pad
 from ganprompt.recommender import T5Decoder, T5Ranker, find_llm, load_recommender, new_recommender
-from ganprompt.runs import UserError
+from ganprompt.files import UserError
 from ganprompt.scorer import Questions, own_attributes, score_prompts, score_rows
 
 LLMS = {"llama": (tf.LlamaForCausalLM, tf.LlamaConfig, dict(num_key_value_heads=2), "q_proj,v_proj"),

@@ -9,8 +9,8 @@ from test_equations import STAGE2, T5Ranker, asked, kept_states, shoppers, tiny_
 from test_equations import world # noqa: F401 a fixture
 
 from ganprompt import scorer
-from ganprompt.prompts import read_templates
-from ganprompt.runs import root
+from ganprompt.templates import read_templates
+from ganprompt.files import root
 from ganprompt.scorer import States, bank_for, place, score_contexts, scores_of, token_batches
 
 

@@ -7,16 +7,17 @@ import torch
 import yaml
 
 from conftest import make
-from ganprompt import robustness as R, study as S
+from ganprompt import robustness as R, sensitivity, study as S
 from ganprompt.cli import plan_of, read_plan, studies, study_of
-from ganprompt.backbones import load_model
+from ganprompt.models import load_model
 from ganprompt.collm import load_text_lm, text_reader
 from ganprompt.encoder import reader_for, separability
 from ganprompt.gather import contrast, likeness, make_gather
 from ganprompt.p5 import asker_for
-from ganprompt.runs import UserError, manifest, root, stage, write_json
+from ganprompt.files import UserError, root, write_json
+from ganprompt.runs import manifest, stage
 from ganprompt.scorer import Questions, bank_for
-from ganprompt.tables import by_dataset
+from ganprompt.results import by_dataset
 
 
 def test_the_contrast_is_that_of_looped_sums():
@@ -198,7 +199,7 @@ def test_answers_come_back_as_they_were(users, tmp_path):
         assert {k: e["by_template"][t][k] for k in ("id", "group", "split")} == bank[t]
     np.testing.assert_array_equal(e["odds"], z[:, :60, 0])
     np.testing.assert_array_equal(e["heads"], [S.first_places(x[:60]) for x in z])
-    table = R.template_table(z, bank)
+    table = sensitivity.template_table(z, bank)
     for k in ("flips", "tau", "rbo"):
         np.testing.assert_allclose([t[k] for t in e["by_template"]], table[k].to_numpy(), rtol=1e-6)
     assert e.get("owners", users) is users or e["owners"].tolist() == users.tolist()
@@ -247,7 +248,7 @@ def test_what_is_answered_is_kept_and_drawn(shop, tmp_path, monkeypatch):
     for name, e in kept.items():
         for found, x in zip(e["ranks"].rank, scores[name]):
             np.testing.assert_array_equal(found, S.ranking(S.unpadded(x))["rank"])
-        assert e["measured"]["unseen"] == R.measure_bank(scores[name], bank)["unseen"]
+        assert e["measured"]["unseen"] == sensitivity.measure_bank(scores[name], bank)["unseen"]
         assert set(e["measured"]["attack"]) == {"flips", "tau", "rbo", "posix", "templates"}
         assert e["users"] == 70 and e["stage_1"] == S.first_stage(e["settings"])
         assert e["backbone"] == manifest(str(run), "study")["inputs"]["backbones"]
@@ -263,7 +264,7 @@ def test_deaf_and_parrot_are_told_from_steady():
                                            for i in range(13)]
     truth = rng.normal(size=(50, 100)) + 3*(np.arange(100) == 0)
     def entry(model, scores):
-        found, ranks = R.measure_bank(scores, bank), [S.ranking(z) for z in scores]
+        found, ranks = sensitivity.measure_bank(scores, bank), [S.ranking(z) for z in scores]
         return dict(model=model, dataset="toy", synthetic=True, seed=0, users=50, recommender="none", pocket=False,
                     measured=found,
                     by_template=bank, ranks=S.Ranks(*(np.stack([r[c] for r in ranks]) for c in S.Ranks._fields)))

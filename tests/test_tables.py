@@ -8,9 +8,11 @@ import pytest
 import scipy.stats
 
 from conftest import make
-from ganprompt import baselines as B, metrics as M, tables as T
+from ganprompt import baselines as B, idmodels as I, measures as G, metrics as M, pages as P, published, results as K
+from ganprompt import tables as T
 from ganprompt.data import load_candidates, load_sequences
-from ganprompt.runs import UserError, digest, manifest, stage, write_json
+from ganprompt.files import UserError, write_json
+from ganprompt.runs import digest, manifest, stage
 
 HAND = {"HGN": ["2 3 9 12", "2 2 8 20"], "SASRec": ["1 2 3 4", "1 1 3 15"], "ganprompt": ["1 1 2 4", "1 1 1 4"]}
 
@@ -29,7 +31,7 @@ def put(study, model, seed, ranks, size=21, dataset="beauty", lists=None, **more
                 users=len(ranks.split()), users_digest="hand", data="hand",
                 search=[], seconds={"search": 9., "train": 2. + seed, "score": 1.}, machine="by hand") | more
     lists = lists or {"uni99": {"rank": ranks, "size": size}}
-    return T.write_entry(T.entry_path(study, dataset, model, seed), kept, table(lists))
+    return K.write_entry(K.entry_path(study, dataset, model, seed), kept, table(lists))
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def made_up(study, users=150, seeds=3, dataset="beauty"):
     rows = [dict(dataset=dataset, source="ours", cut=cut, users=4144, items=2675, interactions=36414, sequences=4144,
                  sparsity=99.67) for cut in ("literal", "holdout-first")]
     failed = [dict(model="CTRL", seed=0, kept_from="x", why="out of memory & <time>, 100 % of it_")]
-    T.entry_path(study, dataset, "x", 0).with_name("data.json").write_text(json.dumps(dict(dataset=dataset,
+    K.entry_path(study, dataset, "x", 0).with_name("data.json").write_text(json.dumps(dict(dataset=dataset,
             synthetic=False, table1=rows, failed=failed)))
 
 
@@ -82,7 +84,7 @@ def figure(r, model, metric):
 
 
 def test_hand_worked_figures(hand):
-    r = T.results(T.read_tables(hand))
+    r = T.results(K.read_tables(hand))
     ours, mrr = figure(r, "ganprompt", "hit@1"), figure(r, "HGN", "mrr")
     assert (ours["mean"], ours["seeds"]) == (.625, 2) and ours["sd"] == pytest.approx(.25/2**.5)
     assert (mrr["mean"] == pytest.approx(np.mean([1/2, 1/3, 1/9, 1/12, 1/2, 1/2, 1/8, 1/20]))
@@ -91,9 +93,9 @@ def test_hand_worked_figures(hand):
     assert (figure(r, "SASRec", "ndcg@5")["mean"]
             == pytest.approx((3 + np.log(2)/np.log(3) + 2/2 + np.log(2)/np.log(5))/8))
     best = {(row["model"], row["metric"]) for row in r.stats.filter("best").iter_rows(named=True)}
-    assert best == {("ganprompt", m) for m in M.METRICS}
+    assert best == {("ganprompt", m) for m in G.METRICS}
     assert ({(row["model"], row["metric"]) for row in r.stats.filter("best_baseline").iter_rows(named=True)}
-            == {("SASRec", m) for m in M.METRICS})
+            == {("SASRec", m) for m in G.METRICS})
     first = r.pairs.row(by_predicate=pl.col("metric") == "hit@1", named=True)
     # both seeds say .25; users 0, .5, .5, 0
     assert (first["improvement"] == pytest.approx(200/3) and first["difference"] == .25 and first["trainings"] == 2
@@ -101,14 +103,14 @@ def test_hand_worked_figures(hand):
 
 
 def test_hand_worked_page(hand):
-    text = T.to_md(T.page_of(T.results(T.read_tables(hand))))
+    text = P.to_md(T.page_of(T.results(K.read_tables(hand))))
     def cells(start):
         return [c.strip() for c in next(line for line in text.splitlines() if line.startswith(start)).split("|")][1:-1]
     assert cells("| GANPrompt (pocket)")[:4] == ["GANPrompt (pocket)", "2", "**.956 ± .009**", "**.625 ± .177**"]
     assert cells("| SASRec ")[3] == r".375 ± .177\*"
     assert cells("| Improvement")[3] == "+66.7"
     assert cells("| HR@1 ") == ["HR@1", "SASRec", "2", ".375", ".625", "+66.7", "+.250 [-.033, +.533]", "no"]
-    assert "read titles" not in text and "read titles" in T.to_md(T.page_of(T.results(T.read_tables(hand)),
+    assert "read titles" not in text and "read titles" in P.to_md(T.page_of(T.results(K.read_tables(hand)),
             {"titles": False}))
     assert (cells("| Caser ") == ["Caser", "0 of 2", *["–"]*8]
             and "Caser" in next(line for line in text.splitlines() if line.startswith("No entry")))
@@ -117,34 +119,34 @@ def test_hand_worked_page(hand):
 def test_negative_improvement_and_zero_baseline(tmp_path):
     put(tmp_path, "HGN", 0, "1 2 30"); put(tmp_path, "ganprompt", 0, "3 8 9", 31)
     for path in tmp_path.rglob("*.json"): path.write_text(path.read_text().replace('"size": 21', '"size": 31'))
-    pairs = T.results(T.read_tables(tmp_path)).pairs
+    pairs = T.results(K.read_tables(tmp_path)).pairs
     assert dict(pairs.select("metric", "improvement").iter_rows())["hit@1"] == -100
     assert dict(pairs.select("metric", "improvement").iter_rows())["hit@10"] == pytest.approx(50)
     put(tmp_path, "HGN", 0, "21 21 21", 31)
-    r = T.results(T.read_tables(tmp_path))
+    r = T.results(K.read_tables(tmp_path))
     assert (dict(r.pairs.select("metric", "improvement").iter_rows())["hit@1"] is None
-            and "| Improvement (%) " in T.to_md(T.page_of(r)))
+            and "| Improvement (%) " in P.to_md(T.page_of(r)))
 
 
 def test_the_interval_of_one_training_is_scipys(tmp_path):
     ranks = np.random.default_rng(0).integers(1, 100, 400)
     put(tmp_path, "HGN", 0, " ".join(map(str, ranks)), 100)
-    r = T.results(T.read_tables(tmp_path))
+    r = T.results(K.read_tables(tmp_path))
     row, error = figure(r, "HGN", "mrr"), (1/ranks).std()/400**.5
     theirs = scipy.stats.bootstrap([1/ranks], np.mean, method="percentile", n_resamples=4000, rng=1).confidence_interval
     assert abs(row["low"] - theirs.low) < .2*error and abs(row["high"] - theirs.high) < .2*error
-    assert "95 % intervals over users, for one training: they say nothing of the method" in T.to_md(T.page_of(r))
+    assert "95 % intervals over users, for one training: they say nothing of the method" in P.to_md(T.page_of(r))
 
 
 def test_the_interval_of_several_trainings_is_students(tmp_path):
     ranks = np.random.default_rng(0).integers(1, 100, (3, 400))
     for seed in range(3): put(tmp_path, "HGN", seed, " ".join(map(str, ranks[seed])), 100)
-    r = T.results(T.read_tables(tmp_path))
+    r = T.results(K.read_tables(tmp_path))
     row, x = figure(r, "HGN", "mrr"), 1/ranks
     low, high = scipy.stats.t.interval(.95, 2, x.mean(), scipy.stats.sem(x.mean(1)))
     users = 1.96*scipy.stats.sem(x.mean(0))
     assert (row["high"] - row["low"])/2 == pytest.approx((((high - low)/2)**2 + users**2)**.5, rel=1e-4)
-    assert "95 % intervals over 3 trainings and users (a claim wants 5 trainings)" in T.to_md(T.page_of(r))
+    assert "95 % intervals over 3 trainings and users (a claim wants 5 trainings)" in P.to_md(T.page_of(r))
 
 
 def test_one_training_gives_no_verdict(tmp_path):
@@ -152,7 +154,7 @@ def test_one_training_gives_no_verdict(tmp_path):
     put(tmp_path, "HGN", 0, "5 5 5 5"); put(tmp_path, "ganprompt", 0, "1 1 1 1")
     def verdicts():
         return {line.split("|")[-2].strip()
-                for line in T.to_md(T.page_of(T.results(T.read_tables(tmp_path)))).splitlines()
+                for line in P.to_md(T.page_of(T.results(K.read_tables(tmp_path)))).splitlines()
                 if line.startswith(("| HR@1 ", "| MRR "))}
     assert verdicts() == {"–"}
     put(tmp_path, "HGN", 1, "5 5 5 5"); put(tmp_path, "ganprompt", 1, "1 1 1 1")
@@ -160,13 +162,13 @@ def test_one_training_gives_no_verdict(tmp_path):
 
 
 def test_tau_and_swaps(whole):
-    entries = [e for e in T.read_tables(whole/"study") if e["dataset"] == "beauty"]
+    entries = [e for e in K.read_tables(whole/"study") if e["dataset"] == "beauty"]
     ids = [e for e in entries if e["family"] == "id"]
     models = list(dict.fromkeys(e["model"] for e in ids))
     def mean(model, name):
-        return np.mean([M.gains(e["lists"][name].rank)["mrr"].mean() for e in ids if e["model"] == model])
+        return np.mean([G.gains(e["lists"][name].rank)["mrr"].mean() for e in ids if e["model"] == model])
     u, f = ([mean(m, name) for m in models] for name in ("uni99", "full"))
-    row = T.sampling_table(entries).row(by_predicate=pl.col("metric") == "mrr", named=True)
+    row = K.sampling_table(entries).row(by_predicate=pl.col("metric") == "mrr", named=True)
     assert (row["tau"] == pytest.approx(scipy.stats.kendalltau(u, f).statistic) and row["models"] == 9
             and row["pairs"] == 36)
     swapped = {f"{a} > {b}" for i, a in enumerate(models) for j, b in enumerate(models) if u[i] > u[j] and f[i] < f[j]}
@@ -179,16 +181,16 @@ def test_a_clear_swap_is_told(tmp_path):
         for model, sampled, full in (("HGN", "1", "99"), ("SASRec", "5", "1")):
             put(tmp_path, model, seed, "1", users=n, lists={"uni99": {"rank": " ".join([sampled]*n), "size": 100},
                                                             "full": {"rank": " ".join([full]*n), "size": 2000}})
-        row = T.sampling_table(T.read_tables(tmp_path)).row(by_predicate=pl.col("metric") == "mrr", named=True)
+        row = K.sampling_table(K.read_tables(tmp_path)).row(by_predicate=pl.col("metric") == "mrr", named=True)
         assert (row["tau"], row["swapped"], row["clear"]) == (-1, "HGN > SASRec", clear)
 
 
 def test_auc_comes_back_from_rank_and_ties(tmp_path):
     rng = np.random.default_rng(1)
     lists = [rng.integers(0, 4, rng.integers(2, 50)).astype(float) for _ in range(200)]
-    path = T.write_entry(tmp_path/"s/d/m-0.json", {}, B.rank_rows("m", range(200), "uni99", lists))
-    want = M.ranking(lists)
-    got = T.figures_of(*T.read_entry(path, lambda e, table: {"ranks": T.ranks_of(table, 200)})["ranks"])
+    path = K.write_entry(tmp_path/"s/d/m-0.json", {}, I.rank_rows("m", range(200), "uni99", lists))
+    want = G.ranking(lists)
+    got = G.figures_of(*K.read_entry(path, lambda e, table: {"ranks": K.ranks_of(table, 200)})["ranks"])
     np.testing.assert_allclose(got["auc"], want["auc"], atol=1e-12)
     np.testing.assert_allclose(got["mrr"], 1/want["rank"], atol=0)
 
@@ -205,21 +207,21 @@ def test_other_users_are_refused(hand):
         ('"users": 4', '"users": 5'), ("users_digest", "digest"), ("ranks_digest", "digest"),
         ('"size": 21', '"size": 11'), ('"size": 21', '"sizes": 21'), ('"ties": 0', '"ties": 2')))])
 def test_damaged_entries_are_named(hand, change):
-    path = T.entry_path(hand, "beauty", "HGN", 0)
+    path = K.entry_path(hand, "beauty", "HGN", 0)
     before = path.read_text()
     path.write_text(change(before))
     assert path.read_text() != before
-    with pytest.raises(UserError, match="hgn-0.json is damaged .* ganprompt keep"): T.read_tables(hand)
+    with pytest.raises(UserError, match="hgn-0.json is damaged .* ganprompt keep"): K.read_tables(hand)
 
 
 @pytest.mark.parametrize("ranks", [[2, 0, 9, 12], [2, 3, 9, 22], ["2", "3", "x", "12"], [2, None, 9, 12], [2, 3, 9],
                                    [2, 3, 9, 12, 1]])
 def test_impossible_ranks_are_refused(hand, ranks):
     put(hand, "HGN", 0, "1 1 1 1")
-    path = T.entry_path(hand, "beauty", "HGN", 0)
+    path = K.entry_path(hand, "beauty", "HGN", 0)
     rows = pl.DataFrame(dict(candidates="uni99", rank=ranks, ties=0, size=21))
-    T.write_entry(path, json.loads(path.read_text()), rows)
-    with pytest.raises(UserError, match="hgn-0.json is damaged .* ganprompt keep"): T.read_tables(hand)
+    K.write_entry(path, json.loads(path.read_text()), rows)
+    with pytest.raises(UserError, match="hgn-0.json is damaged .* ganprompt keep"): K.read_tables(hand)
 
 
 def test_nothing_kept(tmp_path):
@@ -242,7 +244,7 @@ def test_what_is_missing_is_said(whole):
 
 
 def test_rows_are_in_the_papers_order(whole):
-    r = T.results([e for e in T.read_tables(whole/"study") if e["dataset"] == "beauty"])
+    r = T.results([e for e in K.read_tables(whole/"study") if e["dataset"] == "beauty"])
     assert [row["model"] for row in r.rows] == ["last-item", "popularity", "random", "Caser", "DIN", "HGN", "GRU4Rec",
                                                 "BERT4Rec", "SASRec", "SASRec-CE", "S3Rec", "MF", "LightGCN",
                                                 "P5 (ids)", "P5 (titles)",
@@ -253,12 +255,12 @@ def test_rows_are_in_the_papers_order(whole):
 
 def test_reported_figures_have_their_marks(whole):
     marks = {(r["model"], r["metric"]): r["mark"]
-             for r in M.check_tables(M.paper_tables().filter(dataset="beauty")).iter_rows(named=True)}
+             for r in published.check_tables(published.paper_tables().filter(dataset="beauty")).iter_rows(named=True)}
     text = (whole/"out/table2_beauty.md").read_text()
     for line in text.splitlines():
         if "(reported)" in line:
             name, *cells = [c.strip() for c in line.split("|")[1:-1]]
-            for metric, cell in zip(M.METRICS, cells):
+            for metric, cell in zip(G.METRICS, cells):
                 assert ("(!)" in cell) == (marks.get((name.removesuffix(" (reported)"), metric), "ok") != "ok"), (name,
                         metric)
     assert text.count("(reported)") == 9 and text.count("(!)") > 9
@@ -310,10 +312,10 @@ def test_latex_compiles(whole, name):
 
 
 def test_escapes():
-    assert T.written("t5-x -.5 [-1, -2]", "tex") == "t5-x $-$.5 [$-$1, $-$2]"
-    assert (T.written("50% of A&B_c #1 {x} ~ ^ \\ ± –", "tex")
+    assert P.written("t5-x -.5 [-1, -2]", "tex") == "t5-x $-$.5 [$-$1, $-$2]"
+    assert (P.written("50% of A&B_c #1 {x} ~ ^ \\ ± –", "tex")
             == r"50\% of A\&B\_c \#1 \{x\} \textasciitilde{} \textasciicircum{} \textbackslash{} $\pm$ --")
-    assert T.written("a|b*", "md") == r"a\|b\*" and T.written("<b>&", "html") == "&lt;b&gt;&amp;"
+    assert P.written("a|b*", "md") == r"a\|b\*" and P.written("<b>&", "html") == "&lt;b&gt;&amp;"
 
 
 @pytest.fixture
@@ -332,7 +334,7 @@ def run(shop, tmp_path):
         write_json(to/"recommender.json", {"candidates": "uni99", "pocket": True, "t5": "pocket", "llm": "tiny"})
         return {"valid_auc ganprompt": .7}
     def baseline(to):
-        frames = [B.rank_rows(m, users[:50], c, scored(0)) for m in ("HGN", "popularity") for c in ("uni99", "full")]
+        frames = [I.rank_rows(m, users[:50], c, scored(0)) for m in ("HGN", "popularity") for c in ("uni99", "full")]
         return B.finish(to, frames, {"HGN": ABOUT, "popularity": dict(family="simple", pocket=False),
                                      "CTRL": dict(family="text", failed="no memory")})
     for name, what in (("recommender", recommend), ("baselines", baseline)):
@@ -345,8 +347,8 @@ ABOUT = dict(family="id", pocket=False, settings={"width": 8}, search=[{"setting
 
 
 def test_keep_models_of_a_run(run, tmp_path):
-    paths = T.keep_models(str(run), tmp_path/"study")
-    kept = {e["model"]: e for e in (T.read_entry(p, T.lists_of) for p in paths[1:])}
+    paths = K.keep_models(str(run), tmp_path/"study")
+    kept = {e["model"]: e for e in (K.read_entry(p, K.lists_of) for p in paths[1:])}
     assert set(kept) == {"random", "popularity", "HGN", "no-stage-1", "ganprompt", "ganprompt, causal-lm"}
     assert [p.name for p in paths] == ["data.json", "random-3.json", "popularity-3.json",
                                        *(f"{m}-3.json" for m in ("no-stage-1", "ganprompt", "ganprompt-causal-lm",
@@ -362,20 +364,20 @@ def test_keep_models_of_a_run(run, tmp_path):
     assert not any(str(tmp_path) in p.read_text() for p in paths)
     for model, lists in scores.items():
         if model == "popularity": continue
-        np.testing.assert_allclose(T.figures_of(*kept[model]["lists"]["uni99"])["auc"], M.ranking(lists)["auc"],
+        np.testing.assert_allclose(G.figures_of(*kept[model]["lists"]["uni99"])["auc"], G.ranking(lists)["auc"],
                                    atol=1e-12)
 
 
 def test_keep_again_and_what_is_lacking(run, tmp_path):
     study = tmp_path/"study"
-    paths = T.keep_models(str(run), study)
+    paths = K.keep_models(str(run), study)
     first = paths[0]
     data = json.loads(first.read_text())
     assert (data["failed"] == [dict(model="CTRL", seed=3, kept_from="shop-3", why="no memory")]
             and [row["cut"] for row in data["table1"]] == ["literal", "holdout-first"])
-    assert (T.lacking(study, data["dataset"], 3, ["HGN", "CTRL", "popularity"]) == ["CTRL"]
-            and T.lacking(study, "elsewhere/" + data["dataset"], 4, ["HGN"]) == ["HGN"])
-    assert T.keep_models(str(run), study) == paths and json.loads(first.read_text()) == data
+    assert (K.lacking(study, data["dataset"], 3, ["HGN", "CTRL", "popularity"]) == ["CTRL"]
+            and K.lacking(study, "elsewhere/" + data["dataset"], 4, ["HGN"]) == ["HGN"])
+    assert K.keep_models(str(run), study) == paths and json.loads(first.read_text()) == data
     text = next(p for p in T.make_tables(study, tmp_path/"out") if p.suffix == ".md").read_text()
     assert "Failed: CTRL, seed 3: no memory" in text and "GANPrompt, causal-lm (pocket)" in text
 
@@ -383,26 +385,26 @@ def test_keep_again_and_what_is_lacking(run, tmp_path):
 def test_nothing_to_keep(run, tmp_path):
     for name in ("recommender", "baselines"): shutil.rmtree(run/name)
     with pytest.raises(UserError, match="no ranked models; make some: ganprompt run"):
-        T.keep_models(str(run), tmp_path/"study")
+        K.keep_models(str(run), tmp_path/"study")
 
 
 def test_a_user_with_several_lists_is_one_person():
     "Ranks 1, 3 of one user and 2 of another: the first user's figures are means over both lists."
-    rows = B.rank_rows("m", [7, 7, 9], "uni99", [np.r_[0., np.ones(r - 1), -np.ones(9)] for r in (1, 3, 2)])
+    rows = I.rank_rows("m", [7, 7, 9], "uni99", [np.r_[0., np.ones(r - 1), -np.ones(9)] for r in (1, 3, 2)])
     e = dict(model="m", seed=0, dataset="toy", users=3, users_digest="x", data="y")
-    e |= {"lists": {"uni99": T.ranks_of(rows, 3)}} | T.owners_of(T.owned(rows, 3), 3)
-    people = T.people([e])
+    e |= {"lists": {"uni99": K.ranks_of(rows, 3)}} | K.owners_of(K.owned(rows, 3), 3)
+    people = K.people([e])
     assert (people["user"].to_list() == [0, 1] and people["hit@1"].to_list() == [.5, 0]
             and people["mrr"].to_list() == pytest.approx([2/3, 1/2]))
     del e["owners"]
-    assert len(T.people([e])) == 3 and T.owners_of(T.owned(rows.with_columns(user=pl.Series([7, 8, 9])), 3), 3) == {}
+    assert len(K.people([e])) == 3 and K.owners_of(K.owned(rows.with_columns(user=pl.Series([7, 8, 9])), 3), 3) == {}
 
 
 def ranked(rng, users, kinds=("uni99", "full")):
     "Lists full of ties and of many lengths, as a run ranks them."
     def scores(): return rng.integers(0, 4, rng.integers(2, 50)).astype(float)
-    rows = pl.concat([B.rank_rows("m", users, name, [scores() for _ in users]) for name in kinds])
-    return rows.select("candidates", "user", *T.Ranks._fields)
+    rows = pl.concat([I.rank_rows("m", users, name, [scores() for _ in users]) for name in kinds])
+    return rows.select("candidates", "user", *K.Ranks._fields)
 
 
 def kept_entry(study, rng, model="HGN", users=range(40), **more):
@@ -410,7 +412,7 @@ def kept_entry(study, rng, model="HGN", users=range(40), **more):
     e = dict(model=model, dataset="beauty", synthetic=False, seed=0, family="id", pocket=False, users=len(users),
              users_digest="u", data="d", search=[], seconds={}, machine="m") | more
     rows = ranked(rng, users)
-    return T.write_entry(T.entry_path(study, "beauty", model, 0), e, T.owned(rows, len(users))), rows
+    return K.write_entry(K.entry_path(study, "beauty", model, 0), e, K.owned(rows, len(users))), rows
 
 
 def ranks_file(path):
@@ -421,9 +423,9 @@ def ranks_file(path):
 @pytest.mark.parametrize("users", [range(40), [0, 0, 5, 5, 5, 2]])
 def test_ranks_come_back_as_they_were(tmp_path, users):
     path, rows = kept_entry(tmp_path, np.random.default_rng(0), users=users)
-    (e,) = T.read_tables(tmp_path)
+    (e,) = K.read_tables(tmp_path)
     for name, found in e["lists"].items():
-        for c, x in zip(T.Ranks._fields, found):
+        for c, x in zip(K.Ranks._fields, found):
             assert x.dtype == np.int64 and x.tolist() == rows.filter(candidates=name)[c].to_list()
     assert list(e["lists"]) == ["uni99", "full"]
     assert e["owners"].tolist() == [0, 0, 2, 2, 2, 1] if isinstance(users, list) else "owners" not in e
@@ -433,12 +435,12 @@ def test_ranks_come_back_as_they_were(tmp_path, users):
     (0, 21, [], {"ties": 0, "size": 21}), ([0, 0, 1, 0], 21, ["ties"], {"size": 21}),
     (0, [21, 22, 21, 30], ["size"], {"ties": 0}), ([0, 2, 1, 0], [4, 5, 6, 7], ["ties", "size"], {})])
 def test_what_is_the_same_for_all_is_said_once(hand, ties, size, columns, constant):
-    path = T.entry_path(hand, "beauty", "HGN", 0)
+    path = K.entry_path(hand, "beauty", "HGN", 0)
     rows = pl.DataFrame(dict(candidates="uni99", rank=[1, 3, 2, 4], ties=ties, size=size))
-    T.write_entry(path, json.loads(path.read_text()), rows)
+    K.write_entry(path, json.loads(path.read_text()), rows)
     assert pl.read_parquet(ranks_file(path)).columns == ["candidates", "rank", *columns]
     assert json.loads(path.read_text())["constant"] == constant
-    for x, want in zip(T.read_tables(hand)[0]["lists"]["uni99"], ([1, 3, 2, 4], ties, size)):
+    for x, want in zip(K.read_tables(hand)[0]["lists"]["uni99"], ([1, 3, 2, 4], ties, size)):
         assert x.tolist() == np.broadcast_to(want, 4).tolist()
 
 
@@ -448,31 +450,31 @@ def flipped(content): return content[:30] + bytes([content[30] ^ 1]) + content[3
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:len(b)//2], lambda b: b"", lambda b: b + b"x",
                                     flipped, lambda b: b"version https://git-lfs.github.com/spec/v1\n"])
 def test_damaged_ranks_are_named(hand, damage):
-    file = ranks_file(T.entry_path(hand, "beauty", "HGN", 0))
+    file = ranks_file(K.entry_path(hand, "beauty", "HGN", 0))
     file.write_bytes(damage(file.read_bytes()))
     said = rf"{file.name} is damaged, which hgn-0.json names; .* ganprompt keep RUN --study {hand.name}"
-    with pytest.raises(UserError, match=said): T.read_tables(hand)
+    with pytest.raises(UserError, match=said): K.read_tables(hand)
 
 
 @pytest.mark.parametrize("lose", ["unlink", "rename"])
 def test_missing_ranks_are_named(hand, lose):
-    file = ranks_file(T.entry_path(hand, "beauty", "HGN", 0))
+    file = ranks_file(K.entry_path(hand, "beauty", "HGN", 0))
     file.unlink() if lose == "unlink" else file.rename(file.with_name("hgn-0.parquet"))
     said = rf"{file.name} is missing, which hgn-0.json names; restore it"
-    with pytest.raises(UserError, match=said): T.read_tables(hand)
+    with pytest.raises(UserError, match=said): K.read_tables(hand)
 
 
 def test_ranks_of_another_entry_are_not_taken_for_its_own(hand):
-    mine, other = (ranks_file(T.entry_path(hand, "beauty", "HGN", seed)) for seed in (0, 1))
+    mine, other = (ranks_file(K.entry_path(hand, "beauty", "HGN", seed)) for seed in (0, 1))
     shutil.copy(other, mine)
-    with pytest.raises(UserError, match=f"{mine.name} is damaged"): T.read_tables(hand)
+    with pytest.raises(UserError, match=f"{mine.name} is damaged"): K.read_tables(hand)
 
 
 def contents(folder): return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_replacing_an_entry_touches_no_other(hand):
-    before, path = contents(hand), T.entry_path(hand, "beauty", "HGN", 0)
+    before, path = contents(hand), K.entry_path(hand, "beauty", "HGN", 0)
     mine = {path, ranks_file(path)}
     put(hand, "HGN", 0, "5 5 5 5")
     after = contents(hand)
@@ -489,32 +491,32 @@ class Kill(BaseException): pass
 def test_a_kill_leaves_the_old_entry_or_the_new_one(hand, monkeypatch, step):
     "Killed before the ranks have their name, before the JSON is written or has its name, and before the old ranks go."
     def figures():
-        mine = [e for e in T.read_tables(hand) if "weights" in e]
+        mine = [e for e in K.read_tables(hand) if "weights" in e]
         return [(e["model"], e["seed"], e["weights"], e["lists"]["uni99"].rank.tolist()) for e in mine]
     path = put(hand, "HGN", 0, "1 2 3 4", weights=1)
     with monkeypatch.context() as m:
         def dies(*args, **more): raise Kill
-        m.setattr(*[(T.Path, "rename"), (T, "write_json"), (T.Path, "replace"), (T.Path, "unlink")][step], dies)
+        m.setattr(*[(T.Path, "rename"), (K, "write_json"), (T.Path, "replace"), (T.Path, "unlink")][step], dies)
         with pytest.raises(Kill): put(hand, "HGN", 0, "4 3 2 1", weights=2)
     old, new = ("HGN", 0, 1, [1, 2, 3, 4]), ("HGN", 0, 2, [4, 3, 2, 1])
     assert figures() == [new if step == 3 else old]
     put(hand, "HGN", 0, "4 3 2 1", weights=2)
-    assert figures() == [new] and ranks_file(path) and T.read_tables(hand)
+    assert figures() == [new] and ranks_file(path) and K.read_tables(hand)
 
 
 def test_a_first_entry_that_was_cut_short_is_not_there(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         def dies(*args): raise Kill
-        m.setattr(T, "write_json", dies)
+        m.setattr(K, "write_json", dies)
         with pytest.raises(Kill): put(tmp_path, "HGN", 0, "1 2")
-    assert T.lacking(tmp_path, "beauty", 0, ["HGN"]) == ["HGN"]
+    assert K.lacking(tmp_path, "beauty", 0, ["HGN"]) == ["HGN"]
     put(tmp_path, "HGN", 0, "2 1")
-    assert T.lacking(tmp_path, "beauty", 0, ["HGN"]) == [] and len(contents(tmp_path)) == 2
+    assert K.lacking(tmp_path, "beauty", 0, ["HGN"]) == [] and len(contents(tmp_path)) == 2
 
 
 def test_entries_of_two_machines_are_put_together_by_copying(tmp_path):
     "Each made some of the models, both made one of them; the last copy of its JSON counts."
-    def all_of(study): return {e["model"]: e["lists"]["uni99"].rank.tolist() for e in T.read_tables(study)}
+    def all_of(study): return {e["model"]: e["lists"]["uni99"].rank.tolist() for e in K.read_tables(study)}
     here, there = tmp_path/"here", tmp_path/"there"
     for model, ranks in (("HGN", "1 2 3"), ("SASRec", "3 2 1")): put(here, model, 0, ranks)
     for model, ranks in (("MF", "4 4 4"), ("SASRec", "1 1 1")): put(there, model, 0, ranks)
@@ -529,5 +531,5 @@ def test_the_kept_results_are_whole_and_small():
     home, named = T.root()/"data/results", set()
     for path in home.glob("*/*/*.json"):
         if path.name == "data.json": continue
-        named.add(T.ranks_path(path, json.loads(path.read_text())["ranks_digest"]))
+        named.add(K.ranks_path(path, json.loads(path.read_text())["ranks_digest"]))
     assert named == set(home.rglob("*.parquet")) and all(p.stat().st_size < 150_000 for p in home.rglob("*.*"))

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ganprompt import cli
-from ganprompt.backbones import (bert_tokenizer, find_model, is_model, nearest_folder, of_kind, pocket_model, resolve,
-                                 t5_tokenizer)
-from ganprompt.cli import ask_first, chapters, main, parameters
+from ganprompt import cli, launcher
+from ganprompt.models import find_model, is_model, nearest_folder, of_kind, resolve
+from ganprompt.backbones import bert_tokenizer, pocket_model, t5_tokenizer
+from ganprompt.launcher import ask_first, chapters, parameters
+from ganprompt.cli import main
 from ganprompt.recommender import POCKET_LINEAR, add_adapters, linear_layers, lora_faults
-from ganprompt.runs import UserError, root, told
+from ganprompt.files import UserError, root, told
 
 DEFAULTS = {name: p.default for name, p in parameters(chapters()).items()}
 ANY = {"rating", "alpha", "beta", "gamma"} # numbers that may be negative
@@ -80,7 +81,7 @@ def test_every_number_and_every_name_is_looked_at(chapter):
 ])
 def test_a_wrong_value_is_told_first(tmp_path, monkeypatch, capsys, args, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "execute", lambda *a: pytest.fail("a chapter was started"))
+    monkeypatch.setattr(launcher, "execute", lambda *a: pytest.fail("a chapter was started"))
     monkeypatch.setattr(sys, "argv", ["ganprompt", "run", "--run", str(tmp_path/"run"), *args])
     with pytest.raises(SystemExit) as end: main()
     said = capsys.readouterr()
@@ -113,11 +114,11 @@ def test_a_folder_is_meant_from_where_the_user_stands(models, monkeypatch):
     known = parameters(chapters())
     for name, kind in ("t5", "t5"), ("bert", "bert"), ("llm", "causal"):
         for given in f"{models.name}/{kind}", f"./{models.name}/{kind}", str(models/kind):
-            assert cli.absolute(name, given, known[name].help) == str(models/kind)
+            assert launcher.absolute(name, given, known[name].help) == str(models/kind)
     monkeypatch.chdir(models)
-    values = cli.resolve(chapters(), {"t5": "t5", "llm": "causal"})
+    values = launcher.resolve(chapters(), {"t5": "t5", "llm": "causal"})
     assert (values["t5"], values["bert"], values["llm"]) == (str(models/"t5"), "pocket", str(models/"causal"))
-    assert cli.resolve(chapters(), {"t5": "org/t5"})["t5"] == "org/t5"
+    assert launcher.resolve(chapters(), {"t5": "org/t5"})["t5"] == "org/t5"
 
 
 def test_the_nearest_folder_is_named(models, monkeypatch):
@@ -191,7 +192,7 @@ def test_all_linear_layers_but_the_last_get_adapters(models):
 def test_the_disk_is_looked_at(tmp_path, monkeypatch, models):
     values = DEFAULTS | {"run": str(tmp_path/"deep/run"), "dataset": "demo"}
     ask_first(chapters()[:8], values)
-    monkeypatch.setattr(cli.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e8))
+    monkeypatch.setattr(launcher.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e8))
     with pytest.raises(UserError, match=r"the run will write about 0\.\d GB, and .* has 0\.1 GB free; .*--run"):
         ask_first(chapters()[:8], values)
     assert not list(tmp_path.iterdir())
@@ -262,8 +263,8 @@ def test_the_study_prints_what_it_found():
     import numpy as np
 
     from ganprompt import study as S
-    from ganprompt.prompts import read_templates
-    from ganprompt.robustness import measure_bank
+    from ganprompt.templates import read_templates
+    from ganprompt.sensitivity import measure_bank
     bank = [t for t in read_templates(root()/"data/templates.yaml") if t["task"] == "recommendation"]
     scores = np.random.default_rng(0).normal(size=(len(bank), 6, 21))
     measured = measure_bank(scores, bank)

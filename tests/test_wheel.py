@@ -3,7 +3,7 @@ import os, shutil, subprocess, sys
 
 import pytest
 
-from ganprompt.runs import root
+from ganprompt.files import root
 
 
 @pytest.fixture(scope="module")
