@@ -174,7 +174,7 @@ def test_killed_launcher_goes_on_and_then_rests(tmp_path):
     go(tmp_path/"nbs", tmp_path/"calm")
     code = f'''
 from pathlib import Path
-from ganprompt.cli import *
+from ganprompt.launcher import *
 nbs = chapters(Path({str(tmp_path/"nbs")!r}))
 launch(nbs, resolve(nbs, {{"run": {str(tmp_path/"killed")!r}, "pause": ".5", "steps": "30"}}))'''
     launcher = subprocess.Popen([sys.executable, "-c", code])
