@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['whole_words', 'usable', 'word_counts', 'fill', 'calibrated', 'vote', 'own_words', 'listener', 'ballot', 'truth',
-           'choices', 'plot_counts', 'row_words', 'check_attributes', 'make_attributes', 'load_attributes']
+           'choices', 'plot_counts', 'row_words', 'AttributesSettings', 'make_attributes', 'load_attributes']
 
 # %% ../nbs/10_attributes.ipynb #10-004
 import json
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from .prompts import PromptEncoder, load_templates, load_titles, make_prompts, p
 from fastcore.basics import patch
 
 from .files import UserError, below, refuse, write_json
-from .runs import Run, need, stage
+from .runs import Run, Settings, need, stage
 from .processes import device
 
 # %% ../nbs/10_attributes.ipynb #10-007
@@ -191,39 +192,40 @@ def row_words(
             dtype=pl.String))
 
 # %% ../nbs/10_attributes.ipynb #10-026b
-def check_attributes(
-    p:dict, # The stage's parameters
-)->list[str]: # A sentence for everything that cannot work
-    "Whether there is to be a word at all."
-    return below(p, 1, "k")
+@dataclass(frozen=True)
+class AttributesSettings(Settings):
+    "What stage `attributes` is asked for."
+    k:int=5 # Attribute words of a data set
+    calibrate:bool=True # Whether a word's probability is divided by its mean before the vote; false: the paper's rule
+
+    def check(self):
+        "Whether there is to be a word at all."
+        return below(vars(self), 1, "k")
 
 # %% ../nbs/10_attributes.ipynb #10-027
 def make_attributes(
-    run:str="demo", # Run folder: a name under runs/, or a path
-    k:int=5, # Attribute words of a data set
-    calibrate:bool=True, # Whether a word's probability is divided by its mean over all shoppers before the vote
+    p:AttributesSettings, # What is asked for
 )->Path: # Folder with attributes.json, counts.parquet, rows.parquet and counts.png
     "Stage `attributes`: the k words, and among them the one that suits the history of each row."
-    refuse(check_attributes(locals()))
-    for name, make in ("prompts", make_prompts), ("backbones", make_backbones): need(run, name, make)
+    refuse(p.check())
+    for name, make in ("prompts", make_prompts), ("backbones", make_backbones): need(p.run, name, make)
     def make(folder):
-        tokenizer, ask = listener(run)
-        logp, words, purchases = ballot(run, tokenizer, ask)
-        if not 1 <= k <= len(words):
-            raise UserError(f"k={k} attributes were asked for, and the titles have {len(words)} usable words; set k "
+        tokenizer, ask = listener(p.run)
+        logp, words, purchases = ballot(p.run, tokenizer, ask)
+        if not 1 <= p.k <= len(words):
+            raise UserError(f"k={p.k} attributes were asked for, and the titles have {len(words)} usable words; set k "
                             "between 1 and that")
-        known, way = truth(run), "calibrated" if calibrate else "plain"
-        table, ways = choices(logp, words, purchases, k, known)
+        known, way = truth(p.run), "calibrated" if p.calibrate else "plain"
+        table, ways = choices(logp, words, purchases, p.k, known)
         chosen = ways[way]["words"]
-        level = np.log(np.exp(logp[:, [words.index(w) for w in chosen]]).mean(0)) if calibrate else np.zeros(k)
+        level = np.log(np.exp(logp[:, [words.index(w) for w in chosen]]).mean(0)) if p.calibrate else np.zeros(p.k)
         table.sort(way, "mean_probability", descending=True).write_parquet(folder/"counts.parquet")
-        row_words(run, ask, chosen, level).write_parquet(folder/"rows.parquet")
+        row_words(p.run, ask, chosen, level).write_parquet(folder/"rows.parquet")
         plot_counts(table, way, chosen, known).savefig(folder/"counts.png", dpi=120)
         found = {"found_true": ways[way]["found"], "frequency_found_true": ways["frequency"]["found"]}
-        write_json(folder/"attributes.json", {"attributes": chosen, "calibrate": calibrate, **found, "ways": ways})
+        write_json(folder/"attributes.json", {"attributes": chosen, "calibrate": p.calibrate, **found, "ways": ways})
         return {"attributes": " ".join(chosen), "voters": len(logp), "words": len(words), **found}
-    params = dict(k=k, calibrate=calibrate)
-    return stage(run, "attributes", params, make, inputs=["data", "prompts", "backbones"])
+    return stage(p.run, "attributes", p.params, make, inputs=["data", "prompts", "backbones"])
 
 # %% ../nbs/10_attributes.ipynb #10-028
 def load_attributes(run:str)->list[str]: # The k words, most votes first

@@ -7,20 +7,21 @@
 __all__ = ['EVERY', 'OPTIMIZERS', 'pieces', 't5_tokenizer', 'bert_tokenizer', 'pocket_model', 'batches', 'train', 'plot_curves',
            'adamw', 'descend', 'Reader', 'negatives', 'label_loss', 't5_update', 'question_tails', 'narrow_head',
            'last_logits', 'check_causal', 'causal_update', 'mask_tokens', 'slot_targets', 'bert_update',
-           'pocket_tokenizer', 'train_pocket', 'model_faults', 'model_bytes', 'check_backbones', 'room_backbones',
-           'make_backbones', 'backbone']
+           'BackbonesSettings', 'pocket_tokenizer', 'train_pocket', 'model_faults', 'model_bytes', 'make_backbones',
+           'backbone']
 
 # %% ../nbs/09_backbones.ipynb #09-n02
 import json, math, re, time
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from .files import UserError, below, not_positive, refuse, strange, told, write_json
-from .runs import need, once, stage
+from .runs import Settings, need, once, stage
 from .processes import device, finite, is_main, load_checkpoint, save_checkpoint, seed_all, set_threads, summed
 from .data import dataset_info, load_training
 from .templates import fixed_words
@@ -437,6 +438,37 @@ def bert_update(
         return {"loss": (mlm + word).item(), "mlm": mlm.item(), "word": word.item()}
     return update
 
+# %% ../nbs/09_backbones.ipynb #09-s01
+@dataclass(frozen=True)
+class BackbonesSettings(Settings):
+    "What stage `backbones` is asked for."
+    seed:int=0 # Seed of weights, batches and negatives
+    t5:str="pocket" # T5: a hub name, a local folder, or "pocket"
+    bert:str="pocket" # Masked language model: a hub name, a local folder, or "pocket"
+    download:bool=False # Whether hub models may be fetched; otherwise only the local cache is read
+    title_tokens:int=8 # Tokens kept of a title
+    history_items:int=5 # Items of a history that a prompt shows, the last ones
+    pocket_width:int=64 # Width of the pocket models
+    pocket_layers:int=2 # Layers of the pocket encoders
+    pocket_epochs:int=3 # Passes of the pocket T5 over the training part
+    pocket_lr:float=0.002 # Peak learning rate of the pocket models
+    bert_epochs:int=1 # Passes of the pocket BERT over the training part
+    neutral = "download",
+
+    def check(self):
+        "Look at sizes and rates, and for the models."
+        p, pocket = vars(self), "pocket" in (self.t5, self.bert)
+        width = [f"pocket_width={self.pocket_width} cannot be; it must be a multiple of 16: set --pocket-width"]
+        return [*below(p, 1, "title_tokens", "history_items", "pocket_layers"),
+                *below(p, 0, "seed", "pocket_epochs", "bert_epochs"), *not_positive(p, "pocket_lr"),
+                *width*(pocket and (self.pocket_width < 16 or self.pocket_width % 16 > 0)),
+                *model_faults("t5", self.t5, "t5", self.download),
+                *model_faults("bert", self.bert, "bert", self.download)]
+
+    def room(self, values):
+        "Room for the pocket models, and a checkpoint of each."
+        return sum(4*model_bytes(name) for name in (self.t5, self.bert) if name == "pocket")
+
 # %% ../nbs/09_backbones.ipynb #09-043
 def pocket_tokenizer(kind, reader):
     "The tokenizer of a pocket model."
@@ -447,19 +479,17 @@ def train_pocket(
     kind:str, # "t5", "bert" or "causal"
     reader:Reader, # What there is to read
     folder:Path, # Where the model goes
-    width:int, layers:int, # Size
-    epochs:int, # Passes over the training pairs
-    lr:float, # Peak learning rate
-    seed:int, # Seed
+    p:BackbonesSettings, # Sizes, passes, learning rate and seed
     size:int=16, # Histories a batch
 )->list[dict]: # Learning curves
     "Train a model from scratch on the run's training part and save it; one that is whole already is kept."
-    params = dict(kind=kind, width=width, layers=layers, epochs=epochs, lr=lr, seed=seed, size=size,
+    epochs, lr, seed = p.bert_epochs if kind == "bert" else p.pocket_epochs, p.pocket_lr, p.seed
+    params = dict(kind=kind, width=p.pocket_width, layers=p.pocket_layers, epochs=epochs, lr=lr, seed=seed, size=size,
                   title_tokens=reader.title_tokens, history_items=reader.history_items)
     def make(folder):
         reader.tokenizer = tokenizer = pocket_tokenizer(kind, reader)
         seed_all(seed)
-        model = pocket_model(kind, tokenizer, width, layers).to(device()).train()
+        model = pocket_model(kind, tokenizer, p.pocket_width, p.pocket_layers).to(device()).train()
         set_threads(model)
         opt, schedule = adamw(model.parameters(), lr, epochs*math.ceil(len(reader.nexts)/size))
         update = {"t5": t5_update, "bert": bert_update, "causal": causal_update}[kind](model, reader, opt, schedule)
@@ -472,12 +502,13 @@ def train_pocket(
 
 # %% ../nbs/09_backbones.ipynb #09-044b
 def model_faults(
-    p:dict, # Parameters
-    name:str, # The one that names a model
+    name:str, # Parameter that names a model
+    model:str, # The model
     kind:str, # One of `MODELS`
+    download:bool, # Whether hub models may be fetched
 )->list[str]: # What is wrong with it
     "A model is either pocket, or as `is_model` wants it."
-    return [] if p[name] == "pocket" else [f"{name}: {fault}" for fault in told(is_model, p[name], kind, p["download"])]
+    return [] if model == "pocket" else [f"{name}: {fault}" for fault in told(is_model, model, kind, download)]
 
 def model_bytes(
     name:str, # Hub name, local folder, or "pocket"
@@ -486,61 +517,32 @@ def model_bytes(
     if name == "pocket": return 20_000_000
     return 4*sum(map(math.prod, weights(folder).values())) if (folder := find_model(name)) else 0
 
-def check_backbones(
-    p:dict, # The stage's parameters
-)->list[str]: # A sentence for everything that cannot work
-    "Look at sizes and rates, and for the models."
-    pocket = "pocket" in (p["t5"], p["bert"])
-    width = [f"pocket_width={p['pocket_width']} cannot be; it must be a multiple of 16: set --pocket-width"]
-    return [*below(p, 1, "title_tokens", "history_items", "pocket_layers"),
-            *below(p, 0, "seed", "pocket_epochs", "bert_epochs"), *not_positive(p, "pocket_lr"),
-            *width*(pocket and (p["pocket_width"] < 16 or p["pocket_width"] % 16 > 0)), *model_faults(p, "t5", "t5"),
-            *model_faults(p, "bert", "bert")]
-
-def room_backbones(
-    p:dict, # All parameters
-)->float: # Bytes that the stage will write, about
-    "Room for the pocket models, and a checkpoint of each."
-    return sum(4*model_bytes(p[name]) for name in ("t5", "bert") if p[name] == "pocket")
-
 # %% ../nbs/09_backbones.ipynb #09-045
 def make_backbones(
-    run:str="demo", # Run folder: a name under runs/, or a path
-    seed:int=0, # Seed of weights, batches and negatives
-    t5:str="pocket", bert:str="pocket", # Hub names, local folders, or "pocket"
-    download:bool=False, # Whether hub models may be fetched
-    title_tokens:int=8, # Tokens kept of a title
-    history_items:int=5, # Items of a history that a prompt shows
-    pocket_width:int=64, pocket_layers:int=2, # Size of pocket models
-    pocket_epochs:int=3, bert_epochs:int=1, # Passes over the training part
-    pocket_lr:float=2e-3, # Peak learning rate
+    p:BackbonesSettings, # What is asked for
 )->Path: # Folder with backbones.json, and the pocket models
     """Stage `backbones`: find or train T5 and BERT. `UserError` for a model that is not there or cannot answer yes
     or no."""
-    refuse(check_backbones(locals()))
-    need(run, "prompts", make_prompts)
-    names, epochs = {"t5": t5, "bert": bert}, {"t5": pocket_epochs, "bert": bert_epochs}
-    params = dict(seed=seed, t5=t5, bert=bert, title_tokens=title_tokens, history_items=history_items,
-                  pocket_width=pocket_width,
-        pocket_layers=pocket_layers, pocket_epochs=pocket_epochs, bert_epochs=bert_epochs, pocket_lr=pocket_lr)
-    found = {kind: resolve(name, download) for kind, name in names.items() if name != "pocket"}
+    refuse(p.check())
+    need(p.run, "prompts", make_prompts)
+    names = {"t5": p.t5, "bert": p.bert}
+    found = {kind: resolve(name, p.download) for kind, name in names.items() if name != "pocket"}
     def make(folder):
-        reader = Reader(run, title_tokens, history_items)
+        reader = Reader(p.run, p.title_tokens, p.history_items)
         curves = [row for kind in names if kind not in found
-                  for row in train_pocket(kind, reader, folder/kind, pocket_width, pocket_layers, epochs[kind],
-                                          pocket_lr, seed)]
+                  for row in train_pocket(kind, reader, folder/kind, p)]
         if curves:
             table = pl.DataFrame(curves, infer_schema_length=None)
             table.write_parquet(folder/"curves.parquet")
             plot_curves(table, [c for c in ("lm", "bce", "mlm", "word")
                                 if c in table.columns]).savefig(folder/"curves.png", dpi=110)
         where = {k: {"name": n, "pocket": n == "pocket", "path": found.get(k, k)} for k, n in names.items()}
-        write_json(folder/"backbones.json", where | {"title_tokens": title_tokens, "history_items": history_items})
+        write_json(folder/"backbones.json", where | {k: getattr(p, k) for k in ("title_tokens", "history_items")})
         answers(load_tokenizer(found.get("t5", folder/"t5")))
         check_t5(load_model(found.get("t5", folder/"t5"), "t5"))
         return {kind: sum(p.numel() for p in load_model(found.get(kind, folder/kind), kind).parameters())
                 for kind in names}
-    return stage(run, "backbones", params, make, inputs=["data", "prompts"], models=list(found.values()))
+    return stage(p.run, "backbones", p.params, make, inputs=["data", "prompts"], models=list(found.values()))
 
 # %% ../nbs/09_backbones.ipynb #09-046
 def backbone(

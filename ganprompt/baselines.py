@@ -5,11 +5,12 @@ lists, beside two that only count."""
 
 # %% auto #0
 __all__ = ['COUNTED', 'finish', 'show_models', 'popularity', 'last_item', 'count_model', 'id_model', 'searched',
-           'chosen_settings', 'named', 'check_baselines', 'make_baselines']
+           'chosen_settings', 'named', 'BaselinesSettings', 'make_baselines']
 
 # %% ../nbs/21_baselines.ipynb #21-n02
 import json, time
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 import polars as pl
 
 from .files import UserError, below, listed, refuse, root, run_folder, strange, told, write_json
-from .runs import need, stage
+from .runs import Settings, need, stage
 from .data import dataset_info, load_training, make_data
 from .backbones import EVERY
 from .idmodels import (VALID_METRIC, VALID_ROWS, attempt, figures, has_recbole, known_models, ndcg, rank_all,
@@ -145,32 +146,42 @@ def named(
     "The models that are asked for."
     return [*COUNTED, *known_models()] if models == "all" else listed(models)
 
-def check_baselines(
-    p:dict, # The stage's parameters
-)->list[str]: # A sentence for everything that cannot work
-    "Look at names and numbers, and for RecBole if it is needed."
-    wrong = strange(p | {"models": named(p["models"])}, models=[*COUNTED, *known_models()])
-    return [*wrong, *below(p, 1, "id_epochs"), *below(p, 0, "seed", "test_users", "id_patience"),
-            *told(chosen_settings, p["search_run"], p["trials"]),
-            *(told(has_recbole) if not wrong and set(named(p["models"])) - set(COUNTED) else [])]
+@dataclass(frozen=True)
+class BaselinesSettings(Settings):
+    "What stage `baselines` is asked for."
+    seed:int=0 # Seed of weights, batches and negatives
+    test_users:int=1000 # Users to score, drawn at random, the same for every seed; 0: all
+    models:str="popularity,last-item,HGN,SASRec-CE,MF,LightGCN" # Models to train; all: every one
+    trials:int=1 # Settings tried for each model, the same number for every one; validation chooses
+    id_epochs:int=100 # Passes over the training rows at most
+    id_patience:int=5 # Epochs without a better validation NDCG@10 before training stops
+    search_run:str="" # A run, or a folder of kept results, whose chosen settings are taken in place of a search
 
+    def check(self):
+        "Look at names and numbers, and for RecBole if it is needed."
+        p, names = vars(self), named(self.models)
+        wrong = strange(p | {"models": names}, models=[*COUNTED, *known_models()])
+        return [*wrong, *below(p, 1, "id_epochs"), *below(p, 0, "seed", "test_users", "id_patience"),
+                *told(chosen_settings, self.search_run, self.trials),
+                *(told(has_recbole) if not wrong and set(names) - set(COUNTED) else [])]
+
+# %% ../nbs/21_baselines.ipynb #21-s01
 def make_baselines(
-    run:str="demo", seed:int=0, test_users:int=1000, models:str="popularity,last-item,HGN,SASRec-CE,MF,LightGCN",
-    trials:int=1, id_epochs:int=100, id_patience:int=5, search_run:str="",
+    p:BaselinesSettings, # What is asked for
 )->Path: # Folder with ranks.parquet, models.json, MF.safetensors and the atomic files
-    "Stage `baselines`. The parameters are explained at the head of the chapter."
-    refuse(check_baselines(locals()))
-    params, known, names = {k: v for k, v in locals().items() if k != "run"}, known_models(), named(models)
-    settings, taken = chosen_settings(search_run, trials)
+    "Stage `baselines`."
+    refuse(p.check())
+    run, known, names = p.run, known_models(), named(p.models)
+    settings, taken = chosen_settings(p.search_run, p.trials)
     need(run, "data", make_data)
     def make(folder):
         jobs, about = folder/".jobs", {}
         jobs.mkdir(exist_ok=True)
         common = dict(run=str(run_folder(run)), folder=str(jobs), atomic=str(folder/"atomic"),
                       lengths=write_atomic(run, folder/"atomic"),
-                      seed=seed, epochs=id_epochs, patience=id_patience, every=EVERY, test_users=test_users)
+                      seed=p.seed, epochs=p.id_epochs, patience=p.id_patience, every=EVERY, test_users=p.test_users)
         def work(name, train): # on (frames, about) of a model
-            if name in COUNTED: return count_model(name, run, test_users)
+            if name in COUNTED: return count_model(name, run, p.test_users)
             return id_model(known[name] | common | dict(name=name, settings=settings.get(name, [])), train)
         with trainer_process() if set(names) - set(COUNTED) else nullcontext() as train:
             ranks = [attempt(about, name, "simple" if name in COUNTED else "id", partial(work, name, train), folder)
@@ -178,4 +189,4 @@ def make_baselines(
         for table in jobs.glob("*.safetensors"): table.rename(folder/table.name)
         return finish(folder, ranks, about)
     files = [root()/"data/baselines.yaml", *dict.fromkeys(taken[name] for name in names if name in taken)]
-    return stage(run, "baselines", params, make, inputs=["data"], files=files, grows=["models"])
+    return stage(run, "baselines", p.params, make, inputs=["data"], files=files, grows=["models"])

@@ -9,11 +9,11 @@ __all__ = ['T5_SIZES', 'LLAMA_SIZES', 'AXES', 'PARTS', 'STUDIES', 'in_turn', 'ra
            'score_three_ways', 'bench_scoring', 'bench_scoring_long', 'bench_prefix', 'bench_ranking', 'exponent',
            'best_of', 'grow', 'bench_growth', 'peak_of', 'bench_memory', 'generate_ratings', 'cut_with_pandas',
            'bench_data', 'matmul_rate', 'utilisation', 'bench_utilisation', 'bench_catalogue', 'plot_benchmarks',
-           'measure_part', 'asked_parts', 'check_benchmarks', 'room_benchmarks', 'make_benchmarks', 'keep_benchmarks',
-           'draw_benchmarks']
+           'measure_part', 'asked_parts', 'BenchmarksSettings', 'make_benchmarks', 'keep_benchmarks', 'draw_benchmarks']
 
 # %% ../nbs/40_benchmarks.ipynb #40-004
 import json, math, subprocess, sys, time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,8 @@ from .recommender import (CausalLM, T5Decoder, T5Ranker, add_adapters, freeze_en
                                    rec_loss, uncached_logits)
 from .files import (UserError, below, listed, pages_folder, refuse, results_folder, root, run_folder, strange,
                              write_json)
-from .runs import Study, complete, device_words, manifest, need, once, stage, versions
+from .runs import (Settings, Study, complete, device_words, manifest, need, once, stage,
+                            versions)
 from .processes import device, seed_all
 from .scorer import (Questions, States, bf16_pays, fast_math, own_attributes, score_contexts, score_prompts,
                               score_rows, scores_of, token_batches)
@@ -461,13 +462,13 @@ def utilisation(work)->dict:
 def bench_utilisation(bench, repeats, folder, histories=8):
     "Stage 1 and scoring, as a share of what the device can multiply."
     from ganprompt.attributes import load_attributes
-    from ganprompt.encoder import Versions, adversarial_update, discriminator
+    from ganprompt.encoder import EncoderSettings, Versions, adversarial_update, discriminator
     bench.t5.requires_grad_(True)
     words, rows = load_attributes(bench.run), load_sequences(bench.run, "train")
     D = discriminator(bench.t5.config.d_model, len(words) + 1).to(device())
     opts = [adamw(m.parameters(), 1e-6, 10**6, "adam") for m in (bench.t5, D)]
-    update = adversarial_update(bench.t5, D, Versions(bench.reader, words, rows), *opts[0], opts[1][0], 1., .1, .3, -1,
-                                "cooperative", "next-title")
+    update = adversarial_update(bench.t5, D, Versions(bench.reader, words, rows), *opts[0], opts[1][0],
+                                EncoderSettings())
     prompts, found = bench.pairs(histories, 8), {"matmul_tflops": matmul_rate()/1e12}
     found["stage 1"] = utilisation(lambda: update(np.arange(histories), np.random.default_rng(0)))
     bench.t5.requires_grad_(False)
@@ -561,34 +562,40 @@ def asked_parts(
     "The parts that are asked for."
     return list(PARTS) if bench_parts == "all" else listed(bench_parts)
 
-def check_benchmarks(
-    p:dict, # The stage's parameters
-)->list[str]: # A sentence for everything that cannot work
-    "Look at names and numbers."
-    return [*strange(p | {"bench_parts": asked_parts(p["bench_parts"])}, bench_size=LLAMA_SIZES, bench_parts=PARTS),
-            *below(p, 1, "bench_repeats", "bench_rows"), *below(p, 0, "seed")]
-
 # %% ../nbs/40_benchmarks.ipynb #40-041u
-def room_benchmarks(
-    p:dict, # All parameters
-)->float: # Bytes that the stage will write, about
-    "Room for the generated ratings file."
-    return 60*p["bench_rows"] if "data" in asked_parts(p["bench_parts"]) else 0
+@dataclass(frozen=True)
+class BenchmarksSettings(Settings):
+    "What stage `benchmarks` is asked for."
+    seed:int=0 # Seed of weights, batches and negatives
+    bench_size:str="pocket" # Size of the models, with random weights: pocket, t5-small, t5-base or llama-1b
+    bench_parts:str="training,scoring,prefix,ranking" # What to measure; all: everything
+    bench_repeats:int=2 # Repetitions of each pair
+    bench_rows:int=1000000 # Rows of the generated ratings file
 
+    def check(self):
+        "Look at names and numbers."
+        p = vars(self)
+        return [*strange(p | {"bench_parts": asked_parts(self.bench_parts)}, bench_size=LLAMA_SIZES, bench_parts=PARTS),
+                *below(p, 1, "bench_repeats", "bench_rows"), *below(p, 0, "seed")]
+
+    def room(self, values):
+        "Room for the generated ratings file."
+        return 60*self.bench_rows if "data" in asked_parts(self.bench_parts) else 0
+
+# %% ../nbs/40_benchmarks.ipynb #40-n01
 def make_benchmarks(
-    run:str="demo", seed:int=0, bench_size:str="pocket", bench_parts:str="training,scoring,prefix,ranking",
-    bench_repeats:int=2, bench_rows:int=1000000,
+    p:BenchmarksSettings, # What is asked for
 )->Path: # Folder with benchmarks.json and benchmarks.png
-    "Stage `benchmarks`. The parameters are explained at the head of the chapter."
-    refuse(check_benchmarks(locals()))
+    "Stage `benchmarks`."
+    refuse(p.check())
     import torch
-    params, parts = {k: v for k, v in locals().items() if k not in ("run", "torch")}, asked_parts(bench_parts)
+    run, parts = p.run, asked_parts(p.bench_parts)
     need(run, "encoder", make_encoder)
     def make(folder):
-        bench = Bench(run, bench_size, seed)
-        found = {name: measure_part(name, bench, bench_repeats, bench_rows, folder) for name in parts}
-        about = {"size": bench_size, "t5": bench.t5_size, "run": Path(run).name, "repeats": bench_repeats, "seed": seed,
-                 "random_weights": parts != ["catalogue"], "machine": device_words(),
+        bench = Bench(run, p.bench_size, p.seed)
+        found = {name: measure_part(name, bench, p.bench_repeats, p.bench_rows, folder) for name in parts}
+        about = {"size": p.bench_size, "t5": bench.t5_size, "run": Path(run).name, "repeats": p.bench_repeats,
+                 "seed": p.seed, "random_weights": parts != ["catalogue"], "machine": device_words(),
                  "threads": torch.get_num_threads(), "versions": versions()}
         write_json(folder/"benchmarks.json", about | {"parts": found})
         plot_benchmarks(about | {"parts": found}).savefig(folder/"benchmarks.png", dpi=110, metadata={"Software": None})
@@ -597,7 +604,7 @@ def make_benchmarks(
     # without one, that part says what it lacks
     inputs = ["data", "prompts", "backbones", "attributes", "encoder",
               *(["recommender"] if "catalogue" in parts and complete(run_folder(run)/"recommender") else [])]
-    return stage(run, "benchmarks", params, make, inputs=inputs,
+    return stage(run, "benchmarks", p.params, make, inputs=inputs,
                  files=[root()/"data"/file for file in ("templates.yaml", "sources.yaml")], grows=["bench_parts"])
 
 # %% ../nbs/40_benchmarks.ipynb #40-043

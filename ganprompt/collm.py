@@ -5,10 +5,11 @@ collaborative model knows."""
 
 # %% auto #0
 __all__ = ['INSTRUCTION', 'soft_words', 'collaborative', 'Lookup', 'TextLM', 'Texts', 'TextReader', 'text_reader', 'new_text_lm',
-           'load_text_lm', 'tune_text', 'run_model', 'check_collm', 'make_collm']
+           'load_text_lm', 'CollmSettings', 'tune_text', 'run_model', 'make_collm']
 
 # %% ../nbs/23_collm.ipynb #23-004
 import json, shutil, time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,15 +17,16 @@ import numpy as np
 import polars as pl
 
 from .files import UserError, below, not_positive, refuse, root, run_folder, write_json
-from .runs import begun, fresh, manifest, need, once, stage
+from .runs import Settings, begun, fresh, manifest, need, once, stage
 from .processes import device, seed_all
 from .data import load_candidates, load_sequences, load_training
 from .prompts import pad
 from .models import answers, encode, load_tokenizer, resolve
 from .backbones import Reader, backbone, plot_curves, question_tails
 from .scorer import score_rows, square
-from .recommender import (CausalLM, add_adapters, find_llm, llm_faults, load_llm, prefix_room, sample_rows,
-                                   save_adapters, training_items, tune_on_states, weight_files)
+from .recommender import (CausalLM, RecommenderSettings, add_adapters, find_llm, llm_faults, load_llm,
+                                   prefix_room, sample_rows, save_adapters, training_items, tune_on_states,
+                                   weight_files)
 from .idmodels import attempt, rank_rows
 from .baselines import finish, make_baselines
 
@@ -189,26 +191,51 @@ def load_text_lm(
     else: model.soft.mapping.load_state_dict(load_file(folder/name/"mapping.safetensors"))
     return model
 
+# %% ../nbs/23_collm.ipynb #23-n01
+@dataclass(frozen=True)
+class CollmSettings(Settings):
+    "What stage `collm` is asked for."
+    seed:int=0 # Seed of weights, batches and negatives
+    test_users:int=1000 # Users to score, drawn at random, the same for every seed; 0: all
+    negatives_per_positive:int=4 # Items not bought for each item bought, in training
+    recommender_lr:float=0.001 # Peak learning rate of the recommender
+    recommender_batch:int=64 # Training sequences a batch; each comes with its negatives
+    recommender_epochs:int=6 # Passes over the training sequences at most
+    patience:int=2 # Epochs without a better validation AUC before training stops
+    valid_users:int=300 # Users whose validation item decides on early stopping
+    llm:str="pocket" # Causal language model: a hub name, a local folder, or "pocket"
+    lora_rank:int=8 # Rank of the causal model's low-rank adapters
+    lora_modules:str="all-linear" # Layers that get an adapter, with commas; all-linear: every one but the last
+    download:bool=False # Whether hub models may be fetched; otherwise only the local cache is read
+    neutral = "download",
+
+    def check(self):
+        "Look at sizes and rates, and for the causal model."
+        p = vars(self)
+        return [*below(p, 1, "negatives_per_positive", "recommender_batch", "recommender_epochs"),
+                *below(p, 0, "seed", "test_users", "valid_users", "patience"),
+                *not_positive(p, "recommender_lr"), *llm_faults(self)]
+
 # %% ../nbs/23_collm.ipynb #23-027
 def tune_text(
     run:str, # Run
     name:str, # TALLRec or CoLLM
     folder:Path, # The stage's folder
-    p:dict, # The stage's parameters
+    p:CollmSettings, # What is asked for
 )->dict: # curves, and the seconds that training took
     "One step of training, saved; one that is whole already is kept."
     start = json.loads((folder/"start.json").read_text())
     def make(home):
         began = time.time()
-        seed_all(p["seed"])
+        seed_all(p.seed)
         model, rows, lists = new_text_lm(run, folder, name), load_sequences(run, "train"), load_sequences(run, "valid")
-        items = training_items(run, rows, len(model.tails), p["negatives_per_positive"], p["seed"])
-        at, kept = sample_rows(lists["user"], p["valid_users"], p["seed"]), load_candidates(run, "uni99", "valid")[1]
+        items = training_items(run, rows, len(model.tails), p.negatives_per_positive, p.seed)
+        at, kept = sample_rows(lists["user"], p.valid_users, p.seed), load_candidates(run, "uni99", "valid")[1]
         sets = (Texts(model, rows), items), (Texts(model, lists[at]), square([kept[i][:21] for i in at]))
-        curves = tune_on_states(model, *sets, home, p | {"score": "yes-no"}, name)
+        curves = tune_on_states(model, *sets, home, RecommenderSettings.of(vars(p)), name)
         model.save(home)
         return {"curves": [row | {"model": name} for row in curves], "seconds": round(time.time() - began, 2)}
-    known = {k: p[k] for k in ("seed", "negatives_per_positive", "recommender_lr", "recommender_batch",
+    known = {k: getattr(p, k) for k in ("seed", "negatives_per_positive", "recommender_lr", "recommender_batch",
                                "recommender_epochs", "patience", "valid_users")}
     about = {k: start[k] for k in ("text", "lora_rank", "lora_modules")}
     return once(folder/name, known | about | {"name": name}, make, weight_files(folder/start["llm"])
@@ -219,60 +246,48 @@ def run_model(
     run:str, # Run
     name:str, # TALLRec or CoLLM
     folder:Path, # The stage's folder
-    p:dict, # The stage's parameters
+    p:CollmSettings, # What is asked for
 ): # (frames, about) for `attempt`
     "Train a model and rank the test users' candidates."
     fit = tune_text(run, name, folder, p)
     model, rows, began = load_text_lm(run, folder, name), load_sequences(run, "test"), time.time()
-    at = sample_rows(rows["user"], p["test_users"], 0)
+    at = sample_rows(rows["user"], p.test_users, 0)
     scores = score_rows(model, Texts(model, rows), at, load_candidates(run, "uni99")[1])
-    shown = {k: p[k] for k in ("recommender_lr", "recommender_batch", "recommender_epochs", "negatives_per_positive",
-                               "lora_rank", "lora_modules")}
+    shown = {k: getattr(p, k) for k in ("recommender_lr", "recommender_batch", "recommender_epochs",
+                                        "negatives_per_positive", "lora_rank", "lora_modules")}
     return [rank_rows(name, rows["user"].to_numpy()[at], "uni99", scores)], {
-        "pocket": p["llm"] == "pocket", "backbone": p["llm"], "settings": shown, "search": [],
+        "pocket": p.llm == "pocket", "backbone": p.llm, "settings": shown, "search": [],
         "valid": max(row.get("valid_auc", 0) for row in fit["curves"]),
-        "valid_metric": f"AUC of {p['valid_users']} users, 20 negatives",
+        "valid_metric": f"AUC of {p.valid_users} users, 20 negatives",
         "parameters": sum(t.numel() for t in [*model.module.parameters(), *model.module.buffers()]),
         "seconds": {"search": 0., "train": fit["seconds"], "score": round(time.time() - began, 2)}}
 
 # %% ../nbs/23_collm.ipynb #23-030
-def check_collm(
-    p:dict, # The stage's parameters
-)->list[str]: # A sentence for everything that cannot work
-    "Look at sizes and rates, and for the causal model."
-    return [*below(p, 1, "negatives_per_positive", "recommender_batch", "recommender_epochs"),
-            *below(p, 0, "seed", "test_users", "valid_users", "patience"),
-            *not_positive(p, "recommender_lr"), *llm_faults(p)]
-
 def make_collm(
-    run:str="demo", seed:int=0, test_users:int=1000, negatives_per_positive:int=4, recommender_lr:float=1e-3,
-    recommender_batch:int=64, recommender_epochs:int=6,
-    patience:int=2, valid_users:int=300, llm:str="pocket", lora_rank:int=8, lora_modules:str="all-linear",
-    download:bool=False,
+    p:CollmSettings, # What is asked for
 )->Path: # Folder with ranks.parquet, models.json, curves.parquet, TALLRec/adapter and CoLLM/mapping.safetensors
-    "Stage `collm`. The parameters are explained at the head of the chapter."
-    refuse(check_collm(locals()))
-    p = locals().copy()
-    params = {k: v for k, v in p.items() if k not in ("run", "download")}
+    "Stage `collm`."
+    refuse(p.check())
+    run = p.run
     need(run, "baselines", make_baselines)
     backbone(run, "t5")
-    found = "" if llm == "pocket" else resolve(llm, download)
+    found = "" if p.llm == "pocket" else resolve(p.llm, p.download)
     def make(folder):
         made, models = run_folder(run)/"recommender/llm", {}
-        if not found and made.exists() and fresh(run, "recommender") and manifest(run, "recommender")["seed"] == seed:
+        if not found and made.exists() and fresh(run, "recommender") and manifest(run, "recommender")["seed"] == p.seed:
             once(folder/"llm", {}, lambda home: shutil.copytree(made, home, dirs_exist_ok=True) and None,
                  weight_files(made))
         else: find_llm(run, p, folder/"llm")
         write_json(folder/"start.json", {"llm": found or "llm", "text": INSTRUCTION if found else "{title_seq}",
-                                         "lora_rank": lora_rank, "lora_modules": lora_modules})
-        ranks = [attempt(models, name, "text", lambda: run_model(run, name, folder, params), folder)
+                                         "lora_rank": p.lora_rank, "lora_modules": p.lora_modules})
+        ranks = [attempt(models, name, "text", lambda: run_model(run, name, folder, p), folder)
                  for name in ("TALLRec", "CoLLM")]
         merits = finish(folder, ranks, models)
         curves = [row for name, about in models.items() if "failed" not in about
-                  for row in tune_text(run, name, folder, params)["curves"]]
+                  for row in tune_text(run, name, folder, p)["curves"]]
         table = pl.DataFrame(curves, infer_schema_length=None)
         table.write_parquet(folder/"curves.parquet")
         plot_curves(table, ["loss", "valid_auc"]).savefig(folder/"curves.png", dpi=110)
         return merits
-    return stage(run, "collm", params, make, inputs=["data", "prompts", "backbones", "baselines"],
+    return stage(run, "collm", p.params, make, inputs=["data", "prompts", "backbones", "baselines"],
                  files=[root()/"data/templates.yaml"], models=[found] if found else [])

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'STEP_1', 'collaborative_model', 'place_states', 'last_states', 'item_scores', 'subspaces', 'max_sim',
-           'info_nce', 'Aligner', 'align', 'matched', 'nearer', 'similarities', 'plot_alignment', 'windows',
-           'purchase_loss', 'catalogue_scores', 'score_run', 'fine_tune', 'save_model', 'load_ctrl', 'step_1',
-           'new_model', 'train_ctrl', 'check_ctrl', 'make_ctrl']
+           'info_nce', 'Aligner', 'CtrlSettings', 'align', 'matched', 'nearer', 'similarities', 'plot_alignment',
+           'windows', 'purchase_loss', 'catalogue_scores', 'score_run', 'fine_tune', 'save_model', 'load_ctrl',
+           'step_1', 'new_model', 'train_ctrl', 'make_ctrl']
 
 # %% ../nbs/24_ctrl.ipynb #24-004
 import math, time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from .files import below, not_positive, refuse, write_json
-from .runs import once, stage
+from .runs import Settings, once, stage
 from .processes import device, seed_all
 from .data import load_candidates, load_sequences, load_training
 from .prompts import load_titles, pad
@@ -137,28 +138,54 @@ class Aligner:
                                                  self.pad_id))
         return self.project("text", pool(encode(self.t5, ids, mask), mask))
 
+# %% ../nbs/24_ctrl.ipynb #24-n01
+@dataclass(frozen=True)
+class CtrlSettings(Settings):
+    "What stage `ctrl` is asked for."
+    seed:int=0 # Seed of weights, batches and negatives
+    test_users:int=1000 # Users to score, drawn at random, the same for every seed; 0: all
+    valid_users:int=300 # Users whose validation item decides on early stopping
+    ctrl_width:int=64 # Width of the collaborative model, an even number
+    ctrl_spaces:int=4 # Sub-spaces in which ids and text are compared
+    ctrl_temperature:float=0.4 # Temperature of the contrastive loss
+    ctrl_align_epochs:int=2 # Passes over the training sequences in step 1
+    ctrl_align_lr:float=0.003 # Peak learning rate of step 1
+    ctrl_epochs:int=30 # Passes over the training sequences in step 2 at most
+    ctrl_lr:float=0.003 # Peak learning rate of step 2
+    ctrl_negatives:int=128 # Items not bought that a batch of step 2 is compared with
+    ctrl_patience:int=8 # Epochs without a better validation AUC before step 2 stops
+
+    def check(self):
+        "Look at sizes and rates."
+        p, odd = vars(self), self.ctrl_width < 2 or self.ctrl_width % 2
+        return [*([f"ctrl_width={self.ctrl_width} must be an even number, for two attention heads; set --ctrl-width"]
+                  if odd else []),
+                *below(p, 1, "ctrl_spaces", "ctrl_align_epochs", "ctrl_epochs", "ctrl_negatives"),
+                *below(p, 0, "seed", "test_users", "valid_users", "ctrl_patience"),
+                *not_positive(p, "ctrl_temperature", "ctrl_align_lr", "ctrl_lr")]
+
 # %% ../nbs/24_ctrl.ipynb #24-022
 def align(
     aligner:Aligner, # Trained in place
     rows:pl.DataFrame, # history, target: the samples
     folder:Path, # For checkpoints
-    p:dict, # The stage's parameters
+    p:CtrlSettings, # What is asked for
     size:int=128, # Samples a batch; the others of a batch are the negatives
 )->list[dict]: # One row a step: loss, accuracy
     "Step 1: both models learn to recognise a sample in the other's terms."
     histories, items = rows["history"].to_list(), rows["target"].to_numpy()
-    opt, schedule = adamw(aligner.trained.parameters(), p["ctrl_align_lr"],
-                          p["ctrl_align_epochs"]*math.ceil(len(items)/size))
+    opt, schedule = adamw(aligner.trained.parameters(), p.ctrl_align_lr,
+                          p.ctrl_align_epochs*math.ceil(len(items)/size))
     aligner.trained.train()
     def update(at, rng):
         chosen = [histories[i] for i in at], items[at]
         text, ids = aligner.text(*chosen), aligner.ids(*chosen)
-        loss = info_nce(text, ids, p["ctrl_temperature"])
+        loss = info_nce(text, ids, p.ctrl_temperature)
         descend(loss, opt, schedule)
         return {"loss": loss.item(), "accuracy": matched(max_sim(text, ids).detach().cpu().numpy())}
     lengths = np.array([min(len(h), aligner.prompt.history_items) for h in histories])
-    return train(update, dict(models=aligner.trained, opt=opt, schedule=schedule), len(items), p["ctrl_align_epochs"],
-                 size, folder, p["seed"], "CTRL, step 1", lengths)
+    return train(update, dict(models=aligner.trained, opt=opt, schedule=schedule), len(items), p.ctrl_align_epochs,
+                 size, folder, p.seed, "CTRL, step 1", lengths)
 
 # %% ../nbs/24_ctrl.ipynb #24-023
 def matched(
@@ -249,28 +276,28 @@ def fine_tune(
     run:str, # Run
     model, # From `collaborative_model`; trained in place, ends with the best weights
     folder:Path, # For checkpoints
-    p:dict, # The stage's parameters
+    p:CtrlSettings, # What is asked for
     size:int=64, # Pieces a batch
 )->list[dict]: # One row a step; the last step of an epoch has valid_auc
     "Step 2: purchases, with the AUC on validation lists to say when to stop."
     import torch
     pieces, at = windows(load_training(run), len(model["place"].weight)), sample_rows(load_sequences(run,
-            "valid")["user"], p["valid_users"], p["seed"])
-    opt, schedule = adamw(model.parameters(), p["ctrl_lr"], p["ctrl_epochs"]*math.ceil(len(pieces)/size))
+            "valid")["user"], p.valid_users, p.seed)
+    opt, schedule = adamw(model.parameters(), p.ctrl_lr, p.ctrl_epochs*math.ceil(len(pieces)/size))
     trained = Trained(model)
-    best = Best(trained, p["ctrl_patience"])
+    best = Best(trained, p.ctrl_patience)
     def update(rows, rng):
         model.train()
         items, mask = (t.to(device()) for t in pad([pieces[r] for r in rows], 0))
         loss = purchase_loss(model, items, mask, torch.from_numpy(rng.integers(model["item"].num_embeddings,
-                size=p["ctrl_negatives"])).to(device()))
+                size=p.ctrl_negatives)).to(device()))
         descend(loss, opt, schedule)
         return {"loss": loss.item()}
     def after_epoch(epoch, curves):
         curves[-1]["valid_auc"] = list_auc([z[:21] for z in score_run(run, model, "valid", at, "uni99")[1]])
         return best.stop(curves[-1]["valid_auc"])
-    curves = train(update, dict(model=trained, opt=opt, schedule=schedule, best=best), len(pieces), p["ctrl_epochs"],
-                   size, folder, p["seed"], f"{folder.name}, step 2",
+    curves = train(update, dict(model=trained, opt=opt, schedule=schedule, best=best), len(pieces), p.ctrl_epochs,
+                   size, folder, p.seed, f"{folder.name}, step 2",
                    np.array([len(x) for x in pieces]), after_epoch)
     trained.load_state_dict(best.weights)
     return curves
@@ -296,12 +323,12 @@ def step_1(
     run:str, # Run
     model, # From `collaborative_model`; trained in place
     folder:Path, # Gets the model, similarities and their picture
-    p:dict, # The stage's parameters
+    p:CtrlSettings, # What is asked for
 ):
     """Align the model with the run's T5, and show the alignment on validation samples, from which nothing is
     learned. Writes the aligned model, its curves and similarities."""
-    aligner, valid = Aligner(model, *reader_for(run), p["ctrl_spaces"]), load_sequences(run, "valid")
-    shown = valid[sample_rows(valid["user"], p["valid_users"], p["seed"])]
+    aligner, valid = Aligner(model, *reader_for(run), p.ctrl_spaces), load_sequences(run, "valid")
+    shown = valid[sample_rows(valid["user"], p.valid_users, p.seed)]
     found = {"before": similarities(aligner, shown)}
     curves = align(aligner, load_sequences(run, "train"), folder, p)
     found["after"] = similarities(aligner, shown)
@@ -321,64 +348,50 @@ STEP_1 = "ctrl_spaces", "ctrl_temperature", "ctrl_align_epochs", "ctrl_align_lr"
 
 def new_model(
     run:str, # Run
-    p:dict, # The stage's parameters
+    p:CtrlSettings, # What is asked for
 ): # Untrained collaborative model
     "The same random weights for both models; as many places as the longest training history."
-    seed_all(p["seed"])
+    seed_all(p.seed)
     return collaborative_model(len(load_titles(run)), load_sequences(run, "train")["history"].list.len().max(),
-                               p["ctrl_width"])
+                               p.ctrl_width)
 
 def train_ctrl(
     run:str, # Run
     name:str, # One of `MODELS`
     folder:Path, # The stage's folder
-    p:dict, # The stage's parameters
+    p:CtrlSettings, # What is asked for
 )->tuple: # Frames of ranks, and what is known about the model
     "Train, save and rank one model."
     began, aligned, work = time.time(), name == "CTRL", folder/name
     if aligned: once(folder/"alignment", None, lambda home: step_1(run, new_model(run, p), home, p))
     def make(home):
         model = load_ctrl(folder/"alignment/model.safetensors").to(device()) if aligned else new_model(run, p)
-        seed_all(p["seed"])
+        seed_all(p.seed)
         pl.DataFrame(fine_tune(run, model, home, p), infer_schema_length=None).write_parquet(home/"curves.parquet")
         save_model(model, home/"model.safetensors")
     once(work, None, make)
     curves, model = pl.read_parquet(work/"curves.parquet"), load_ctrl(work/"model.safetensors").to(device())
-    trained, rows = time.time(), sample_rows(load_sequences(run, "test")["user"], p["test_users"], 0)
+    trained, rows = time.time(), sample_rows(load_sequences(run, "test")["user"], p.test_users, 0)
     frames = [rank_rows(name, users, kind, z) for kind in ("uni99", "full") for users,
               z in [score_run(run, model, "test", rows, kind)]]
     t5 = backbone(run, "t5") if aligned else {"pocket": False, "name": None}
     return frames, {"pocket": t5["pocket"], "backbone": t5["name"],
-                    "settings": {k: v for k, v in p.items() if aligned or k not in STEP_1}, "search": [],
+                    "settings": {k: v for k, v in p.params.items() if aligned or k not in STEP_1}, "search": [],
                     "valid": curves["valid_auc"].max(), "valid_metric": "auc",
                     "parameters": sum(w.numel() for w in model.parameters()),
                     "seconds": {"search": 0., "train": round(trained - began, 2),
                                 "score": round(time.time() - trained, 2)}}
 
 # %% ../nbs/24_ctrl.ipynb #24-038
-def check_ctrl(
-    p:dict, # The stage's parameters
-)->list[str]: # A sentence for everything that cannot work
-    "Look at sizes and rates."
-    odd = p["ctrl_width"] < 2 or p["ctrl_width"] % 2
-    return [*([f"ctrl_width={p['ctrl_width']} must be an even number, for two attention heads; set --ctrl-width"]
-              if odd else []),
-            *below(p, 1, "ctrl_spaces", "ctrl_align_epochs", "ctrl_epochs", "ctrl_negatives"),
-            *below(p, 0, "seed", "test_users", "valid_users", "ctrl_patience"),
-            *not_positive(p, "ctrl_temperature", "ctrl_align_lr", "ctrl_lr")]
-
 def make_ctrl(
-    run:str="demo", seed:int=0, test_users:int=1000, valid_users:int=300, ctrl_width:int=64, ctrl_spaces:int=4,
-    ctrl_temperature:float=.4, ctrl_align_epochs:int=2,
-    ctrl_align_lr:float=3e-3, ctrl_epochs:int=30, ctrl_lr:float=3e-3, ctrl_negatives:int=128, ctrl_patience:int=8,
+    p:CtrlSettings, # What is asked for
 )->Path: # Folder with ranks.parquet, models.json, and a folder for each model
-    "Stage `ctrl`. The parameters are explained at the head of the chapter."
-    refuse(check_ctrl(locals()))
-    params = {k: v for k, v in locals().items() if k != "run"}
-    backbone(run, "t5")
+    "Stage `ctrl`."
+    refuse(p.check())
+    backbone(p.run, "t5")
     def make(folder):
         models = {}
-        frames = [attempt(models, name, family, lambda: train_ctrl(run, name, folder, params), folder) for name,
+        frames = [attempt(models, name, family, lambda: train_ctrl(p.run, name, folder, p), folder) for name,
                   family in MODELS.items()]
         return finish(folder, frames, models)
-    return stage(run, "ctrl", params, make, inputs=["data", "prompts", "backbones"])
+    return stage(p.run, "ctrl", p.params, make, inputs=["data", "prompts", "backbones"])

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['FORM', 'LITTLE', 'k_core', 'cut_reviews', 'histories', 'split_of', 'split_rows', 'uniforms', 'sample', 'rankable',
-           'prepare', 'table1_row', 'table1', 'check_data', 'room_data', 'gentler', 'make_data', 'dataset_info',
-           'load_sequences', 'load_training', 'load_candidates']
+           'prepare', 'table1_row', 'table1', 'DataSettings', 'gentler', 'make_data', 'dataset_info', 'load_sequences',
+           'load_training', 'load_candidates']
 
 # %% ../nbs/05_data.ipynb #05-n02
 import hashlib, itertools, json, time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import polars as pl
 from fastcore.basics import patch
 
 from .files import UserError, below, refuse, root, strange, told, write_json
-from .runs import Run, need, stage
+from .runs import Run, Settings, need, stage
 from .reviews import Source, _all_reviews, _drop, _loved, find_source, read_reviews, read_titles
 
 # %% ../nbs/05_data.ipynb #05-041
@@ -180,29 +181,47 @@ def table1(
     return pl.concat([ours, paper.with_columns(source=pl.lit("paper"), cut=pl.lit("as reported")).select(ours.columns)])
 
 # %% ../nbs/05_data.ipynb #05-072b
-# Parameters that say how files are written
+# Settings that say how files are written
 FORM = "columns", "items_file", "separator", "encoding", "date_format", "rating_scale"
 
 def _source(p):
-    "The source that the parameters name. Raises `UserError` also if no rating can be high enough."
-    source = find_source(p["dataset"], p["data_dir"], **{k: p[k] for k in FORM})
-    if p["rating"] <= source.scale[1]: return source
-    raise UserError(f"rating={p['rating']:g} is above the scale of {p['rating_scale']}, so no row would be left; "
+    "The source that the settings name. Raises `UserError` also if no rating can be high enough."
+    source = find_source(p.dataset, p.data_dir, **{k: getattr(p, k) for k in FORM})
+    if p.rating <= source.scale[1]: return source
+    raise UserError(f"rating={p.rating:g} is above the scale of {p.rating_scale}, so no row would be left; "
                     "lower --rating, or give the scale with --rating-scale")
 
-def check_data(
-    p:dict, # The stage's parameters
-) -> list[str]: # A sentence for everything that cannot work
-    "Look at the values, and for the files and their columns."
-    return [*strange(p, cut=["literal", "holdout-first"], protocol=["leave-one-out", "time"]),
-            *told(_check_lengths, *(p[k] for k in ("core", "min_history", "max_history", "max_sequence"))),
-            *below(p, 0, "split_seed"), *told(_source, p)]
+# %% ../nbs/05_data.ipynb #05-s01
+@dataclass(frozen=True)
+class DataSettings(Settings):
+    "What stage `data` is asked for."
+    dataset:str="demo" # demo, beauty, toys, sports, another Amazon category, or your own file: CSV, JSON lines, parquet
+    data_dir:str="" # Folder with the review files; empty: data/demo for the demo, data/raw otherwise
+    rating:float=5.0 # Keep ratings of at least this; 1 keeps all
+    core:int=5 # Each user and each item keeps at least this many interactions
+    cut:str="literal" # literal, or holdout-first: each user's last item is set aside before the k-core
+    protocol:str="leave-one-out" # leave-one-out, or time: one cut in time for all users
+    min_history:int=3 # Shortest history
+    max_history:int=10 # Longest history: older items are left out
+    max_sequence:int=0 # Cut long histories every so many items, which gives some users several test sequences; 0: never
+    split_seed:int=0 # Seed of the candidate lists
+    columns:str="" # Your own file's names: pairs with an equals sign, between commas; without a header 1, 2, 3, …
+    items_file:str="" # File with the titles of the items, if they stand in a file of their own
+    separator:str="" # What stands between the fields of your own CSV file; empty: found out
+    encoding:str="" # Of text files, as in latin-1; empty: by the mark at their beginning, or else UTF-8
+    date_format:str="" # Of times that are dates, as in %d/%m/%Y; empty: found out, and asked for where it is ambiguous
+    rating_scale:str="1-5" # Least and greatest rating that there is, as in 0-10
+    neutral = "data_dir",
 
-def room_data(
-    p:dict, # All parameters
-) -> float: # Bytes that the stage will write, about
-    "Room for the rows that are kept."
-    return 3*_source(p).reviews.path.stat().st_size
+    def check(self):
+        "Look at the values, and for the files and their columns."
+        return [*strange(vars(self), cut=["literal", "holdout-first"], protocol=["leave-one-out", "time"]),
+                *told(_check_lengths, self.core, self.min_history, self.max_history, self.max_sequence),
+                *below(vars(self), 0, "split_seed"), *told(_source, self)]
+
+    def room(self, values):
+        "Room for the rows that are kept."
+        return 3*_source(self).reviews.path.stat().st_size
 
 # %% ../nbs/05_data.ipynb #05-073
 def _check_lengths(core, min_history, max_history, max_sequence):
@@ -228,21 +247,21 @@ def gentler(
         tried.append((i + k, dict(rating=r, core=c, interactions=len(kept), users=len(users))))
     return [t for _, t in sorted(tried, key=lambda t: t[0])][1:]
 
-def _advice(source, kept, **how):
+def _advice(source, kept, p):
     "Lines that name gentler values, if they keep more users."
-    found = [g for g in gentler(source, **how) if g["users"] > kept][:6]
+    found = [g for g in gentler(source, p.rating, p.core, p.cut, p.min_history) if g["users"] > kept][:6]
     return [f"  --rating {g['rating']:g} --core {g['core']} would keep {g['interactions']:,} interactions, "
             f"{g['users']:,} users with more than "
-            f"{how['min_history']} of them" for g in found]
+            f"{p.min_history} of them" for g in found]
 
 def _drop_lines(drops):
     return [f"  {d['step']:>9} {d['rows_in']:>9,} -> {d['rows_out']:>9,}  {d['why']}" for d in drops]
 
-def _enough(made, drops, source, **how):
+def _enough(made, drops, source, p):
     "Raise `UserError` with the drops if there is nothing to test on."
     missing = {"train", "valid", "test"} - set(made["sequences"]["split"])
     if not missing: return
-    advice = _advice(source, 0, **how) or ["  no rating and core keep more: bring more data"]
+    advice = _advice(source, 0, p) or ["  no rating and core keep more: bring more data"]
     head = (f"{source.name}: nothing left for {', '.join(sorted(missing))} after the cut; lower --core or --rating, or "
             "bring more data")
     raise UserError("\n".join([head, *_drop_lines(drops), *advice]))
@@ -250,13 +269,13 @@ def _enough(made, drops, source, **how):
 # %% ../nbs/05_data.ipynb #05-074a
 LITTLE = .1, 100 # Warn below this share of the ratings, or this number of users to test on
 
-def _notes(source, drops, tested, sizes, titles, **how):
+def _notes(source, drops, tested, sizes, titles, p):
     "What a reader of the results must know: little is left, short lists, no titles."
     read, kept = drops[0]["rows_out"], next(d["rows_out"] for d in drops if d["step"] == "core")
     head = "little is left" if kept < LITTLE[0]*read else "few users"
     few = (f"{head}: {kept:,} of {read:,} ratings ({kept/max(1, read):.1%}) and {tested:,} users to test on, "
-           f"with rating {how['rating']:g} and core {how['core']}")
-    notes = ["\n".join([few, *_advice(source, tested, **how)])] if kept < LITTLE[0]*read or tested < LITTLE[1] else []
+           f"with rating {p.rating:g} and core {p.core}")
+    notes = ["\n".join([few, *_advice(source, tested, p)])] if kept < LITTLE[0]*read or tested < LITTLE[1] else []
     for least, most, chance in dict.fromkeys(sizes.values()):
         names = " and ".join(name for name, size in sizes.items() if size == (least, most, chance))
         if least < 100:
@@ -310,37 +329,36 @@ def _write_names(folder, made, source):
     return len(titles)
 
 # %% ../nbs/05_data.ipynb #05-077
-def _make(folder, source, rating, core, cut, protocol, min_history, max_history, max_sequence, split_seed):
+def _make(folder, source, p):
     "Fill the stage's folder."
-    start, how = time.time(), dict(rating=rating, core=core, cut=cut, min_history=min_history)
-    reviews, drops = read_reviews(source, rating)
-    make = partial(prepare, reviews, core, protocol=protocol, min_history=min_history, max_history=max_history,
-                   max_sequence=max_sequence)
-    this = make(cut=cut)
+    start, (reviews, drops) = time.time(), read_reviews(source, p.rating)
+    make = partial(prepare, reviews, p.core, protocol=p.protocol, min_history=p.min_history, max_history=p.max_history,
+                   max_sequence=p.max_sequence)
+    this = make(cut=p.cut)
     seconds = time.time() - start
-    if cut == "holdout-first":
+    if p.cut == "holdout-first":
         _drop(drops, "hold out", len(reviews) - reviews["user"].n_unique(), "each user's last item, set aside")
-    _drop(drops, "core", len(this["core"]), f"user or item with fewer than {core} interactions")
-    if cut == "holdout-first":
+    _drop(drops, "core", len(this["core"]), f"user or item with fewer than {p.core} interactions")
+    if p.cut == "holdout-first":
         _drop(drops, "give back", len(this["interactions"]), "last items of users and items that are still there")
     tested = this["sequences"].filter(pl.col("split") == "test")["user"].n_unique()
     _drop(drops, "test", tested, "users (not rows): those without a test sequence", rows_in=len(this["users"]))
-    _enough(this, drops, source, **how)
+    _enough(this, drops, source, p)
     this["interactions"].write_parquet(folder/"interactions.parquet")
     this["sequences"].write_parquet(folder/"sequences.parquet")
-    sizes, titles = _write_candidates(folder, this, split_seed), _write_names(folder, this, source)
-    notes = _notes(source, drops, tested, sizes, titles, **how)
+    sizes, titles = _write_candidates(folder, this, p.split_seed), _write_names(folder, this, source)
+    notes = _notes(source, drops, tested, sizes, titles, p)
     pl.DataFrame(drops).write_csv(folder/"drops.csv")
     (folder/"summary.txt").write_text("\n".join([*_drop_lines(drops), *(f"WARNING: {note}" for note in notes)]) + "\n",
                                       encoding="utf-8")
-    table1(source.name, {c: this if c == cut else make(cut=c)
+    table1(source.name, {c: this if c == p.cut else make(cut=c)
                          for c in ("literal", "holdout-first")}).write_csv(folder/"table1.csv")
     write_json(folder/"dataset.json", dict(dataset=source.name, item_noun=source.noun, has_titles=titles > 0,
                                            titles=titles,
         titles_from=source.meta.path.name if source.meta else None, titles_missing="" if titles
         else _where_titles(source),
-        synthetic=source.name == "demo", cut=cut, protocol=protocol,
-        rating=rating, core=core, candidates={name: dict(least=s[0], most=s[1]) for name, s in sizes.items()},
+        synthetic=source.name == "demo", cut=p.cut, protocol=p.protocol,
+        rating=p.rating, core=p.core, candidates={name: dict(least=s[0], most=s[1]) for name, s in sizes.items()},
         notes=notes))
     split = dict(this["sequences"]["split"].value_counts().sort("split").rows())
     return dict(users=len(this["users"]), items=len(this["items"]), interactions=len(this["core"]), titles=titles,
@@ -348,26 +366,17 @@ def _make(folder, source, rating, core, cut, protocol, min_history, max_history,
 
 # %% ../nbs/05_data.ipynb #05-078
 def make_data(
-    run:str="demo", dataset:str="demo", data_dir:str="", rating:float=5., core:int=5, cut:str="literal",
-    protocol:str="leave-one-out",
-    min_history:int=3, max_history:int=10, max_sequence:int=0, split_seed:int=0, columns:str="", items_file:str="",
-    separator:str="",
-    encoding:str="", date_format:str="", rating_scale:str="1-5",
+    p:DataSettings, # What is asked for
 ) -> Path: # The folder of stage `data`
-    """Make stage `data`; the parameters are explained at the top of the chapter. Raises `UserError` for whatever is
-    wrong with them or the files."""
-    p = dict(locals())
-    refuse(check_data(p))
+    "Make stage `data`. Raises `UserError` for whatever is wrong with the settings or the files."
+    refuse(p.check())
     source = _source(p)
-    how = dict(rating=rating, core=core, cut=cut, protocol=protocol, min_history=min_history, max_history=max_history,
-               max_sequence=max_sequence, split_seed=split_seed)
     files = list(dict.fromkeys(f.path for f in (source.reviews, source.meta) if f))
     if source.name == "demo": files.append(source.reviews.path.parent/"truth.json")
-    given = {k: str(Path(v).expanduser().absolute()) if v and is_path else v for k, v,
-             is_path in (("dataset", dataset, source.own), ("data_dir", data_dir, True),
-                         ("items_file", items_file, True))}
-    return stage(run, "data", dict(dataset=source.name, **{k: p[k] for k in FORM}, **how),
-                 lambda folder: _make(folder, source, **how),
+    given = {k: str(Path(v).expanduser().absolute()) if v and is_path else v
+             for k, is_path in (("dataset", source.own), ("data_dir", True), ("items_file", True))
+             for v in [getattr(p, k)]}
+    return stage(p.run, "data", p.params | dict(dataset=source.name), lambda folder: _make(folder, source, p),
                  files=[*files, root()/"data/sources.yaml", root()/"data/paper_table1.csv"], given=given)
 
 # %% ../nbs/05_data.ipynb #05-080

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['COUPLINGS', 'TARGETS', 'pool', 'pairs', 'cosine', 'js', 'total', 'discriminator', 'version_loss', 'corrupt',
-           'Versions', 'language_loss', 'adversarial_update', 'version_states', 'separability', 'split_users',
-           'reader_for', 'train_encoder', 'check_encoder', 'room_encoder', 'make_encoder', 'tune_encoder']
+           'Versions', 'language_loss', 'EncoderSettings', 'adversarial_update', 'version_states', 'separability',
+           'split_users', 'reader_for', 'train_encoder', 'make_encoder', 'tune_encoder']
 
 # %% ../nbs/11_encoder.ipynb #11-004
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from .prompts import pad
 from fastcore.basics import patch
 
 from .files import below, not_positive, refuse, strange, told, write_json
-from .runs import Run, need, stage
+from .runs import Run, Settings, need, stage
 from .processes import device, gathered, in_processes, is_main, part, possible, seed_all, shard, totals
 
 # %% ../nbs/11_encoder.ipynb #11-007
@@ -164,12 +165,44 @@ def language_loss(
     y, used = (t.to(model.device) for t in pad(labels, versions.tokenizer.pad_token_id))
     return share*label_loss(model, y.masked_fill(used == 0, -100), input_ids=ids, attention_mask=mask)
 
+# %% ../nbs/11_encoder.ipynb #11-n01
+@dataclass(frozen=True)
+class EncoderSettings(Settings):
+    "What stage `encoder` is asked for."
+    seed:int=0 # Seed of weights, batches and negatives
+    alpha:float=1.0 # Weight of the cosine term
+    beta:float=0.1 # Weight of the Jensen-Shannon term
+    gamma:float=0.3 # Weight of the diversity and of the discriminator beside the language model
+    js_sign:int=-1 # Sign of the Jensen-Shannon term: -1 spreads the versions, +1 is as printed in the paper
+    coupling:str="cooperative" # What the encoder does with the discriminator's loss: cooperative, adversarial, or none
+    lm_target:str="next-title" # What the language-model loss predicts: next-title, answer, or denoise
+    optimizer:str="adam" # The paper's "Ada": adam, adagrad or adafactor
+    encoder_lr:float=0.001 # Learning rate of encoder and discriminator
+    encoder_batch:int=16 # Histories a batch; each comes in k + 1 versions
+    encoder_epochs:int=1 # Passes over the training sequences
+    held_out_users:int=350 # Users kept out of stage 1, to measure and draw on
+    processes:int=1 # Processes to train and score in, on as many GPUs; on a CPU each has one thread
+    neutral = "processes",
+
+    def check(self):
+        "Look at switches, sizes and rates."
+        p = vars(self)
+        return [*strange(p, js_sign=(-1, 1), coupling=COUPLINGS, lm_target=TARGETS, optimizer=OPTIMIZERS),
+                *below(p, 1, "encoder_batch", "encoder_epochs"), *below(p, 2, "held_out_users"),
+                *below(p, 0, "seed"), *not_positive(p, "encoder_lr"), *told(possible, self.processes),
+                *(f"{n}={p[n]} is not a number to weigh with" for n in ("alpha", "beta", "gamma")
+                  if not math.isfinite(p[n]))]
+
+    def room(self, values):
+        "Room for the encoder, and for a checkpoint (weights and two moments of each) beside the one before it."
+        return 7*model_bytes(values["t5"])
+
 # %% ../nbs/11_encoder.ipynb #11-023
 def adversarial_update(
     model, D, # T5 and discriminator
     versions:Versions, # Training histories
     opt_g, schedule, opt_d, # Optimizers of the two
-    alpha:float, beta:float, gamma:float, js_sign:int, coupling:str, lm_target:str, # See the parameters
+    p:EncoderSettings, # Weights and sign of the losses, coupling, and what the language model predicts
 ): # update(rows, rng) for `train`
     "One iteration of stage 1."
     def update(rows, rng):
@@ -178,9 +211,9 @@ def adversarial_update(
         x = pool(encode(model, ids, mask), mask).unflatten(0, (len(mine), -1))
         d_loss, d_accuracy = (share*t for t in version_loss(D, x.detach()))
         descend(d_loss, opt_d)
-        lm, cos, div = language_loss(model, versions, rows, lm_target, rng), share*cosine(x), share*js(x)
-        d_total = total(cos, div, alpha, beta, js_sign)
-        loss = lm + gamma*(d_total + COUPLINGS[coupling]*share*version_loss(D, x)[0])
+        lm, cos, div = language_loss(model, versions, rows, p.lm_target, rng), share*cosine(x), share*js(x)
+        d_total = total(cos, div, p.alpha, p.beta, p.js_sign)
+        loss = lm + p.gamma*(d_total + COUPLINGS[p.coupling]*share*version_loss(D, x)[0])
         descend(loss, opt_g, schedule)
         return totals(dict(loss=loss, lm=lm, cos=cos, js=div, total=d_total, d_loss=d_loss, d_accuracy=d_accuracy))
     return update
@@ -252,20 +285,21 @@ def train_encoder(
     path:str, # T5 to start from
     versions:Versions, shown:Versions, # Training and held-out histories
     folder:Path, # Where checkpoints, `model/` and the discriminator go
-    seed:int, encoder_lr:float, encoder_batch:int, encoder_epochs:int, optimizer:str, **losses, # See the parameters
+    p:EncoderSettings, # What is asked for
 )->tuple: # (curves, held-out states before, after, accuracy of D on the latter)
     "Stage 1 itself; what each process calls."
     import torch
     from safetensors.torch import save_file
-    seed_all(seed)
+    seed_all(p.seed)
     model, n = load_model(path, "t5").to(device()), len(versions.past)
     D = discriminator(model.config.d_model, len(versions.words) + 1).to(device())
     before = version_states(model, shown)
-    opt_g, schedule = adamw(model.parameters(), encoder_lr, encoder_epochs*math.ceil(n/encoder_batch), optimizer)
-    opt_d, _ = adamw(D.parameters(), encoder_lr, 1, optimizer)
-    update = adversarial_update(model.train(), D, versions, opt_g, schedule, opt_d, **losses)
+    opt_g, schedule = adamw(model.parameters(), p.encoder_lr, p.encoder_epochs*math.ceil(n/p.encoder_batch),
+                            p.optimizer)
+    opt_d, _ = adamw(D.parameters(), p.encoder_lr, 1, p.optimizer)
+    update = adversarial_update(model.train(), D, versions, opt_g, schedule, opt_d, p)
     parts = dict(model=model, D=D, opt_g=opt_g, schedule=schedule, opt_d=opt_d)
-    curves = train(update, parts, n, encoder_epochs, encoder_batch, folder, seed, "stage 1",
+    curves = train(update, parts, n, p.encoder_epochs, p.encoder_batch, folder, p.seed, "stage 1",
                    np.array([len(h) for h in versions.past]))
     after = version_states(model.eval(), shown)
     with torch.inference_mode(): accuracy = version_loss(D, torch.from_numpy(after).to(device()))[1].item()
@@ -274,54 +308,28 @@ def train_encoder(
         save_file({k: v.contiguous().cpu() for k, v in D.state_dict().items()}, folder/"discriminator.safetensors")
     return curves, before, after, accuracy
 
-# %% ../nbs/11_encoder.ipynb #11-031b
-def check_encoder(
-    p:dict, # The stage's parameters
-)->list[str]: # A sentence for everything that cannot work
-    "Look at switches, sizes and rates."
-    return [*strange(p, js_sign=(-1, 1), coupling=COUPLINGS, lm_target=TARGETS, optimizer=OPTIMIZERS),
-            *below(p, 1, "encoder_batch", "encoder_epochs"),
-            *below(p, 2, "held_out_users"), *below(p, 0, "seed"), *not_positive(p, "encoder_lr"),
-            *told(possible, p["processes"]),
-            *(f"{n}={p[n]} is not a number to weigh with" for n in ("alpha", "beta", "gamma")
-              if not math.isfinite(p[n]))]
-
-def room_encoder(
-    p:dict, # All parameters
-)->float: # Bytes that the stage will write, about
-    "Room for the encoder, and for a checkpoint (weights and two moments of each) beside the one before it."
-    return 7*model_bytes(p["t5"])
-
 # %% ../nbs/11_encoder.ipynb #11-032
 def make_encoder(
-    run:str="demo", seed:int=0, alpha:float=1., beta:float=.1, gamma:float=.3, js_sign:int=-1,
-    coupling:str="cooperative",
-    lm_target:str="next-title", optimizer:str="adam", encoder_lr:float=1e-3, encoder_batch:int=16, encoder_epochs:int=1,
-    held_out_users:int=350,
-    processes:int=1,
+    p:EncoderSettings, # What is asked for
 )->Path: # Folder with the encoder, its curves, states of held-out users before and after
-    "Stage `encoder` (stage 1 of the paper, section 3.4.1). The parameters are explained at the head of the chapter."
-    refuse(check_encoder(locals()))
-    need(run, "attributes", make_attributes)
-    params = {k: v for k, v in locals().items() if k not in ("run", "processes")}
-    return stage(run, "encoder", params, lambda folder: tune_encoder(run, folder, params, processes),
+    "Stage `encoder` (stage 1 of the paper, section 3.4.1)."
+    refuse(p.check())
+    need(p.run, "attributes", make_attributes)
+    return stage(p.run, "encoder", p.params, lambda folder: tune_encoder(p, folder),
                  inputs=["data", "prompts", "backbones", "attributes"])
 
 def tune_encoder(
-    run:str, # Run with stages up to attributes
+    p:EncoderSettings, # What is asked for, of a run with stages up to attributes
     folder:Path, # Where the encoder goes
-    p:dict, # The stage's parameters
-    processes:int=1, # Processes to train in
+    k:int|None=None, # Attribute words to train with, the first ones; all by default
 )->dict: # Figures of merit
-    "Stage 1, into any folder; with `k` in `p`, on the first words alone."
-    (reader, path), words = reader_for(run), load_attributes(run)[:p.get("k")]
-    rows, held = split_users(run, p["held_out_users"], p["seed"])
+    "Stage 1, into any folder."
+    (reader, path), words = reader_for(p.run), load_attributes(p.run)[:k]
+    rows, held = split_users(p.run, p.held_out_users, p.seed)
     versions, shown = Versions(reader, words, rows), Versions(reader, words, held)
-    def fit():
-        return train_encoder(path, versions, shown, folder, **{k: v for k, v in p.items()
-                                                               if k not in ("held_out_users", "k")})
-    return (_write(folder, reader.tokenizer, held, *in_processes(processes, fit))
-            | ({"processes": processes} if processes > 1 else {}))
+    found = in_processes(p.processes, lambda: train_encoder(path, versions, shown, folder, p))
+    return (_write(folder, reader.tokenizer, held, *found)
+            | ({"processes": p.processes} if p.processes > 1 else {}))
 
 # %% ../nbs/11_encoder.ipynb #11-033
 def _write(folder, tokenizer, held, curves, before, after, accuracy):

@@ -6,10 +6,11 @@ they can be compared."""
 # %% auto #0
 __all__ = ['COLORS', 'MARKERS', 'STUDIES', 'align', 'principal', 'load_umap', 'embed', 'layouts', 'pick_states', 'layout_points',
            'draw_panel', 'draw_legend', 'caption', 'numbers', 'draw_row', 'draw_figure3', 'about_run', 'save_figure',
-           'check_figures', 'make_figures', 'keep_figure', 'draw_couplings', 'compare_runs', 'keep_run']
+           'FiguresSettings', 'make_figures', 'keep_figure', 'draw_couplings', 'compare_runs', 'keep_run']
 
 # %% ../nbs/19_figures.ipynb #19-003
 import json, shutil
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import numpy as np, polars as pl
 # %% ../nbs/19_figures.ipynb #19-005
 from fastcore.basics import patch
 from .files import UserError, below, listed, pages_folder, refuse, run_folder, told
-from .runs import Run, Study, kept, manifest, need, stage
+from .runs import Run, Settings, Study, kept, manifest, need, stage
 from .data import dataset_info
 from .encoder import make_encoder
 from .metrics import keep, summary
@@ -205,32 +206,35 @@ def save_figure(
     plt.close(fig)
 
 # %% ../nbs/19_figures.ipynb #19-029
-def check_figures(
-    p:dict, # The stage's parameters
-) -> list[str]: # A sentence for everything that cannot work
-    "Look at numbers, and for the other runs."
-    return [*below(p, 0, "figure_users", "seed"), *(fault for other in listed(p["with_runs"])
-                                                    for fault in told(need, other, "figures"))]
+@dataclass(frozen=True)
+class FiguresSettings(Settings):
+    "What stage `figures` is asked for."
+    seed:int=0 # Seed of everything random in the run
+    figure_users:int=350 # Held-out users in Figure 3, each with its k + 1 versions; 0: all
+    with_runs:str="" # Further runs to show as rows of Figure 3, separated by commas
 
+    def check(self):
+        "Look at numbers, and for the other runs."
+        return [*below(vars(self), 0, "figure_users", "seed"), *(fault for other in listed(self.with_runs)
+                                                                 for fault in told(need, other, "figures"))]
+
+# %% ../nbs/19_figures.ipynb #19-n01
 def make_figures(
-    run:str="demo", # Run folder: a name under runs/, or a path
-    seed:int=0, # Seed of everything random in the run
-    figure_users:int=350, # Held-out users in Figure 3, each with its k + 1 versions; 0: all
-    with_runs:str="", # Further runs to show as rows of Figure 3, separated by commas
+    p:FiguresSettings, # What is asked for
 ) -> Path: # The stage's folder
     "Figure 3: figure3.png, figure3.pdf and points.parquet, the data behind the run's own row."
-    refuse(check_figures(locals()))
-    states, others = need(run, "encoder", make_encoder) / "states.parquet", listed(with_runs)
+    refuse(p.check())
+    states, others = need(p.run, "encoder", make_encoder) / "states.parquet", listed(p.with_runs)
     files = [need(other, "figures") / "points.parquet" for other in others]
     def make(folder):
-        points = layout_points(pl.read_parquet(states), figure_users, seed, folder / ".layouts")
+        points = layout_points(pl.read_parquet(states), p.figure_users, p.seed, folder / ".layouts")
         points.write_parquet(folder / "points.parquet")
-        rows = [(about_run(run), points)] + [(about_run(other), pl.read_parquet(file)) for other,
+        rows = [(about_run(p.run), points)] + [(about_run(other), pl.read_parquet(file)) for other,
                                              file in zip(others, files)]
         save_figure(draw_figure3(rows), folder / "figure3.png", folder / "figure3.pdf")
         return {f"{key} {when}": value for when, row in rows[0][0]["separability"].items() for key,
                 value in row.items()}
-    return stage(run, "figures", dict(seed=seed, figure_users=figure_users, with_runs=with_runs), make,
+    return stage(p.run, "figures", p.params, make,
                  inputs=("data", "backbones", "attributes", "encoder"), files=files)
 
 # %% ../nbs/19_figures.ipynb #19-031

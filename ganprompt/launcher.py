@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import ganprompt
 from .files import UserError, lock, refuse, root, run_folder, workspace, write_json
-from .runs import complete, covered, differing, digest, fresh, grown, manifest, remembered, sha256, stale
+from .runs import (complete, covered, differing, digest, fresh, grown, manifest, remembered, settings_of,
+                            sha256, stale)
 
 # %% ../nbs/41_launcher.ipynb #41-005
 class Parameter(NamedTuple):
@@ -234,13 +235,12 @@ def ask_first(
     values:dict, # Name → value, for every parameter
 ):
     "Raise one `UserError` that says everything that cannot work."
-    mine = [(c, vars(importlib.import_module(f"ganprompt.{c.stage}"))) for c in chapters if c.path.parent
-            == root()/"nbs"]
-    refuse([fault for c, has in mine for fault in has.get(f"check_{c.stage}",
-                                                          lambda p: [])({name: values[name] for name in c.parameters})])
+    def asked(c): return settings_of(getattr(importlib.import_module(f"ganprompt.{c.stage}"), f"make_{c.stage}"))
+    mine = [(c, asked(c).of(values)) for c in chapters if c.path.parent == root()/"nbs"]
+    refuse([fault for _, p in mine for fault in p.check()])
     folder = run_folder(values["run"])
     # 2e7: notebooks and pictures
-    room = 2e7 + sum(has.get(f"room_{c.stage}", lambda p: 0)(values) for c, has in mine if not complete(folder/c.stage))
+    room = 2e7 + sum(p.room(values) for c, p in mine if not complete(folder/c.stage))
     there = next(p for p in (folder, *folder.parents) if p.is_dir())
     if room > (free := shutil.disk_usage(there).free):
         raise UserError(f"the run will write about {room/1e9:.1f} GB, and {there} has {free/1e9:.1f} GB free; make "

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TRIVIAL', 'trivial_scores', 'collect_scores', 'standing', 'notes', 'render', 'long_table', 'plot_ranks', 'evaluate',
-           'check_metrics', 'make_metrics', 'keep', 'group_names', 'read_study', 'entries', 'across', 'means_table',
+           'MetricsSettings', 'make_metrics', 'keep', 'group_names', 'read_study', 'entries', 'across', 'means_table',
            'methods_table', 'seeds_table', 'pairs_table', 'plot_study', 'summary']
 
 # %% ../nbs/18_metrics.ipynb #18-n04
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import polars as pl
 from fastcore.basics import patch
 
 from .files import UserError, below, pages_folder, refuse, results_folder, root, run_folder, write_json
-from .runs import Run, manifest, need, stage
+from .runs import Run, Settings, manifest, need, stage
 from .data import dataset_info, load_candidates, load_sequences, load_training, make_data
 from .recommender import make_recommender
 from .measures import METRICS, label, per_user
@@ -174,26 +175,29 @@ def evaluate(
                 differences={f"{a} - {b}": difference(people, a, b, resamples, seed) for a, b in pairs})
 
 # %% ../nbs/18_metrics.ipynb #18-065
-def check_metrics(
-    p:dict, # The stage's parameters
-) -> list[str]: # A sentence for everything that cannot work
-    "Whether there is something to draw."
-    return [*below(p, 1, "resamples"), *below(p, 0, "seed")]
+@dataclass(frozen=True)
+class MetricsSettings(Settings):
+    "What stage `metrics` is asked for."
+    seed:int=0 # Seed of everything random in the run
+    resamples:int=1000 # Bootstrap resamples behind each 95 % interval
 
+    def check(self):
+        "Whether there is something to draw."
+        return [*below(vars(self), 1, "resamples"), *below(vars(self), 0, "seed")]
+
+# %% ../nbs/18_metrics.ipynb #18-s01
 def make_metrics(
-    run:str="demo", # Run folder: a name under runs/, or a path
-    seed:int=0, # Seed of everything random in the run
-    resamples:int=1000, # Bootstrap resamples behind each 95 % interval
+    p:MetricsSettings, # What is asked for
 ) -> Path: # The stage's folder
     """Measure the run's recommenders, `random` and `popularity`: table.csv, .json, .html, .md, users.parquet and
     ranks.png."""
-    refuse(check_metrics(locals()))
-    need(run, "data", make_data); need(run, "recommender", make_recommender)
+    refuse(p.check())
+    need(p.run, "data", make_data); need(p.run, "recommender", make_recommender)
     def make(folder):
         import mistune
-        rows, scores = collect_scores(run, seed)
+        rows, scores = collect_scores(p.run, p.seed)
         people = per_user(rows["user"], scores, rows["row"])
-        result = evaluate(run, people, resamples, seed)
+        result = evaluate(p.run, people, p.resamples, p.seed)
         people.write_parquet(folder / "users.parquet")
         plot_ranks(people).savefig(folder / "ranks.png", dpi=120, metadata={"Software": None})
         long_table(result).write_csv(folder / "table.csv")
@@ -203,7 +207,7 @@ def make_metrics(
         (folder / "table.html").write_text(f"<!doctype html><meta charset=utf-8><title>Metrics</title>\n{page}")
         return {f"{model} {label(m)}": round(v[m][0], 6) for model, v in result["metrics"].items()
                 for m in ("auc", "hit@10")}
-    return stage(run, "metrics", dict(seed=seed, resamples=resamples), make, inputs=("data", "recommender"),
+    return stage(p.run, "metrics", p.params, make, inputs=("data", "recommender"),
                  files=[root() / "data/paper_tables.csv"])
 
 # %% ../nbs/18_metrics.ipynb #18-067

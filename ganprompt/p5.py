@@ -5,11 +5,12 @@ them."""
 
 # %% auto #0
 __all__ = ['PROMPTS', 'PIECES', 'VARIANTS', 'RATE', 'Asker', 'add_tokens', 'prompt_words', 'random_numbers', 'spell',
-           'read_items', 'log_likelihood', 'score_items', 'train_p5', 'tuned', 'item_texts', 'asker_for', 'tune_p5',
-           'run_p5', 'check_p5', 'room_p5', 'make_p5', 'InBlank', 'likelier']
+           'read_items', 'log_likelihood', 'score_items', 'P5Settings', 'train_p5', 'tuned', 'item_texts', 'asker_for',
+           'tune_p5', 'run_p5', 'make_p5', 'InBlank', 'likelier']
 
 # %% ../nbs/22_p5.ipynb #22-004
-import math, time
+import dataclasses, math, time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import polars as pl
 import yaml
 
 from .files import below, not_positive, refuse, root
-from .runs import need, once, stage
+from .runs import Settings, need, once, stage
 from .processes import device, seed_all
 from .data import load_candidates, load_sequences, make_data
 from .prompts import PromptEncoder, load_titles, pad
@@ -156,6 +157,28 @@ def score_items(
             for r, row in zip(rows, z): out[r] = row[:len(lists[r])]
     return out
 
+# %% ../nbs/22_p5.ipynb #22-n01
+@dataclass(frozen=True)
+class P5Settings(Settings):
+    "What stage `p5` is asked for."
+    seed:int=0 # Seed of batches, prompts and item numbers
+    test_users:int=1000 # Users to score, drawn at random, the same for every seed; 0: all
+    recommender_lr:float=0.001 # Peak learning rate of the recommender
+    recommender_batch:int=64 # Training sequences a batch
+    recommender_epochs:int=6 # Passes over the training sequences at most
+    patience:int=2 # Epochs without a better validation AUC before training stops
+    valid_users:int=300 # Users whose validation item decides on early stopping
+
+    def check(self):
+        "Look at sizes and rates."
+        return [*below(vars(self), 1, "recommender_batch", "recommender_epochs"),
+                *below(vars(self), 0, "seed", "test_users", "valid_users", "patience"),
+                *not_positive(vars(self), "recommender_lr")]
+
+    def room(self, values):
+        "Room for both models, and a checkpoint of each."
+        return 2*5*model_bytes(values["t5"])
+
 # %% ../nbs/22_p5.ipynb #22-028
 def train_p5(
     model, # T5; trained in place, ends with the best weights, in evaluation mode
@@ -163,15 +186,15 @@ def train_p5(
     rows:pl.DataFrame, # history, target
     valid:tuple[list, list], # Histories and candidate lists to choose the epoch by
     folder:Path, # For checkpoints
-    p:dict, # The stage's parameters
+    p:P5Settings, # What is asked for
     where:str, # For messages
 )->list[dict]: # One row a step; the last step of an epoch has valid_auc
     "Minimise equation 1 over whole histories."
     past, nexts, steps = (rows["history"].to_list(), rows["target"].to_list(),
-                          p["recommender_epochs"]*math.ceil(len(rows)/p["recommender_batch"]))
-    opt, schedule = adamw(model.parameters(), p["recommender_lr"], steps)
+                          p.recommender_epochs*math.ceil(len(rows)/p.recommender_batch))
+    opt, schedule = adamw(model.parameters(), p.recommender_lr, steps)
     trained = Trained(model)
-    best = Best(trained, p["patience"])
+    best = Best(trained, p.patience)
     def padded(texts): return (t.to(model.device) for t in pad(texts, asker.pad_id))
     def update(at, rng):
         ids, mask = padded([asker.ask_somehow(past[r], rng) for r in at])
@@ -186,7 +209,7 @@ def train_p5(
     lengths = np.array([len(asker.ask(h)) for h in past])
     model.set_attn_implementation("eager")
     curves = train(update, dict(model=trained, opt=opt, schedule=schedule, best=best), len(rows),
-                   p["recommender_epochs"], p["recommender_batch"], folder, p["seed"], where, lengths, after_epoch)
+                   p.recommender_epochs, p.recommender_batch, folder, p.seed, where, lengths, after_epoch)
     trained.load_state_dict(best.weights)
     model.eval()
     return curves
@@ -196,10 +219,10 @@ VARIANTS = {"P5 (titles)": "titles", "P5 (ids)": "ids"}
 RATE = 3 # times recommender_lr
 
 def tuned(
-    p:dict, # Parameters of a stage
-)->dict:
+    p:P5Settings, # What is asked for
+)->P5Settings:
     "The same, with the learning rate of P5."
-    return p | {"recommender_lr": RATE*p["recommender_lr"]}
+    return dataclasses.replace(p, recommender_lr=RATE*p.recommender_lr)
 
 def item_texts(
     run:str, # Run
@@ -229,25 +252,25 @@ def tune_p5(
     run:str, # Run
     variant:str, # titles or ids
     folder:Path, # Where the model goes
-    p:dict, # The stage's parameters
+    p:P5Settings, # What is asked for
     text:str="", # One prompt in the place of P5's own, in words that the tokenizer knows
 )->dict: # curves, and the seconds that training took
     "Train and save one variant; one that is whole already is kept."
     path = backbone(run, "t5")["path"]
     def make(folder):
         began = time.time()
-        seed_all(p["seed"])
+        seed_all(p.seed)
         tokenizer, model = load_tokenizer(path), load_model(path, "t5")
         add_tokens(model, tokenizer, ([] if text else prompt_words(tokenizer)) + (PIECES if variant == "ids" else []))
         valid = load_sequences(run, "valid")
-        at = sample_rows(valid["user"], p["valid_users"], p["seed"])
+        at = sample_rows(valid["user"], p.valid_users, p.seed)
         lists = [load_candidates(run, "uni99", "valid")[1][i][:21] for i in at]
-        curves = train_p5(model.to(device()), asker_for(run, variant, p["seed"], tokenizer, text),
+        curves = train_p5(model.to(device()), asker_for(run, variant, p.seed, tokenizer, text),
                           load_sequences(run, "train"), (valid["history"][at].to_list(), lists), folder, p,
                           f"P5, {variant}")
         model.save_pretrained(folder); tokenizer.save_pretrained(folder)
         return {"curves": curves, "seconds": time.time() - began}
-    known = {k: p[k] for k in ("seed", "recommender_lr", "recommender_batch", "recommender_epochs", "patience",
+    known = {k: getattr(p, k) for k in ("seed", "recommender_lr", "recommender_batch", "recommender_epochs", "patience",
                                "valid_users")}
     return once(folder, known | {"variant": variant, "text": text}, make, [root()/PROMPTS, *weight_files(path)])
 
@@ -256,7 +279,7 @@ def run_p5(
     run:str, # Run
     name:str, # One of `VARIANTS`
     folder:Path, # The stage's folder
-    p:dict, # The stage's parameters
+    p:P5Settings, # What is asked for
 )->tuple[list[pl.DataFrame], dict]: # Ranks, and what is known of the model
     "Train, score, rank."
     variant, about = VARIANTS[name], backbone(run, "t5")
@@ -264,49 +287,34 @@ def run_p5(
     fit = tune_p5(run, variant, folder/variant, p)
     began, model = time.time(), load_model(str(folder/variant), "t5").to(device())
     test, (users, lists) = load_sequences(run, "test"), load_candidates(run, "uni99")
-    at = sample_rows(test["user"], p["test_users"], 0) # the same users for every seed
-    scores = score_items(model, asker_for(run, variant, p["seed"], load_tokenizer(folder/variant)),
+    at = sample_rows(test["user"], p.test_users, 0) # the same users for every seed
+    scores = score_items(model, asker_for(run, variant, p.seed, load_tokenizer(folder/variant)),
                          test["history"][at].to_list(), [lists[i] for i in at])
     return [rank_rows(name, users[at], "uni99", scores)], {
-        "pocket": about["pocket"], "backbone": about["name"], "settings": {k: p[k] for k in ("recommender_lr",
-                "recommender_batch", "recommender_epochs")}, "search": [],
+        "pocket": about["pocket"], "backbone": about["name"],
+        "settings": {k: getattr(p, k) for k in ("recommender_lr", "recommender_batch", "recommender_epochs")},
+        "search": [],
         "valid": max(row.get("valid_auc", 0) for row in fit["curves"]), "valid_metric": "AUC on lists of 21",
         "parameters": sum(w.numel() for w in model.parameters()),
         "seconds": {"search": 0., "train": fit["seconds"], "score": time.time() - began}}
 
 # %% ../nbs/22_p5.ipynb #22-033
-def check_p5(
-    p:dict, # The stage's parameters
-)->list[str]: # A sentence for everything that cannot work
-    "Look at sizes and rates."
-    return [*below(p, 1, "recommender_batch", "recommender_epochs"),
-            *below(p, 0, "seed", "test_users", "valid_users", "patience"), *not_positive(p, "recommender_lr")]
-
-def room_p5(
-    p:dict, # All parameters
-)->float: # Bytes that the stage will write, about
-    "Room for both models, and a checkpoint of each."
-    return 2*5*model_bytes(p["t5"])
-
 def make_p5(
-    run:str="demo", seed:int=0, test_users:int=1000, recommender_lr:float=1e-3, recommender_batch:int=64,
-    recommender_epochs:int=6, patience:int=2, valid_users:int=300,
+    p:P5Settings, # What is asked for
 )->Path: # Folder with both models, ranks.parquet, models.json and curves.parquet
-    "Stage `p5`: both variants. The parameters are explained at the head of the chapter."
-    refuse(check_p5(locals()))
-    params = locals()
-    run = params.pop("run")
-    need(run, "backbones")
+    "Stage `p5`: both variants."
+    refuse(p.check())
+    need(p.run, "backbones")
     def make(folder):
         models = {}
-        ranks = [attempt(models, name, "text", lambda: run_p5(run, name, folder, params), folder) for name in VARIANTS]
+        ranks = [attempt(models, name, "text", lambda: run_p5(p.run, name, folder, p), folder) for name in VARIANTS]
         merits = finish(folder, ranks, models)
-        curves = {name: tune_p5(run, variant, folder/variant, tuned(params))["curves"] for name,
+        curves = {name: tune_p5(p.run, variant, folder/variant, tuned(p))["curves"] for name,
                   variant in VARIANTS.items() if "failed" not in models[name]}
         pl.DataFrame([row | {"model": name} for name, rows in curves.items() for row in rows],
                      infer_schema_length=None).write_parquet(folder/"curves.parquet")
         return merits
-    return stage(run, "p5", params, make, inputs=["data", "prompts", "backbones"], files=[root()/PROMPTS])
+    return stage(p.run, "p5", p.params, make, inputs=["data", "prompts", "backbones"], files=[root()/PROMPTS])
 
 # %% ../nbs/22_p5.ipynb #22-043
 class InBlank:

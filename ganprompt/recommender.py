@@ -8,11 +8,12 @@ __all__ = ['KINDS', 'POCKET_LINEAR', 'SCORES', 'LISTS', 'freeze_encoder', 'T5Dec
            'add_adapters', 'save_adapters', 'new_recommender', 'linear_layers', 'lora_faults', 'llm_faults',
            'save_recommender', 'load_recommender', 'trained_causal', 'uncached_logits', 'Trained', 'Best', 'rec_loss',
            'list_auc', 'divergence', 'Reworded', 'worded', 'ask', 'prompts_a_row', 'logits_at', 'training_items',
-           'tune_on_states', 'sample_rows', 'weight_files', 'tune', 'tune_kind', 'score_lists', 'find_llm',
-           'wordings_faults', 'check_recommender', 'room_recommender', 'make_recommender']
+           'RecommenderSettings', 'tune_on_states', 'sample_rows', 'weight_files', 'tune', 'tune_kind', 'score_lists',
+           'find_llm', 'wordings_faults', 'make_recommender']
 
 # %% ../nbs/13_recommender.ipynb #13-004
 import json, math, os
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,8 +22,9 @@ import polars as pl
 
 from .models import (answer_logits, answers, check_t5, close, encode, first_step, load_model, load_tokenizer,
                               resolve, t5_logits, to_fetch, weights)
-from .backbones import (Reader, adamw, backbone, check_causal, descend, last_logits, model_bytes,
-                                 model_faults, negatives, plot_curves, question_tails, train, train_pocket)
+from .backbones import (BackbonesSettings, Reader, adamw, backbone, check_causal, descend, last_logits,
+                                 model_bytes, model_faults, negatives, plot_curves, question_tails, train,
+                                 train_pocket)
 from .data import load_candidates, load_sequences, load_training
 from .encoder import make_encoder, pool, reader_for
 from .templates import nonsense as templates_of_nonsense, read_templates
@@ -30,7 +32,7 @@ from .prompts import pad
 from fastcore.basics import patch
 
 from .files import UserError, below, listed, not_positive, refuse, root, strange, told, write_json
-from .runs import Run, kept, need, once, stage
+from .runs import Run, Settings, kept, need, once, stage
 from .processes import device, gathered, in_processes, is_main, part, possible, seed_all, shard, totals
 from .scorer import (Questions, States, bank_for, fast_math, own_attributes, score_rows, scores_of, square,
                               token_batches, wanted)
@@ -308,24 +310,25 @@ def linear_layers(
             and k.endswith(".weight") and ".0." in k]
 
 def lora_faults(
-    p:dict, # Parameters with llm and lora_modules
+    llm:str, # Hub name, local folder, or "pocket"
+    lora_modules:str, # As in the parameters
 )->list[str]: # A sentence for each module that the model does not have
     "Whether there is something for each adapter to adapt."
-    if p["lora_modules"] == "all-linear": return []
-    there = linear_layers(p["llm"])
-    wrong = [m for m in listed(p["lora_modules"]) or [""] if not any(k == m or k.endswith(f".{m}") for k in there)]
+    if lora_modules == "all-linear": return []
+    there = linear_layers(llm)
+    wrong = [m for m in listed(lora_modules) or [""] if not any(k == m or k.endswith(f".{m}") for k in there)]
     known = ", ".join(dict.fromkeys(k.rpartition(".")[2] for k in there))
-    return [f"lora_modules={p['lora_modules']!r}: {p['llm']} has no linear layer {m!r}; it has {known}; or leave it "
+    return [f"lora_modules={lora_modules!r}: {llm} has no linear layer {m!r}; it has {known}; or leave it "
             "at all-linear" for m in wrong]
 
 def llm_faults(
-    p:dict, # Parameters with llm, lora_rank, lora_modules, download, perhaps four_bit
+    p:Settings, # With llm, lora_rank, lora_modules, download, perhaps four_bit
 )->list[str]: # A sentence for everything that cannot work
     "Look for the causal model, and at what is to be adapted in it."
-    model = model_faults(p, "llm", "causal")
-    here = not model and (p["llm"] == "pocket" or not to_fetch(p["llm"], p["download"]))
-    return [*model, *(lora_faults(p) if here else []), *below(p, 1, "lora_rank"),
-            *(told(in_four_bits) if p.get("four_bit") else [])]
+    model = model_faults("llm", p.llm, "causal", p.download)
+    here = not model and (p.llm == "pocket" or not to_fetch(p.llm, p.download))
+    return [*model, *(lora_faults(p.llm, p.lora_modules) if here else []), *below(vars(p), 1, "lora_rank"),
+            *(told(in_four_bits) if getattr(p, "four_bit", False) else [])]
 
 # %% ../nbs/13_recommender.ipynb #13-018
 def save_recommender(
@@ -445,20 +448,20 @@ def worded(
     reader:Reader, # With the T5's tokenizer
     own:dict, # Row -> attribute word
     rows:pl.DataFrame, # user, history
-    p:dict, # The stage's parameters
+    attributes:bool, wordings:int, nonsense:int, seed:int, # See the parameters
 )->list: # `wordings` times the questions: in the run's words, and then in others
     "Training questions. The other templates of a row differ from each other."
-    clean, rng = Questions(reader, own, rows, attributes=p["attributes"]), np.random.default_rng(p["seed"])
-    if p["wordings"] == 1: return [clean]
+    clean, rng = Questions(reader, own, rows, attributes=attributes), np.random.default_rng(seed)
+    if wordings == 1: return [clean]
     words = sorted(t[1:] for t in reader.tokenizer.get_vocab() if t[0] == "▁" and t[1:].isalpha())
     others = ([t for t in bank_for(reader)[1:] if t["split"] == "seen"]
-              + templates_of_nonsense(words, p["nonsense"], p["seed"]))
-    each = [Questions(reader, own, rows, t["text"], p["attributes"]) for t in others]
-    if p["wordings"] > len(each) + 1:
-        raise UserError(f"wordings={p['wordings']}: there are {len(each) + 1} templates to train on, {p['nonsense']} "
+              + templates_of_nonsense(words, nonsense, seed))
+    each = [Questions(reader, own, rows, t["text"], attributes) for t in others]
+    if wordings > len(each) + 1:
+        raise UserError(f"wordings={wordings}: there are {len(each) + 1} templates to train on, {nonsense} "
                         f"of them nonsense; choose 1 to {len(each) + 1}, or add seen ones to data/templates.yaml")
     choice = rng.permuted(np.tile(np.arange(len(each)), (len(rows), 1)), axis=1)
-    return [clean, *(Reworded(each, choice[:, v]) for v in range(p["wordings"] - 1))]
+    return [clean, *(Reworded(each, choice[:, v]) for v in range(wordings - 1))]
 
 # %% ../nbs/13_recommender.ipynb #13-027
 def ask(
@@ -503,38 +506,85 @@ def training_items(
     drawn = negatives([mine[u] for u in rows["user"].to_list()], n_items, k, np.random.default_rng(seed))
     return np.column_stack([rows["target"].to_numpy(), drawn])
 
+# %% ../nbs/13_recommender.ipynb #13-n01
+@dataclass(frozen=True)
+class RecommenderSettings(Settings):
+    "What stage `recommender` is asked for."
+    seed:int=0 # Seed of weights, batches and negatives
+    recommender:str="t5-decoder" # On the frozen encoder: t5-decoder, causal-lm, t5-ranker; or several, with commas
+    negatives_per_positive:int=4 # Items not bought for each item bought, in training
+    attributes:bool=True # Whether a prompt carries the attribute word of its history
+    wordings:int=1 # Wordings of each training question: the run's template, and others of the bank's seen part
+    nonsense:int=0 # Templates that say nothing, made up beside the bank's seen ones
+    consistency:float=0.0 # Weight of the divergence between the answers to two wordings of a question
+    score:str="yes-no" # A candidate's score: yes-no, the log-odds of the two answers; vocab, the log-probability of yes
+    candidates:str="uni99" # Candidate lists to score: uni99, pop99 or full
+    recommender_lr:float=0.001 # Peak learning rate of the recommender
+    recommender_batch:int=64 # Training sequences a batch; each comes with its negatives
+    recommender_epochs:int=6 # Passes over the training sequences at most
+    patience:int=2 # Epochs without a better validation AUC before training stops
+    valid_users:int=300 # Users whose validation item decides on early stopping
+    test_users:int=1000 # Users to score, drawn at random, the same for every seed; 0: all
+    llm:str="pocket" # Causal language model of causal-lm: a hub name, a local folder, or "pocket"
+    lora_rank:int=8 # Rank of the causal model's low-rank adapters
+    lora_modules:str="all-linear" # Layers that get an adapter, with commas; all-linear: every one but the last
+    four_bit:bool=False # Load the causal model in 4 bits; needs a GPU and bitsandbytes
+    download:bool=False # Whether hub models may be fetched; otherwise only the local cache is read
+    cache_gb:float=4.0 # Memory for kept encoder states, in GB; beyond it they go to a file
+    cache_file_gb:float=50.0 # Largest file of kept encoder states, in GB; beyond it they are computed each time
+    processes:int=1 # Processes to train and score in, on as many GPUs; on a CPU each has one thread
+    neutral = "download", "cache_gb", "cache_file_gb", "processes"
+
+    def check(self):
+        "Look at switches, sizes and rates, and for the causal model."
+        p, kinds = vars(self), listed(self.recommender)
+        compares = self.wordings > 1 and self.score == "yes-no"
+        return [*strange(p | {"recommender": kinds}, recommender=KINDS, score=SCORES, candidates=LISTS),
+                *below(p, 1, "negatives_per_positive", "wordings", "recommender_batch", "recommender_epochs"),
+                *below(p, 0, "seed", "nonsense", "consistency", "patience", "valid_users", "test_users", "cache_gb",
+                       "cache_file_gb"), *not_positive(p, "recommender_lr"),
+                *(["consistency compares answers in log-odds to two wordings; it needs --wordings 2 or more and "
+                   "--score yes-no"] if self.consistency and not compares else []),
+                *wordings_faults(self.wordings, self.nonsense), *told(possible, self.processes),
+                *(llm_faults(self) if "causal-lm" in kinds else [])]
+
+    def room(self, values):
+        "Room for two models of each kind, and a checkpoint of each (what is trained, two moments, the best so far)."
+        return 2*sum(3*model_bytes(values["t5"]) if kind != "causal-lm" else 4*10**8*(self.llm != "pocket")
+                     for kind in listed(self.recommender))
+
 # %% ../nbs/13_recommender.ipynb #13-028
 def tune_on_states(
     model, # Recommender; trained in place, ends with the best weights
     train_set:tuple[States, np.ndarray], # States of the training prompts, and the items of each row
     valid_set:tuple[States, np.ndarray], # The same for validation lists
     folder:Path, # For checkpoints
-    p:dict, # The stage's parameters
+    p:RecommenderSettings, # What is asked for
     where:str, # For messages
 )->list[dict]: # One row a step; the last step of an epoch has valid_auc
     "Stage 2: train what comes after the encoder, on kept states."
     import torch
-    (states, items), (kept, lists), needed = train_set, valid_set, wanted(model.names, p["score"])
-    opt, schedule = adamw(model.module.parameters(), p["recommender_lr"],
-                          p["recommender_epochs"]*math.ceil(len(items)/p["recommender_batch"]))
+    (states, items), (kept, lists), needed = train_set, valid_set, wanted(model.names, p.score)
+    opt, schedule = adamw(model.module.parameters(), p.recommender_lr,
+                          p.recommender_epochs*math.ceil(len(items)/p.recommender_batch))
     trained, n = Trained(model.module), prompts_a_row(model, items)
-    best, wordings = Best(trained, p["patience"]), len(states.lengths)//(len(items)*n)
+    best, wordings = Best(trained, p.patience), len(states.lengths)//(len(items)*n)
     def update(at, rng):
         (mine, share), asked = part(at), [0] if wordings == 1 else [0, int(rng.integers(1, wordings))]
-        z = [scores_of(logits_at(model, states, items, mine, needed, w), p["score"], model.names) for w in asked]
-        loss = share*sum(rec_loss(x, p["score"]) for x in z)/len(z)
-        apart = share*p["consistency"]*divergence(*z) if len(z) > 1 and p["consistency"] else 0*loss
+        z = [scores_of(logits_at(model, states, items, mine, needed, w), p.score, model.names) for w in asked]
+        loss = share*sum(rec_loss(x, p.score) for x in z)/len(z)
+        apart = share*p.consistency*divergence(*z) if len(z) > 1 and p.consistency else 0*loss
         descend(loss + apart, opt, schedule)
         return totals({"loss": loss, "apart": apart})
     def after_epoch(epoch, curves):
         mine = shard(len(lists))
         with torch.inference_mode():
-            z = [scores_of(logits_at(model, kept, lists, at, needed), p["score"], model.names).cpu()
+            z = [scores_of(logits_at(model, kept, lists, at, needed), p.score, model.names).cpu()
                  for at in np.array_split(mine, math.ceil(len(mine)/16)) if len(at)]
         curves[-1]["valid_auc"] = list_auc(np.concatenate([x for share in gathered(z) for x in share]))
         return best.stop(curves[-1]["valid_auc"])
     curves = train(update, dict(model=trained, opt=opt, schedule=schedule, best=best), len(items),
-                   p["recommender_epochs"], p["recommender_batch"], folder, p["seed"], where,
+                   p.recommender_epochs, p.recommender_batch, folder, p.seed, where,
                    states.lengths[:len(items)*n:n], after_epoch)
     trained.load_state_dict(best.weights)
     return curves
@@ -566,46 +616,46 @@ def tune(
     path:str, # T5 to start from
     llm:str, # Folder of the causal language model
     folder:Path, # Where the tuned model goes
-    p:dict, # The stage's parameters
-    how:dict, # processes, cache_gb, cache_file_gb
+    p:RecommenderSettings, # What is asked for
 )->pl.DataFrame: # Learning curves
     """Train and save one recommender; one that is whole already is kept, and what only other kinds mind may change
     meanwhile."""
-    others = ({"run", "recommender", "test_users", "processes", "cache_gb", "cache_file_gb", "download", "llm"}
+    others = ({"recommender", "test_users", "llm"}
               | (set() if kind == "causal-lm" else {"lora_rank", "lora_modules", "four_bit"}))
     files = (weight_files(path) + (weight_files(llm) if kind == "causal-lm" else [])
-             + [root()/"data/templates.yaml"]*(p["wordings"] > 1))
-    rows = once(folder, {"kind": kind} | {k: v for k, v in p.items() if k not in others},
-                lambda folder: tune_kind(run, kind, path, llm, folder, p, how), files)
+             + [root()/"data/templates.yaml"]*(p.wordings > 1))
+    rows = once(folder, {"kind": kind} | {k: v for k, v in p.params.items() if k not in others},
+                lambda folder: tune_kind(run, kind, path, llm, folder, p), files)
     return pl.DataFrame(rows, infer_schema_length=None)
 
 # %% ../nbs/13_recommender.ipynb #13-031u
-def tune_kind(run, kind, path, llm, folder, p, how): # as for `tune`
+def tune_kind(run, kind, path, llm, folder, p): # as for `tune`
     "Train and save one recommender. Returns the rows of its learning curves."
     (reader, _), own, rows, lists = reader_for(run), own_attributes(run), load_sequences(run,
             "train"), load_sequences(run, "valid")
-    items = training_items(run, rows, len(reader.titles), p["negatives_per_positive"], p["seed"])
-    at = sample_rows(lists["user"], p["valid_users"], p["seed"])
-    kept_lists = load_candidates(run, "uni99" if p["candidates"] == "full" else p["candidates"], "valid")[1]
+    items = training_items(run, rows, len(reader.titles), p.negatives_per_positive, p.seed)
+    at = sample_rows(lists["user"], p.valid_users, p.seed)
+    kept_lists = load_candidates(run, "uni99" if p.candidates == "full" else p.candidates, "valid")[1]
     others = square([kept_lists[i][:21] for i in at])
     width = json.loads((Path(path)/"config.json").read_text())["d_model"]
     def states(name, wordings, items):
         prompts = [prompt for questions in wordings for prompt in ask(KINDS[kind], questions, items)]
-        return States(prompts, width, reader.tokenizer.pad_token_id, folder/name, how["cache_gb"], how["cache_file_gb"],
-                      how["processes"] > 1), items
-    sets = states("train.bin", worded(reader, own, rows, p), items), states("valid.bin",
-            [Questions(reader, own, lists[at], attributes=p["attributes"])], others)
+        return States(prompts, width, reader.tokenizer.pad_token_id, folder/name, p.cache_gb, p.cache_file_gb,
+                      p.processes > 1), items
+    asked = worded(reader, own, rows, p.attributes, p.wordings, p.nonsense, p.seed)
+    sets = states("train.bin", asked, items), states("valid.bin",
+            [Questions(reader, own, lists[at], attributes=p.attributes)], others)
     print(f"{folder.name}: {sets[0][0]}")
     def fit():
-        seed_all(p["seed"])
-        model = new_recommender(kind, path, reader, llm, p["lora_rank"], p["lora_modules"], p["four_bit"])
+        seed_all(p.seed)
+        model = new_recommender(kind, path, reader, llm, p.lora_rank, p.lora_modules, p.four_bit)
         for states, _ in sets: states.fill(model.t5)
         curves = tune_on_states(model, *sets, folder, p, f"stage 2, {folder.name}")
         if is_main():
-            save_recommender(model, folder, dict(kind=kind, t5=path, llm=llm,
-                                                 **{k: p[k] for k in ("four_bit", "attributes")}))
+            save_recommender(model, folder, dict(kind=kind, t5=path, llm=llm, four_bit=p.four_bit,
+                                                 attributes=p.attributes))
         return [row | {"model": folder.name} for row in curves]
-    curves = in_processes(how["processes"], fit)
+    curves = in_processes(p.processes, fit)
     for states, _ in sets: states.drop()
     return curves
 
@@ -643,15 +693,16 @@ def score_lists(
 # %% ../nbs/13_recommender.ipynb #13-033
 def find_llm(
     run:str, # Run
-    p:dict, # The stage's parameters
+    p:RecommenderSettings, # With llm, download and seed
     folder:Path, # Where a pocket model goes
 )->str: # Folder of a causal language model
     """The causal language model by name, or a pocket Llama trained here on the run's training part, as wide as the
     pocket T5."""
-    if p["llm"] != "pocket": return resolve(p["llm"], p["download"])
+    if p.llm != "pocket": return resolve(p.llm, p.download)
     reader, path = reader_for(run)
     width = json.loads((Path(path)/"config.json").read_text())["d_model"]
-    train_pocket("causal", reader, folder, min(128, width), 2, 3, 2e-3, p["seed"])
+    train_pocket("causal", reader, folder, BackbonesSettings(run, p.seed, pocket_width=min(128, width),
+                                                             pocket_layers=2, pocket_epochs=3, pocket_lr=2e-3))
     return str(folder)
 
 # %% ../nbs/13_recommender.ipynb #13-033b
@@ -666,64 +717,34 @@ def wordings_faults(
     return [f"wordings={wordings}: there are {most} templates to train on, {nonsense} of them nonsense; choose 1 to "
             f"{most}, or add seen ones to data/templates.yaml"]*(wordings > most)
 
-def check_recommender(
-    p:dict, # The stage's parameters
-)->list[str]: # A sentence for everything that cannot work
-    "Look at switches, sizes and rates, and for the causal model."
-    kinds = listed(p["recommender"])
-    compares = p["wordings"] > 1 and p["score"] == "yes-no"
-    return [*strange(p | {"recommender": kinds}, recommender=KINDS, score=SCORES, candidates=LISTS),
-            *below(p, 1, "negatives_per_positive", "wordings", "recommender_batch", "recommender_epochs"),
-            *below(p, 0, "seed", "nonsense", "consistency", "patience", "valid_users", "test_users", "cache_gb",
-                   "cache_file_gb"), *not_positive(p, "recommender_lr"),
-            *(["consistency compares answers in log-odds to two wordings; it needs --wordings 2 or more and --score "
-               "yes-no"] if p["consistency"] and not compares else []),
-            *wordings_faults(p["wordings"], p["nonsense"]), *told(possible, p["processes"]),
-            *(llm_faults(p) if "causal-lm" in kinds else [])]
-
-def room_recommender(
-    p:dict, # All parameters
-)->float: # Bytes that the stage will write, about
-    "Room for two models of each kind, and a checkpoint of each (what is trained, two moments, the best so far)."
-    return 2*sum(3*model_bytes(p["t5"]) if kind != "causal-lm" else 4*10**8*(p["llm"] != "pocket")
-                 for kind in listed(p["recommender"]))
-
 # %% ../nbs/13_recommender.ipynb #13-034
 def make_recommender(
-    run:str="demo", seed:int=0, recommender:str="t5-decoder", negatives_per_positive:int=4, attributes:bool=True,
-    wordings:int=1, nonsense:int=0, consistency:float=0., score:str="yes-no", candidates:str="uni99",
-    recommender_lr:float=1e-3,
-    recommender_batch:int=64, recommender_epochs:int=6, patience:int=2, valid_users:int=300, test_users:int=1000,
-    llm:str="pocket", lora_rank:int=8,
-    lora_modules:str="all-linear", four_bit:bool=False, download:bool=False, cache_gb:float=4., cache_file_gb:float=50.,
-    processes:int=1,
+    p:RecommenderSettings, # What is asked for
 )->Path: # Folder with the tuned models, scores.parquet and curves.parquet
-    """Stage `recommender` (stage 2 of the paper, section 3.4.2). The parameters are explained at the head of the
-    chapter."""
-    refuse(check_recommender(locals()))
-    params, kinds = locals(), listed(recommender)
-    # these change no result
-    how = {k: params.pop(k) for k in ("run", "cache_gb", "cache_file_gb", "processes", "download")}
+    "Stage `recommender` (stage 2 of the paper, section 3.4.2)."
+    refuse(p.check())
+    run, kinds = p.run, listed(p.recommender)
     encoder = need(run, "encoder", make_encoder)
-    found = resolve(llm, download) if "causal-lm" in kinds and llm != "pocket" else ""
+    found = resolve(p.llm, p.download) if "causal-lm" in kinds and p.llm != "pocket" else ""
     def make(folder):
         about = backbone(run, "t5")
-        lm = find_llm(run, params | how, folder/"llm") if "causal-lm" in kinds else ""
+        lm = find_llm(run, p, folder/"llm") if "causal-lm" in kinds else ""
         starts = {"no-stage-1": about["path"], "ganprompt": str(encoder/"model")}
         names = {name if kind == "t5-decoder" else f"{name}, {kind}": (kind, path) for kind in kinds for name,
                  path in starts.items()}
-        curves = [tune(run, kind, path, lm, folder/name, params, how) for name, (kind, path) in names.items()]
-        at = sample_rows(load_sequences(run, "test")["user"], test_users, 0) # the same users for every seed
-        pl.concat([score_lists(run, folder/name, candidates, at, score, processes, keep=folder/".scores")
+        curves = [tune(run, kind, path, lm, folder/name, p) for name, (kind, path) in names.items()]
+        at = sample_rows(load_sequences(run, "test")["user"], p.test_users, 0) # the same users for every seed
+        pl.concat([score_lists(run, folder/name, p.candidates, at, p.score, p.processes, keep=folder/".scores")
                    for name in names]).write_parquet(folder/"scores.parquet")
         table = pl.concat(curves, how="diagonal")
         table.write_parquet(folder/"curves.parquet")
         plot_curves(table, ["loss", "valid_auc"]).savefig(folder/"curves.png", dpi=110)
-        write_json(folder/"recommender.json", {"candidates": candidates, "pocket": about["pocket"], "t5": about["name"],
-                                               "test_users": len(at)} | ({"llm": llm} if lm else {}))
+        write_json(folder/"recommender.json", {"candidates": p.candidates, "pocket": about["pocket"],
+                                               "t5": about["name"], "test_users": len(at)}
+                   | ({"llm": p.llm} if lm else {}))
         return ({f"valid_auc {name}": c["valid_auc"].max() for name, c in zip(names, curves)}
-                | ({"processes": processes} if processes > 1 else {}))
-    return stage(run, "recommender", params, make, inputs=["data", "prompts", "backbones", "attributes", "encoder"],
+                | ({"processes": p.processes} if p.processes > 1 else {}))
+    return stage(run, "recommender", p.params, make, inputs=["data", "prompts", "backbones", "attributes", "encoder"],
                  files=[root()/"data/templates.yaml"],
                  models=[found] if found else [], grows=["recommender"])
 

@@ -5,16 +5,16 @@ robust, and is it the GAN?"""
 
 # %% auto #0
 __all__ = ['FORMS', 'FIRST', 'SHOWN', 'ABOUT', 'WHOLE', 'STATISTICS', 'SEPARABILITY', 'CONTROLS', 'HEAT', 'BEFORE_AFTER', 'WORDS',
-           'VIEWS', 'AGAINST', 'PAGES', 'STUDIES', 'defaults', 'read_entries', 'first_stage', 'encoder_for',
-           'other_form', 'tuned_model', 'first_places', 'bank_file', 'answers_table', 'unshifted', 'answers_of',
-           'shown_of', 'run_entry', 'stage_page', 'asked_entries', 'unseen_in', 'check_study', 'room_study',
-           'join_tables', 'make_study', 'kept_measures', 'keep_study', 'read_study_entries', 'table_of', 'by_entry',
-           'unseen_at', 'drawn_cps', 'drawn', 'ahead', 'epochs_of', 'separated', 'costliest', 'study_notes',
-           'study_page', 'plot_study_groups', 'plot_study_heat', 'plot_separated', 'in_words', 'plot_figure1',
-           'draw_study']
+           'VIEWS', 'AGAINST', 'PAGES', 'STUDIES', 'read_entries', 'first_stage', 'encoder_for', 'StudySettings',
+           'other_form', 'tuned_model', 'first_places', 'bank_file', 'bank_of', 'answers_table', 'unshifted',
+           'answers_of', 'shown_of', 'run_entry', 'stage_page', 'asked_entries', 'unseen_in', 'join_tables',
+           'make_study', 'kept_measures', 'keep_study', 'read_study_entries', 'table_of', 'by_entry', 'unseen_at',
+           'drawn_cps', 'drawn', 'ahead', 'epochs_of', 'separated', 'costliest', 'study_notes', 'study_page',
+           'plot_study_groups', 'plot_study_heat', 'plot_separated', 'in_words', 'plot_figure1', 'draw_study']
 
 # %% ../nbs/30_study.ipynb #30-004
-import inspect, json, string, textwrap, time
+import dataclasses, json, string, textwrap, time
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np, polars as pl, yaml
@@ -22,38 +22,33 @@ import numpy as np, polars as pl, yaml
 # %% ../nbs/30_study.ipynb #30-005
 from .files import (UserError, below, listed, pages_folder, refuse, results_folder, root, run_folder, strange,
                              told, write_json)
-from .runs import Study, digest, kind_of, manifest, need, once, stage
+from .runs import Settings, Study, digest, kind_of, manifest, need, once, stage
 from .processes import device
 from .data import dataset_info
 from .templates import read_templates
 from .models import load_model, resolve
 from .backbones import backbone, model_bytes
 from .attributes import make_attributes
-from .encoder import make_encoder, reader_for, tune_encoder
+from .encoder import EncoderSettings, reader_for, tune_encoder
 from .scorer import bank_for, blanked, own_attributes
-from .recommender import KINDS, find_llm, load_recommender, make_recommender, tune
+from .recommender import KINDS, RecommenderSettings, find_llm, load_recommender, tune
 from .measures import data_name, figures_of, label, ranking
 from .statistics import ends, redrawn, scope, user_draws
 from .pages import Block, Page, short, spread, to_md, write_page
 from .figures import save_figure
 from .idmodels import short_message
-from .p5 import InBlank, PROMPTS, RATE, asker_for, likelier, tune_p5
-from .collm import load_text_lm, text_reader, tune_text
-from .gather import make_gather, tune_gather
+from .p5 import InBlank, P5Settings, PROMPTS, asker_for, likelier, tune_p5, tuned
+from .collm import CollmSettings, load_text_lm, text_reader, tune_text
+from .gather import GatherSettings, tune_gather
 from .sensitivity import FIGURES, drop_rate, halved, held_out, measure_bank, template_table, unpadded
 from .robustness import PALETTE, load_any, plot_heat, score_bank, test_lists
 from .results import (Ranks, by_dataset, entry_path, owned, owners_of, per_owner, ranks_of, read_entry, slug,
                                write_entry)
 
 # %% ../nbs/30_study.ipynb #30-008
-def defaults(
-    make, # Function
-)->dict: # Parameter -> default value
-    "What a stage does if nothing is said."
-    return {name: p.default for name, p in inspect.signature(make).parameters.items()}
-
 FORMS = ("TALLRec", "P5") # recommenders that are not of chapter 13
-FIRST = {"spread": (make_encoder, tune_encoder), "gather": (make_gather, tune_gather)} # the two forms of stage 1
+# the two forms of stage 1
+FIRST = {"spread": (EncoderSettings, tune_encoder), "gather": (GatherSettings, tune_gather)}
 
 def read_entries(
     path:str|Path="", # YAML file; data/study.yaml by default
@@ -64,21 +59,24 @@ def read_entries(
     readings = found.get("readings", {})
     encoders, entries = {"backbone": {}} | found["encoders"] | readings, found["entries"] | {name: {"encoder": name}
             for name in readings}
+    def names(settings): return [f.name for f in fields(settings)]
     def check(kind, name, values, known):
         if wrong := set(values) - set(known):
             raise UserError(f"{path}, {kind}, {name!r}: unknown parameter {min(wrong)!r}; known: "
                             f"{', '.join(sorted(known))}")
     for name, values in encoders.items():
         check("encoders", name, values, ["stage", *([] if values.get("stage") == "gather" else ["k"]),
-                                         *defaults(FIRST[values.get("stage", "spread")][0])])
+                                         *names(FIRST[values.get("stage", "spread")][0])])
     for name, values in entries.items():
         check("entries", name, values, ["form", "lora_rank", "lora_modules"] if "form" in values
-              else ["encoder", "tuned", *defaults(make_recommender)])
+              else ["encoder", "tuned", *names(RecommenderSettings)])
         key, known = ("form", FORMS) if "form" in values else ("encoder", encoders)
         if values.get(key) not in known:
             raise UserError(f"{path}, entries, {name!r}: {key} must be one of {', '.join(known)}, not "
                             f"{values.get(key)!r}")
     return encoders, {name: {"tuned": True} | values for name, values in entries.items()}
+
+# %% ../nbs/30_study.ipynb #30-n01
 def first_stage(
     how:dict, # An entry's settings, from `read_entries`
 )->dict|None: # stage (spread or gather), epochs; None if there is no stage 1
@@ -87,7 +85,7 @@ def first_stage(
     values = read_entries()[0][how["encoder"]]
     stage = values.get("stage", "spread")
     name = {"spread": "encoder_epochs", "gather": "gather_epochs"}[stage]
-    return {"stage": stage, "epochs": values.get(name, defaults(FIRST[stage][0])[name])}
+    return {"stage": stage, "epochs": getattr(FIRST[stage][0].of(values), name)}
 
 # %% ../nbs/30_study.ipynb #30-011
 def encoder_for(
@@ -99,35 +97,59 @@ def encoder_for(
 )->tuple[str, dict]: # (folder of a T5, stage 1's figures of merit)
     "The backbone, or what a stage 1 makes of it; one that is whole already is kept."
     if name == "backbone": return backbone(run, "t5")["path"], {}
-    home, values = folder/slug(name), dict(values)
-    make, tune = FIRST[values.pop("stage", "spread")]
-    p = {k: v for k, v in defaults(make).items() if k not in ("run", "processes")} | values | {"seed": seed}
+    home, (settings, tune) = folder/slug(name), FIRST[values.get("stage", "spread")]
+    p, words = settings.of(values | {"run": run, "seed": seed}), {"k": values["k"]} if "k" in values else {}
     def train(home):
-        merits = tune(run, home, p)
+        merits = tune(p, home, **words)
         write_json(home/"merits.json", merits)
         return merits
-    return str(home/"model"), once(home, p | {"stage": tune.__name__}, train, [root()/"data/templates.yaml"])
+    merits = once(home, p.params | words | {"stage": tune.__name__}, train, [root()/"data/templates.yaml"])
+    return str(home/"model"), merits
+
+# %% ../nbs/30_study.ipynb #30-n02
+@dataclass(frozen=True)
+class StudySettings(Settings):
+    "What stage `study` is asked for."
+    seed:int=0 # Seed of weights, batches, negatives and wordings
+    study_entries:str="one template,random templates,agreement" # Entries of data/study.yaml; all: every one
+    study_recommender:str="t5-ranker" # What is tuned: t5-decoder, causal-lm or t5-ranker
+    study_users:int=300 # Users to ask about, drawn at random, the same for every seed; 0: all
+    study_bank:str="templates" # Bank that they are asked under: data/NAME.yaml; trained on: data/templates.yaml
+    recommender_epochs:int=6 # Passes over the training sequences at most
+    recommender_batch:int=64 # Training sequences a batch; each comes with its negatives
+
+    def check(self):
+        "Look at names and numbers, and read the bank."
+        p = vars(self)
+        return [*strange(p | {"study_entries": asked_entries(self.study_entries)}, study_entries=read_entries()[1],
+                         study_recommender=KINDS),
+                *below(p, 1, "recommender_epochs", "recommender_batch"), *below(p, 0, "seed", "study_users"),
+                *told(lambda: unseen_in(bank_file(self.study_bank), self.study_bank))]
+
+    def room(self, values):
+        "Room for the encoders and recommenders, and a checkpoint of each."
+        return len(asked_entries(self.study_entries))*(3 + 7)*model_bytes(values["t5"])
 
 # %% ../nbs/30_study.ipynb #30-012
 def other_form(
     run:str, # Run
     form:str, # One of `FORMS`
     folder:Path, # Where the model goes
-    q:dict, # Parameters of stage 2
+    q:RecommenderSettings, # What is asked for of stage 2
     reader, # `Reader`
 ): # (recommender, reader with its tokenizer, validation AUC)
     "TALLRec (chapter 23) or P5 (chapter 22), trained in the words of the clean template, with a blank for the item."
     text = blanked(reader.templates["recommendation"])
     folder.mkdir(parents=True, exist_ok=True)
     if form == "P5":
-        fit = tune_p5(run, "titles", folder/"P5", q | {"recommender_lr": RATE*q["recommender_lr"]}, text)
+        fit = tune_p5(run, "titles", folder/"P5", tuned(P5Settings.of(vars(q))), text)
         model = InBlank(load_model(str(folder/"P5"), "t5").to(device()),
-                        asker_for(run, "titles", q["seed"], reader.tokenizer, text))
+                        asker_for(run, "titles", q.seed, reader.tokenizer, text))
     else:
         llm = find_llm(run, q, folder/"llm")
-        write_json(folder/"start.json", {"llm": "llm" if q["llm"] == "pocket" else llm, "text": text}
-                   | {k: q[k] for k in ("lora_rank", "lora_modules")})
-        fit = tune_text(run, "TALLRec", folder, q)
+        write_json(folder/"start.json", {"llm": "llm" if q.llm == "pocket" else llm, "text": text,
+                                         "lora_rank": q.lora_rank, "lora_modules": q.lora_modules})
+        fit = tune_text(run, "TALLRec", folder, CollmSettings.of(vars(q)))
         model, reader = load_text_lm(run, folder, "TALLRec"), text_reader(run, llm)
     return model, reader, max(row.get("valid_auc", 0) for row in fit["curves"])
 
@@ -135,18 +157,18 @@ def tuned_model(
     run:str, # Run
     name:str, # Entry
     folder:Path, # The stage's folder
-    p:dict, # The stage's parameters
+    p:StudySettings, # What is asked for
 ): # (recommender, `Reader` with its tokenizer, validation AUC or None, stage 1's figures of merit)
     "An entry's recommender."
     encoders, entries = read_entries()
     e, (reader, _) = entries[name], reader_for(run)
-    q = (defaults(make_recommender) | {k: p[k] for k in ("seed", "recommender_epochs", "recommender_batch")}
-         | {k: v for k, v in e.items() if k not in ("encoder", "tuned", "form")})
+    q = dataclasses.replace(RecommenderSettings.of(vars(p)), **{k: v for k, v in e.items()
+                                                                if k not in ("encoder", "tuned", "form")})
     if "form" in e: return *other_form(run, e["form"], folder/slug(name), q, reader), {}
-    path, merits = encoder_for(run, e["encoder"], encoders[e["encoder"]], folder/"encoders", p["seed"])
+    path, merits = encoder_for(run, e["encoder"], encoders[e["encoder"]], folder/"encoders", p.seed)
     if not e["tuned"]: return load_any(path, reader)[0], reader, None, merits
-    lm = find_llm(run, q, folder/"llm") if p["study_recommender"] == "causal-lm" else ""
-    curves = tune(run, p["study_recommender"], path, lm, folder/slug(name), q, q)
+    lm = find_llm(run, q, folder/"llm") if p.study_recommender == "causal-lm" else ""
+    curves = tune(run, p.study_recommender, path, lm, folder/slug(name), q)
     return load_recommender(folder/slug(name), reader), reader, curves["valid_auc"].max(), merits
 
 # %% ../nbs/30_study.ipynb #30-012b
@@ -160,16 +182,22 @@ def first_places(
     "Places in the list of the three candidates that come first; a tie counts against the target, as in its rank."
     return scores.shape[1] - 1 - np.argsort(-scores[:, ::-1], axis=1, kind="stable")[:, :3]
 
+# %% ../nbs/30_study.ipynb #30-n03
 def bank_file(
-    p:dict, # Parameters of the stage
+    study_bank:str, # As in the parameters
 )->Path: # Template file
     "Where the bank is that the recommenders are asked under. `UserError` if it is not there."
-    name = p.get("study_bank", "templates") # entries that were kept before there was a choice say nothing
-    path = root()/"data"/f"{name}.yaml"
+    path = root()/"data"/f"{study_bank}.yaml"
     if not path.is_file():
-        raise UserError(f"study_bank={name}: there is no {path}; put a template file there, or leave study_bank as it "
-                        "is for data/templates.yaml")
+        raise UserError(f"study_bank={study_bank}: there is no {path}; put a template file there, or leave study_bank "
+                        "as it is for data/templates.yaml")
     return path
+
+def bank_of(
+    e:dict, # Kept entry; those that were kept before there was a choice do not name it
+)->Path: # Template file
+    "The bank that a recommender was asked under."
+    return bank_file(StudySettings.of(e.get("parameters", {})).study_bank)
 
 # %% ../nbs/30_study.ipynb #30-012e
 def answers_table(
@@ -230,12 +258,12 @@ def run_entry(
     run:str, # Run
     name:str, # Entry
     folder:Path, # The stage's folder
-    p:dict, # The stage's parameters
+    p:StudySettings, # What is asked for
 )->tuple[dict, pl.DataFrame]: # What is known of the entry, and its answers
     "Tune and ask."
-    start, (rows, lists) = time.time(), test_lists(run, p["study_users"])
+    start, (rows, lists) = time.time(), test_lists(run, p.study_users)
     model, reader, valid, merits = tuned_model(run, name, folder, p)
-    bank, tuned = bank_for(reader, bank_file(p)), time.time()
+    bank, tuned = bank_for(reader, bank_file(p.study_bank)), time.time()
     scores = score_bank(model, reader, own_attributes(run), bank, rows, lists, name, folder/".scores"/slug(name))
     if isinstance(model, InBlank): scores = likelier(scores)
     table, measured = answers_table(scores, bank, rows["user"]), measure_bank(scores, bank, rows["user"])
@@ -269,29 +297,14 @@ def asked_entries(
 
 def unseen_in(
     bank:Path, # Template file
-    p:dict, # The stage's parameters
+    study_bank:str, # As in the parameters
     templates:list|None=None, # From `bank_for`, where the run's own template counts as seen; None: what the file says
 ):
     "Raise `UserError` unless a bank has something to ask with."
     if all(t["split"] == "seen" for t in templates or read_templates(bank) if t["task"] == "recommendation"):
-        raise UserError(f"study_bank={p['study_bank']}: {bank} has no unseen recommendation template to ask with")
+        raise UserError(f"study_bank={study_bank}: {bank} has no unseen recommendation template to ask with")
 
 # %% ../nbs/30_study.ipynb #30-014s
-def check_study(
-    p:dict, # The stage's parameters
-)->list[str]: # A sentence for everything that cannot work
-    "Look at names and numbers, and read the bank."
-    return [*strange(p | {"study_entries": asked_entries(p["study_entries"])}, study_entries=read_entries()[1],
-                     study_recommender=KINDS),
-            *below(p, 1, "recommender_epochs", "recommender_batch"), *below(p, 0, "seed", "study_users"),
-            *told(lambda: unseen_in(bank_file(p), p))]
-
-def room_study(
-    p:dict, # All parameters
-)->float: # Bytes that the stage will write, about
-    "Room for the encoders and recommenders, and a checkpoint of each."
-    return len(asked_entries(p["study_entries"]))*(3 + 7)*model_bytes(p["t5"])
-
 def join_tables(
     folder:Path, # The stage's folder
     names:list, # Entries that have not failed
@@ -304,23 +317,20 @@ def join_tables(
 
 # %% ../nbs/30_study.ipynb #30-014t
 def make_study(
-    run:str="demo", seed:int=0, study_entries:str="one template,random templates,agreement",
-    study_recommender:str="t5-ranker", study_users:int=300, study_bank:str="templates", recommender_epochs:int=6,
-    recommender_batch:int=64,
+    p:StudySettings, # What is asked for
 )->Path: # Folder with study.json, ranks.parquet and the tuned models
     """Stage `study`. An entry that fails is noted, and the others go on; a stage that was killed goes on after the
     last whole entry."""
-    refuse(check_study(locals()))
-    asked = dict(study_users=study_users, recommender_epochs=recommender_epochs)
+    refuse(p.check())
+    run, asked = p.run, dict(study_users=p.study_users, recommender_epochs=p.recommender_epochs)
     # a look, and not a measurement
-    if run == "demo" and (study_users, recommender_epochs) == (300, 6): study_users, recommender_epochs = 20, 1
-    params, known = {k: v for k, v in locals().items() if k not in ("run", "asked")}, read_entries()[1]
-    names, bank = asked_entries(study_entries), bank_file(params)
+    if run == "demo" and [*asked.values()] == [300, 6]: p = dataclasses.replace(p, study_users=20, recommender_epochs=1)
+    names, bank, known = asked_entries(p.study_entries), bank_file(p.study_bank), read_entries()[1]
     llms = dict.fromkeys(known[name].get("llm", "pocket") for name in names)
     need(run, "attributes", make_attributes)
-    unseen_in(bank, params, bank_for(reader_for(run)[0], bank))
+    unseen_in(bank, p.study_bank, bank_for(reader_for(run)[0], bank))
     def measure(home, folder, name):
-        about, table = run_entry(run, name, folder, params)
+        about, table = run_entry(run, name, folder, p)
         table.write_parquet(home/"ranks.parquet")
         return about | {"settings": known[name], "stage_1": first_stage(known[name])}
     def one(folder, name):
@@ -331,16 +341,16 @@ def make_study(
         if all("failed" in about for about in found.values()):
             raise UserError("; ".join(f"{name}: {about['failed']}" for name, about in found.items()))
         join_tables(folder, [name for name, about in found.items() if "failed" not in about])
-        write_json(folder/"study.json", {"entries": found, "recommender": study_recommender,
+        write_json(folder/"study.json", {"entries": found, "recommender": p.study_recommender,
                                          "pocket": backbone(run, "t5")["pocket"]})
         (folder/"table.md").write_text(to_md(stage_page(found,
-                                                        f"{study_recommender}, {dataset_info(run)['dataset']}, "
-                                                        f"{len(test_lists(run, study_users)[0])} users")),
+                                                        f"{p.study_recommender}, {dataset_info(run)['dataset']}, "
+                                                        f"{len(test_lists(run, p.study_users)[0])} users")),
                                                         encoding="utf-8")
         return {f"{name} {k}": v for name, about in found.items() if "failed" not in about for k,
                 v in (("clean hit@10", about["measured"]["clean"]["hit@10"]),
                       ("unseen cps", about["measured"]["unseen"]["hit@10"]["cps"]))}
-    return stage(run, "study", params, make, inputs=["data", "prompts", "backbones", "attributes"],
+    return stage(run, "study", p.params, make, inputs=["data", "prompts", "backbones", "attributes"],
                  grows=["study_entries"], given=asked,
                  files=[root()/"data/study.yaml", root()/PROMPTS, *dict.fromkeys([root()/"data/templates.yaml", bank])],
                  models=[resolve(llm) for llm in llms if llm != "pocket"])
@@ -499,7 +509,7 @@ def study_notes(
     first, counts = mine[0], sorted({len(s) for s in seeds.values()})
     few = [f"{name}: {len(s)}" for name, s in seeds.items() if len(s) < counts[-1]]
     said = [f"{data_name(first)}, {first['users']} users, uni99, {len(first['by_template'])} templates "
-            f"(data/{bank_file(first.get('parameters', {})).name}) of which {len(unseen_at(mine))} are unseen; "
+            f"(data/{bank_of(first).name}) of which {len(unseen_at(mine))} are unseen; "
             f"recommender {first['recommender']}"
             f"{', pocket models: trained from scratch on this data set' * first['pocket']}.",
             f"Intervals: 95 %, {'; '.join(scope(n, 'users and templates') for n in counts)}. Each figure is taken "
@@ -643,7 +653,7 @@ def plot_figure1(
     if missing := set(BEFORE_AFTER) - set(first):
         return print(f"no figure 1: nothing kept of {', '.join(sorted(missing))}")
     heads = {name: first[name]["heads"] for name in BEFORE_AFTER}
-    texts = {t["id"]: t["text"] for t in read_templates(bank_file(first[BEFORE_AFTER[0]]["parameters"]))}
+    texts = {t["id"]: t["text"] for t in read_templates(bank_of(first[BEFORE_AFTER[0]]))}
     bank = first[BEFORE_AFTER[0]]["by_template"]
     shown = [0, *(next(i for i, t in enumerate(bank) if t["group"] == g and t["split"] != "seen")
                   for g in dict.fromkeys(t["group"] for t in bank if t["split"] != "seen"))]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ganprompt.files import root
-from ganprompt.runs import replacing
+from ganprompt.runs import replacing, settings_of
 
 
 def write_shop(path):
@@ -34,14 +34,11 @@ SMALL = dict(core=2, pocket_width=32, pocket_layers=1, pocket_epochs=1, bert_epo
 
 def make(run, last, shop, **more):
     "Make all stages up to `last` with small settings; the last stage's folder."
-    import inspect
-
     from ganprompt import attributes, backbones, data, encoder, prompts, recommender
     values = SMALL | {"dataset": str(shop)} | more
     for stage in (data.make_data, prompts.make_prompts, backbones.make_backbones, attributes.make_attributes,
                   encoder.make_encoder, recommender.make_recommender):
-        known = inspect.signature(stage).parameters
-        with replacing(True): folder = stage(str(run), **{k: v for k, v in values.items() if k in known})
+        with replacing(True): folder = stage(settings_of(stage).of(values | {"run": str(run)}))
         if stage.__name__ == f"make_{last}": return folder
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ganprompt import attributes
-from ganprompt.attributes import calibrated, choices, fill, make_attributes, usable, vote, whole_words, word_counts
+from ganprompt.attributes import (AttributesSettings, calibrated, choices, fill, make_attributes, usable, vote,
+                                  whole_words, word_counts)
 from ganprompt.prompts import PromptEncoder
 from ganprompt.files import UserError
 from ganprompt.runs import stage
@@ -97,7 +98,7 @@ def run(tmp_path, monkeypatch, tokenizer, model):
 
 @pytest.mark.parametrize("calibrate", [False, True])
 def test_stage(run, calibrate):
-    folder = make_attributes(run, k=2, calibrate=calibrate)
+    folder = make_attributes(AttributesSettings(run, k=2, calibrate=calibrate))
     made = json.loads((folder/"attributes.json").read_text())
     assert len(made["attributes"]) == 2 and made["attributes"] == made["ways"]["calibrated" if calibrate
             else "plain"]["words"]
@@ -111,13 +112,13 @@ def test_stage(run, calibrate):
     assert (folder/"counts.png").stat().st_size > 1000
 
 def test_more_words_than_there_are(run):
-    with pytest.raises(UserError, match="4 usable words"): make_attributes(run, k=5)
+    with pytest.raises(UserError, match="4 usable words"): make_attributes(AttributesSettings(run, k=5))
     assert not (run/"attributes").exists() and not (run/"attributes.partial").exists()
 
 def test_held_out_purchases_are_not_read(tmp_path):
     "The votes of the demo come from purchases before the held-out ones."
-    from ganprompt.data import load_sequences, load_training, make_data
-    make_data(tmp_path/"d")
+    from ganprompt.data import DataSettings, load_sequences, load_training, make_data
+    make_data(DataSettings(tmp_path/"d"))
     training = load_training(tmp_path/"d")
     for split in "valid", "test":
         for user, target in load_sequences(tmp_path/"d", split).select("user", "target").iter_rows():
@@ -161,7 +162,7 @@ def test_only_what_the_prompt_shows_is_known(run, monkeypatch):
                          "row": [0, 1]})
     monkeypatch.setattr(attributes, "load_sequences", lambda run, split: rows.filter(split=split))
     assert attributes.UNKNOWN == "unknown item"
-    words = pl.read_parquet(make_attributes(run, k=2)/"rows.parquet")["attribute"].to_list()
+    words = pl.read_parquet(make_attributes(AttributesSettings(run, k=2))/"rows.parquet")["attribute"].to_list()
     assert words[0] is not None and words[1] is None
 
 def test_users_without_a_training_part_are_asked_too(shop, tmp_path):

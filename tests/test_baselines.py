@@ -9,8 +9,8 @@ import pytest
 
 from ganprompt import baselines, idmodels
 from ganprompt.idmodels import figures, known_models, rank_rows, trainer_process, write_atomic
-from ganprompt.baselines import COUNTED, make_baselines
-from ganprompt.data import load_candidates, load_sequences, load_training, make_data
+from ganprompt.baselines import BaselinesSettings, COUNTED, make_baselines
+from ganprompt.data import DataSettings, load_candidates, load_sequences, load_training, make_data
 from ganprompt.statistics import bootstrap
 from ganprompt.files import Killed, UserError, run_folder
 from ganprompt.runs import replacing
@@ -21,10 +21,10 @@ def demo(tmp_path_factory):
     "The demo with all models, one epoch each, in which MF needs larger steps to show something."
     run, models = str(tmp_path_factory.mktemp("runs")/"demo"), known_models()
     models["MF"]["settings"][0]["learning_rate"], models["S3Rec"]["pretrain"]["pretrain_epochs"] = .02, 1
-    make_data(run)
+    make_data(DataSettings(run))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(baselines, "known_models", lambda: models)
-        make_baselines(run, models="all", id_epochs=1)
+        make_baselines(BaselinesSettings(run, models="all", id_epochs=1))
     return run
 
 
@@ -32,7 +32,7 @@ def demo(tmp_path_factory):
 def small(shop, tmp_path_factory):
     "The data of a small shop."
     run = str(tmp_path_factory.mktemp("runs")/"shop")
-    make_data(run, str(shop), core=2)
+    make_data(DataSettings(run, str(shop), core=2))
     return run
 
 
@@ -45,7 +45,8 @@ def test_every_model_beats_random(demo, tmp_path):
     "One epoch is enough, but for MF and both forms of SASRec-BCE: they get twenty."
     slow = ["MF", "SASRec-BCE", "SASRec-BCE (S3-Rec)"]
     assert set(about(demo)) == {*COUNTED, *known_models()} and not [m for m in about(demo).values() if "failed" in m]
-    make_data(str(tmp_path/"demo")); make_baselines(str(tmp_path/"demo"), models=",".join(slow), id_epochs=20)
+    make_data(DataSettings(str(tmp_path/"demo")))
+    make_baselines(BaselinesSettings(str(tmp_path/"demo"), models=",".join(slow), id_epochs=20))
     both = pl.concat([ranks(demo).filter(~pl.col("model").is_in(slow)), ranks(tmp_path/"demo")])
     for (model,), rows in both.filter(candidates="uni99").group_by("model", maintain_order=True):
         assert bootstrap(aucs(rows)[:, None], 300)[1, 0] > .5, model
@@ -101,7 +102,7 @@ def test_failure_resume_and_reuse(small, shop, monkeypatch, tmp_path):
     good = known_models()
     bad = good | {"HGN": good["HGN"] | {"settings": [{"loss_type": "CE", "pooling_type": "median"}]*2}}
     monkeypatch.setattr(baselines, "known_models", lambda: bad)
-    make_baselines(small, models="popularity,HGN,MF", trials=2, id_epochs=2)
+    make_baselines(BaselinesSettings(small, models="popularity,HGN,MF", trials=2, id_epochs=2))
     found = about(small)
     assert (found["HGN"]["failed"].startswith("NotImplementedError")
             and set(ranks(small)["model"]) == {"popularity", "MF"})
@@ -110,15 +111,16 @@ def test_failure_resume_and_reuse(small, shop, monkeypatch, tmp_path):
     monkeypatch.undo()
 
     again, train = str(tmp_path/"again"), baselines.id_model
-    make_data(again, str(shop), core=2)
+    make_data(DataSettings(again, str(shop), core=2))
     def killed(job, process):
         if job["name"] == "HGN": raise KeyboardInterrupt
         return train(job, process)
     monkeypatch.setattr(baselines, "id_model", killed)
-    with pytest.raises(KeyboardInterrupt): make_baselines(again, seed=1, models="MF,HGN", id_epochs=2, search_run=small)
+    asked = BaselinesSettings(again, seed=1, models="MF,HGN", id_epochs=2, search_run=small)
+    with pytest.raises(KeyboardInterrupt): make_baselines(asked)
     first = json.loads((run_folder(again)/"baselines.partial/.jobs/MF.json").read_text())
     monkeypatch.undo()
-    make_baselines(again, seed=1, models="MF,HGN", id_epochs=2, search_run=small)
+    make_baselines(asked)
     found = about(again)
     assert (found["MF"] == {"family": "id", **first} and found["MF"]["settings"] == about(small)["MF"]["settings"]
             and len(found["MF"]["search"]) == 1)
@@ -146,8 +148,8 @@ def test_a_killed_training_ends_with_the_same_ranks(model, small, tmp_path):
     runs = {name: str(tmp_path/name) for name in ("calm", "killed")}
     for run in runs.values(): shutil.copytree(run_folder(small)/"data", Path(run)/"data")
     def start(run):
-        code = (f"from ganprompt import baselines; baselines.EVERY = 0; baselines.make_baselines({run!r}, "
-                f"models={model!r}, id_epochs=40)")
+        code = (f"from ganprompt import baselines; baselines.EVERY = 0; baselines.make_baselines("
+                f"baselines.BaselinesSettings({run!r}, models={model!r}, id_epochs=40))")
         return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     def kept(run): return [p.stat().st_mtime_ns for p in (Path(run)/"baselines.partial").rglob("checkpoint.pt")]
     assert start(runs["calm"]).wait() == 0
@@ -164,14 +166,15 @@ def test_a_killed_training_ends_with_the_same_ranks(model, small, tmp_path):
 def test_without_recbole(small, monkeypatch):
     monkeypatch.setitem(sys.modules, "recbole", None) # as if it were not installed
     with pytest.raises(UserError, match=r"pip install -e '\.\[baselines\]'"):
-        make_baselines(small, models="SASRec", seed=7)
+        make_baselines(BaselinesSettings(small, models="SASRec", seed=7))
     assert not (run_folder(small)/"baselines.partial").exists()
-    with replacing(True): make_baselines(small, models="last-item", seed=7) # counting needs no library
+    with replacing(True): # counting needs no library
+        make_baselines(BaselinesSettings(small, models="last-item", seed=7))
 
 
 def test_misspelt(small):
-    with pytest.raises(UserError, match="SASrec.*SASRec-CE"): make_baselines(small, models="SASrec")
-    with pytest.raises(UserError, match="trials=9"): make_baselines(small, trials=9)
+    with pytest.raises(UserError, match="SASrec.*SASRec-CE"): make_baselines(BaselinesSettings(small, models="SASrec"))
+    with pytest.raises(UserError, match="trials=9"): make_baselines(BaselinesSettings(small, trials=9))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from ganprompt.benchmarks import bench_data, draw_benchmarks, keep_benchmarks, make_benchmarks, plot_benchmarks
+from ganprompt.benchmarks import (BenchmarksSettings, bench_data, draw_benchmarks, keep_benchmarks, make_benchmarks,
+                                  plot_benchmarks)
 from ganprompt.launcher import chapters
 from ganprompt.files import UserError
 
@@ -22,7 +23,7 @@ def test_benchmarks_run_on_demand_only():
 @pytest.mark.parametrize("bad, said", [(dict(bench_size="huge"), "bench_size='huge'.*t5-small"),
                                        (dict(bench_parts="training,speed"), "bench_parts='speed'.*scoring")])
 def test_a_wrong_part_is_named(bad, said, finished):
-    with pytest.raises(UserError, match=said): make_benchmarks(str(finished), **bad)
+    with pytest.raises(UserError, match=said): make_benchmarks(BenchmarksSettings(str(finished), **bad))
 
 
 def test_a_part_that_fails_does_not_stop_the_others_and_results_are_kept(finished, tmp_path, monkeypatch):
@@ -31,7 +32,7 @@ def test_a_part_that_fails_does_not_stop_the_others_and_results_are_kept(finishe
     import shutil
     shutil.copytree(finished, run)
     shutil.rmtree(run/"recommender")
-    folder = make_benchmarks(str(run), bench_parts="catalogue,ranking", bench_repeats=1)
+    folder = make_benchmarks(BenchmarksSettings(str(run), bench_parts="catalogue,ranking", bench_repeats=1))
     found = json.loads((folder/"benchmarks.json").read_text())
     assert ("recommend" in found["parts"]["catalogue"]["failed"]
             and found["parts"]["ranking"]["ratios"]["t5-decoder"] > 0)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ganprompt import collm
-from ganprompt.collm import Texts, collaborative, load_text_lm, make_collm, new_text_lm, text_reader
+from ganprompt.collm import CollmSettings, Texts, collaborative, load_text_lm, make_collm, new_text_lm, text_reader
 from ganprompt.data import load_candidates, load_sequences, load_training
 from ganprompt.prompts import pad
 from ganprompt.recommender import training_items
@@ -32,8 +32,8 @@ def give_vectors(run, width=8):
 
 def start(run):
     "The stage in a process of its own, with a checkpoint at every step."
-    code = ("from ganprompt import backbones; backbones.EVERY = 0; from ganprompt.collm import make_collm; "
-            "make_collm({!r}, **{!r})")
+    code = ("from ganprompt import backbones; backbones.EVERY = 0; from ganprompt.collm import CollmSettings, "
+            "make_collm; make_collm(CollmSettings({!r}, **{!r}))")
     return subprocess.Popen([sys.executable, "-c", code.format(str(run), SMALL)], stderr=subprocess.DEVNULL)
 
 
@@ -225,5 +225,5 @@ def test_a_failed_first_step_is_told(done, tmp_path, monkeypatch):
     monkeypatch.setattr(collm, "add_adapters", none)
     shutil.copytree(done, run, ignore=shutil.ignore_patterns("collm"))
     with pytest.raises(UserError, match="TALLRec: .*adapters.*CoLLM: CoLLM starts from TALLRec, which failed"):
-        make_collm(str(run), **SMALL)
+        make_collm(CollmSettings(str(run), **SMALL))
     assert not (run/"collm").exists() and not list((run/"collm.partial").rglob("adapter*"))

@@ -22,7 +22,7 @@ def trained(finished, tmp_path_factory):
     "A copy of the small run, and its stage."
     run = tmp_path_factory.mktemp("ctrl")/"run"
     shutil.copytree(finished, run)
-    return run, ctrl.make_ctrl(str(run), **FEW)
+    return run, ctrl.make_ctrl(ctrl.CtrlSettings(str(run), **FEW))
 
 
 def looped(a, b):
@@ -136,7 +136,7 @@ def test_what_is_held_out_enters_no_training(trained, tmp_path):
 def test_alignment_trains_both_models_and_reaches_unseen_samples(trained):
     run, folder = trained
     reader, path = reader_for(str(run))
-    p = dict(seed=0, ctrl_align_epochs=5, ctrl_align_lr=3e-3, ctrl_temperature=.4, ctrl_width=32)
+    p = ctrl.CtrlSettings(seed=0, ctrl_align_epochs=5, ctrl_align_lr=3e-3, ctrl_temperature=.4, ctrl_width=32)
     aligner = ctrl.Aligner(ctrl.new_model(str(run), p), reader, path, 4)
     before = {n: w.clone() for n, w in aligner.trained.named_parameters()}
     valid = load_sequences(str(run), "valid")
@@ -165,7 +165,7 @@ def test_ranks_are_those_of_the_saved_model(trained):
 
 def test_both_models_beat_chance_beyond_their_intervals(trained):
     run, folder = trained
-    p = FEW | dict(seed=0, ctrl_epochs=20, ctrl_lr=3e-3, ctrl_negatives=128, ctrl_patience=20)
+    p = ctrl.CtrlSettings(**FEW | dict(seed=0, ctrl_epochs=20, ctrl_lr=3e-3, ctrl_negatives=128, ctrl_patience=20))
     for start in ctrl.load_ctrl(folder/"CTRL/model.safetensors"), ctrl.new_model(str(run), p):
         ctrl.fine_tune(str(run), start, folder, p)
         (folder/"checkpoint.pt").unlink(missing_ok=True)
@@ -186,12 +186,13 @@ def test_a_killed_training_ends_with_the_same_ranks(trained, tmp_path, monkeypat
             return real(*args)
         with monkeypatch.context() as m:
             m.setattr(ctrl, step, dies)
-            with pytest.raises(KeyboardInterrupt): ctrl.make_ctrl(str(tmp_path/"run"), **FEW)
+            with pytest.raises(KeyboardInterrupt): ctrl.make_ctrl(ctrl.CtrlSettings(str(tmp_path/"run"), **FEW))
         assert list((tmp_path/"run/ctrl.partial").rglob("checkpoint.pt"))
-    again = ctrl.make_ctrl(str(tmp_path/"run"), **FEW)
+    again = ctrl.make_ctrl(ctrl.CtrlSettings(str(tmp_path/"run"), **FEW))
     assert pl.read_parquet(again/"ranks.parquet").equals(pl.read_parquet(folder/"ranks.parquet"))
     assert not list(again.rglob("checkpoint*"))
 
 
 def test_an_odd_width_is_refused(finished):
-    with pytest.raises(UserError, match="ctrl_width=33.*even"): ctrl.make_ctrl(str(finished), ctrl_width=33)
+    with pytest.raises(UserError, match="ctrl_width=33.*even"):
+        ctrl.make_ctrl(ctrl.CtrlSettings(str(finished), ctrl_width=33))

@@ -1,6 +1,7 @@
 """Chapter 05: readers, cuts, splits, candidates, errors and downloads, on the demo and against values computed in
 another way."""
 import gzip, hashlib, http.server, json, os, threading
+from dataclasses import fields
 from pathlib import Path
 
 import networkx as nx
@@ -11,7 +12,7 @@ import pytest
 from ganprompt import data, reviews
 from ganprompt.reviews import find_source, read_reviews
 from ganprompt.corpora import fetch, generate_demo
-from ganprompt.data import load_candidates, load_sequences, make_data, prepare
+from ganprompt.data import DataSettings, load_candidates, load_sequences, make_data, prepare
 from ganprompt.files import UserError, root
 from ganprompt.runs import replacing
 
@@ -25,7 +26,7 @@ def lines(path):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs")/"demo"
-    make_data(str(run))
+    make_data(DataSettings(str(run)))
     return str(run)
 
 
@@ -41,11 +42,10 @@ def test_committed_demo_is_what_seed_0_makes(tmp_path):
 
 
 def test_papermill_sees_every_parameter():
-    import inspect
     from papermill.inspection import inspect_notebook
     found = inspect_notebook(str(root()/"nbs"/"05_data.ipynb"))
     # replace: for the stage before it runs
-    assert [p for p in found if p != "replace"] == list(inspect.signature(make_data).parameters)
+    assert [p for p in found if p != "replace"] == [f.name for f in fields(DataSettings)]
 
 
 # --- cut and splits, against a naive second implementation
@@ -87,7 +87,7 @@ def test_holdout_first_brings_back_last_items():
 
 
 def test_time_protocol_is_global(tmp_path):
-    folder = make_data(str(tmp_path/"r"), protocol="time")
+    folder = make_data(DataSettings(str(tmp_path/"r"), protocol="time"))
     inter = pl.read_parquet(folder/"interactions.parquet")
     rows = pl.read_parquet(folder/"sequences.parquet").join(inter, left_on=["user", "target"],
                                                             right_on=["user", "item"])
@@ -98,7 +98,7 @@ def test_time_protocol_is_global(tmp_path):
 
 
 def test_long_histories_in_parts(tmp_path):
-    folder = make_data(str(tmp_path/"r"), max_sequence=10)
+    folder = make_data(DataSettings(str(tmp_path/"r"), max_sequence=10))
     inter, test = pl.read_parquet(folder/"interactions.parquet"), load_sequences(str(tmp_path/"r"), "test")
     sizes = inter.group_by("user").len()["len"].to_list()
     assert len(test) == sum(n // 10 + (n % 10 >= 4) for n in sizes) > len(sizes)
@@ -121,7 +121,7 @@ def test_who_has_everything_is_not_ranked(tmp_path):
     lines = [f"u{u},i{i},5,{100*u + k}" for u in range(6) for k,
              i in enumerate(range(8) if not u else [(u + j) % 8 for j in range(6)])]
     (tmp_path/"small.csv").write_text("\n".join(["user,item,rating,time", *lines]))
-    make_data(str(tmp_path/"r"), dataset=str(tmp_path/"small.csv"), core=2)
+    make_data(DataSettings(str(tmp_path/"r"), dataset=str(tmp_path/"small.csv"), core=2))
     names = pl.read_parquet(tmp_path/"r/data/users.parquet")["raw_user"].to_list()
     for split in ("valid", "test"):
         assert {names[u] for u in load_sequences(str(tmp_path/"r"), split)["user"]} == {f"u{u}" for u in range(1, 6)}
@@ -157,7 +157,7 @@ def test_lists_do_not_depend_on_other_users_or_on_ids(demo, tmp_path):
     for name in ("meta_Demo.json.gz", "truth.json"): (tmp_path/"b"/name).write_bytes((DEMO/name).read_bytes())
     fewer = [r for r in rows if json.loads(r)["reviewerID"] != "DEMOUSER0000"] # all dense user ids move by one
     (tmp_path/"b"/"reviews_Demo_5.json.gz").write_bytes(gzip.compress("\n".join(fewer).encode()))
-    make_data(str(tmp_path/"r"), data_dir=str(tmp_path/"b"))
+    make_data(DataSettings(str(tmp_path/"r"), data_dir=str(tmp_path/"b")))
     for run in (demo, str(tmp_path/"r")):
         names, items = (pl.read_parquet(f"{run}/data/users.parquet")["raw_user"],
                         pl.read_parquet(f"{run}/data/items.parquet")["raw_item"])
@@ -169,9 +169,9 @@ def test_lists_do_not_depend_on_other_users_or_on_ids(demo, tmp_path):
 def test_the_same_again_and_another_seed(demo, tmp_path):
     def hashes(run):
         return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(run, "data").glob("*.parquet")}
-    make_data(str(tmp_path/"a"))
+    make_data(DataSettings(str(tmp_path/"a")))
     assert hashes(tmp_path/"a") == hashes(demo)
-    with replacing(True): make_data(str(tmp_path/"a"), split_seed=1)
+    with replacing(True): make_data(DataSettings(str(tmp_path/"a"), split_seed=1))
     other = hashes(tmp_path/"a")
     assert {f for f in other if other[f] != hashes(demo)[f]} == {"candidates_uni99.parquet", "candidates_pop99.parquet"}
 
@@ -216,7 +216,7 @@ def as_own_parquet(d, rows): return own(d, rows, "mine.parquet")
                                            (as_2023_csv, 0), (as_own_csv, 299), (as_own_parquet, 299)])
 def test_every_format_gives_the_same_sequences(write, titles, demo, tmp_path):
     dataset, columns = write(tmp_path, [json.loads(x) for x in lines(DEMO/"reviews_Demo_5.json.gz")])
-    folder = make_data(str(tmp_path/"run"), dataset=dataset, data_dir=str(tmp_path), columns=columns)
+    folder = make_data(DataSettings(str(tmp_path/"run"), dataset=dataset, data_dir=str(tmp_path), columns=columns))
     assert pl.read_parquet(folder/"sequences.parquet").equals(pl.read_parquet(f"{demo}/data/sequences.parquet"))
     about = json.loads((folder/"dataset.json").read_text())
     assert about["titles"] == titles and about["has_titles"] == (titles > 0) and not about["synthetic"]
@@ -246,7 +246,7 @@ def refuse(tmp_path, match, text=None, name="reviews_Baby_5.json.gz", dataset="b
         (tmp_path/name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
     if raw is not None: (tmp_path/name).write_bytes(raw)
     with pytest.raises(UserError, match=match):
-        make_data(str(tmp_path/"run"), dataset=dataset, data_dir=str(tmp_path), **params)
+        make_data(DataSettings(str(tmp_path/"run"), dataset=dataset, data_dir=str(tmp_path), **params))
     assert not [p for p in (tmp_path/"run").glob("data*")]
 
 

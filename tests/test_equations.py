@@ -1,6 +1,7 @@
 """The paper's equations as the library computes them, against numpy and plain forward passes on a tiny shop; and
 models that must learn in the right direction."""
-import inspect, json
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,11 +13,11 @@ from scipy.spatial.distance import jensenshannon
 
 from ganprompt.backbones import Reader, adamw, pocket_model, t5_tokenizer
 from ganprompt import encoder, recommender
-from ganprompt.encoder import (COUPLINGS, Versions, adversarial_update, cosine, discriminator, js, pool, separability,
-                               split_users, total, version_loss, version_states)
-from ganprompt.gather import contrast, gather_update
-from ganprompt.recommender import (Best, T5Decoder, T5Ranker, Trained, ask, divergence, list_auc, rec_loss,
-                                   sample_rows, training_items, tune_on_states)
+from ganprompt.encoder import (COUPLINGS, EncoderSettings, Versions, adversarial_update, cosine, discriminator, js,
+                               pool, separability, split_users, total, version_loss, version_states)
+from ganprompt.gather import GatherSettings, contrast, gather_update
+from ganprompt.recommender import (Best, RecommenderSettings, T5Decoder, T5Ranker, Trained, ask, divergence, list_auc,
+                                   rec_loss, sample_rows, training_items, tune_on_states)
 from ganprompt.templates import read_templates
 from ganprompt.files import root
 from ganprompt.processes import seed_all
@@ -110,8 +111,9 @@ def stage1(world, coupling="cooperative", js_sign=-1, lr=0., gamma=.3, alpha=.7,
     rows, _ = shoppers(5)
     versions, D = Versions(reader, WORDS, rows), discriminator(32, 3)
     (opt_g, schedule), (opt_d, _) = adamw(model.parameters(), lr, 30, "adam"), adamw(D.parameters(), lr, 1, "adam")
-    return versions, D, adversarial_update(model, D, versions, opt_g, schedule, opt_d, alpha, beta, gamma, js_sign,
-                                           coupling, "next-title")
+    p = EncoderSettings(alpha=alpha, beta=beta, gamma=gamma, js_sign=js_sign, coupling=coupling,
+                        lm_target="next-title")
+    return versions, D, adversarial_update(model, D, versions, opt_g, schedule, opt_d, p)
 
 
 def title_loss(model, versions, rows, rng):
@@ -152,7 +154,8 @@ def test_the_coupling_moves_the_encoder_its_way(coupling, world):
     versions, D, _ = stage1(world)
     model = world[1]
     (opt_g, schedule), (opt_d, _) = adamw(model.parameters(), 1e-3, 30, "adam"), adamw(D.parameters(), 0., 1, "adam")
-    update = adversarial_update(model, D, versions, opt_g, schedule, opt_d, 0., 0., 100., -1, coupling, "next-title")
+    p = EncoderSettings(alpha=0., beta=0., gamma=100., js_sign=-1, coupling=coupling, lm_target="next-title")
+    update = adversarial_update(model, D, versions, opt_g, schedule, opt_d, p)
     lost = [update(np.arange(5), np.random.default_rng(s))["d_loss"] for s in range(12)]
     change = lost[-1] - lost[0]
     assert (change < -.01 if coupling == "cooperative" else change > .01 if coupling == "adversarial"
@@ -276,8 +279,8 @@ def test_divergence_is_the_mean_of_both_directions():
 
 
 PLAIN, OTHER = TEMPLATES["recommendation"], "next {target_item} ? The user bought {purchase_history}"
-STAGE2 = dict(seed=0, score="yes-no", consistency=0., recommender_lr=0., recommender_epochs=1, recommender_batch=8,
-              patience=3)
+STAGE2 = RecommenderSettings(seed=0, score="yes-no", consistency=0., recommender_lr=0., recommender_epochs=1,
+                             recommender_batch=8, patience=3)
 
 
 def asked(reader, rows, texts=(PLAIN,)): return [Questions(reader, {}, rows, text) for text in texts]
@@ -301,7 +304,7 @@ def test_stage_2_computes_the_loss_of_section_3_4_2(world, tmp_path):
             - p)))).mean()/2
     sets = kept_states(model, questions, items, tmp_path), kept_states(model, questions[:1], items, tmp_path,
             "valid.bin")
-    (row,) = tune_on_states(model, *sets, tmp_path, STAGE2 | {"consistency": 3.}, "here")
+    (row,) = tune_on_states(model, *sets, tmp_path, replace(STAGE2, consistency=3.), "here")
     assert (row["loss"] == pytest.approx((bce(z[0]) + bce(z[1]))/2, abs=1e-4)
             and row["apart"] == pytest.approx(3*kl, abs=1e-4))
     rest = z[0][:, 1:]
@@ -321,7 +324,7 @@ def test_a_recommender_learns_what_was_bought(kind, tmp_path):
     items, (q,) = np.column_stack([rows["target"], others]), asked(reader, rows)
     sets = kept_states(model, [q], items, tmp_path), kept_states(model, asked(reader, rows[200:]), items[200:],
             tmp_path, "valid.bin")
-    curves = tune_on_states(model, *sets, tmp_path, STAGE2 | dict(recommender_lr=2e-2, recommender_epochs=6,
+    curves = tune_on_states(model, *sets, tmp_path, replace(STAGE2, recommender_lr=2e-2, recommender_epochs=6,
             recommender_batch=16), "here")
     fresh, kinds = shoppers(60, seed=9)
     lists = np.column_stack([fresh["target"], np.random.default_rng(5).integers(6, size=(60, 3))
@@ -350,9 +353,8 @@ def test_every_way_of_scoring_gives_the_scores_of_one_prompt_at_a_time(kind, wor
 
 
 def test_both_signs_of_the_divergence_and_no_third():
-    p = {name: v.default for name, v in inspect.signature(encoder.make_encoder).parameters.items()}
-    for sign in (-1, 1): assert not encoder.check_encoder(p | {"js_sign": sign})
-    (fault,) = encoder.check_encoder(p | {"js_sign": 0})
+    for sign in (-1, 1): assert not EncoderSettings(js_sign=sign).check()
+    (fault,) = EncoderSettings(js_sign=0).check()
     assert "js_sign=0" in fault
 
 
@@ -481,7 +483,7 @@ def test_gathering_computes_its_loss(world):
     reader, model = world
     rows, _ = shoppers(5)
     nexts = rows["target"].to_numpy().copy(); nexts[3] = nexts[1]
-    questions, p = asked(reader, rows, (PLAIN, OTHER)), dict(gather_same=.5, gather_next=2., temperature=.2)
+    questions, p = asked(reader, rows, (PLAIN, OTHER)), GatherSettings(gather_same=.5, gather_next=2., temperature=.2)
     opt, schedule = adamw(model.parameters(), 0., 10, "adam")
     got = gather_update(model, reader, questions, nexts, opt, schedule, p)(np.arange(5), np.random.default_rng(11))
     plain = reader.encoder("{title_seq}")

@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 
 from ganprompt.reviews import date_formats, find_source, read_reviews, read_titles
-from ganprompt.data import dataset_info, gentler, make_data, prepare
+from ganprompt.data import DataSettings, dataset_info, gentler, make_data, prepare
 from ganprompt.files import UserError
 
 TITLES = ["Oak kettle", "Brass hook, large", "Linen \"sun\" rug", "Café stool", "Walnut tray", "Amber vase"]
@@ -146,15 +146,15 @@ def movielens_1m(d):
 def test_movielens_1m(tmp_path):
     films = movielens_1m(tmp_path)
     run = str(tmp_path/"run")
-    folder = make_data(run, dataset=str(tmp_path/"ratings.dat"), items_file=str(tmp_path/"movies.dat"),
-                       encoding="latin-1", rating=4, core=2, min_history=1)
+    folder = make_data(DataSettings(run, dataset=str(tmp_path/"ratings.dat"), items_file=str(tmp_path/"movies.dat"),
+                                    encoding="latin-1", rating=4, core=2, min_history=1))
     items = pl.read_parquet(folder/"items.parquet")
     assert dict(items.select("raw_item", "title").rows()) == {str(i): t for i, t in films.items()}
     with pytest.raises(UserError,
                        match=r"movies.dat, line 1: byte 0xe9 after '1::Le Caf' is not utf-8.*--encoding cp1252.*Café "
                              r"bleu"):
-        make_data(str(tmp_path/"no"), dataset=str(tmp_path/"ratings.dat"), items_file=str(tmp_path/"movies.dat"),
-                  rating=4, core=2, min_history=1)
+        make_data(DataSettings(str(tmp_path/"no"), dataset=str(tmp_path/"ratings.dat"),
+                               items_file=str(tmp_path/"movies.dat"), rating=4, core=2, min_history=1))
     assert not list((tmp_path/"no").glob("data*"))
 
 
@@ -168,8 +168,9 @@ def movielens_latest(d):
 
 def test_movielens_latest(tmp_path):
     movielens_latest(tmp_path)
-    folder = make_data(str(tmp_path/"run"), dataset=str(tmp_path/"ratings.csv"), items_file=str(tmp_path/"movies.csv"),
-                       rating=.5, rating_scale="0.5-5", core=2, min_history=1)
+    folder = make_data(DataSettings(str(tmp_path/"run"), dataset=str(tmp_path/"ratings.csv"),
+                                    items_file=str(tmp_path/"movies.csv"), rating=.5, rating_scale="0.5-5", core=2,
+                                    min_history=1))
     assert (pl.read_parquet(folder/"items.parquet")["title"][1] == "Brass hook, large (1951)"
             and pl.read_parquet(folder/"interactions.parquet")["rating"].min() == .5)
     _, _, drops = read(tmp_path/"ratings.csv")
@@ -190,7 +191,7 @@ def test_scales(tmp_path):
     with pytest.raises(UserError, match="ten.csv, line 9: rating 6 is outside 1 to 5.*--rating-scale 0-10"):
         read(tmp_path/"ten.csv")
     with pytest.raises(UserError, match="rating=6 is above the scale of 1-5"):
-        make_data(str(tmp_path/"r"), dataset=str(tmp_path/"ten.csv"), rating=6)
+        make_data(DataSettings(str(tmp_path/"r"), dataset=str(tmp_path/"ten.csv"), rating=6))
     with pytest.raises(UserError, match="rating_scale='five' is not understood"):
         find_source(str(tmp_path/"ten.csv"), rating_scale="five")
 
@@ -263,8 +264,8 @@ SHORT = text(ROWS[:8])
 def test_faults_of_a_table(table, match, tmp_path):
     (tmp_path/"x.csv").write_text(table)
     with pytest.raises(UserError, match="(?s)x.csv.*" + match):
-        make_data(str(tmp_path/"run"), dataset=str(tmp_path/"x.csv"), columns="title=title" if ",title" in table
-                  else "")
+        make_data(DataSettings(str(tmp_path/"run"), dataset=str(tmp_path/"x.csv"),
+                               columns="title=title" if ",title" in table else ""))
     assert not list((tmp_path/"run").glob("data*"))
 
 
@@ -311,7 +312,7 @@ def test_titles_that_are_missing_or_elsewhere(tmp_path):
     with open(shop(tmp_path)) as f: (tmp_path/"x.csv").write_text(f.read().replace("title", "name"))
     with pytest.raises(UserError, match="no column 'label'; it has user, item, rating, time, name"):
         find_source(str(tmp_path/"x.csv"), columns="title=label")
-    make_data(str(tmp_path/"run"), dataset=str(tmp_path/"x.csv"), rating=3, core=2)
+    make_data(DataSettings(str(tmp_path/"run"), dataset=str(tmp_path/"x.csv"), rating=3, core=2))
     info = dataset_info(str(tmp_path/"run"))
     assert (not info["has_titles"] and "x.csv has the columns user, item, rating, time, name" in info["titles_missing"]
             and "fetch" not in info["titles_missing"])
@@ -351,7 +352,7 @@ def test_gentler_values_keep_what_they_say(tmp_path):
 
 def test_little_is_left_and_lists_are_short(tmp_path):
     run = str(tmp_path/"run")
-    folder = make_data(run, dataset=shop(tmp_path), rating=4, core=3)
+    folder = make_data(DataSettings(run, dataset=shop(tmp_path), rating=4, core=3))
     info, summary = dataset_info(run), (folder/"summary.txt").read_text()
     sizes = pl.read_parquet(folder/"candidates_uni99.parquet")["items"].list.len()
     assert info["candidates"]["uni99"] == dict(least=sizes.min(), most=sizes.max()) and sizes.max() < 31
@@ -367,10 +368,10 @@ def test_nothing_left_names_gentler_values(tmp_path):
     with pytest.raises(UserError,
                        match=r"(?s)nothing left.*rating below 5.*--rating 5 --core 3 would keep 240 interactions, 60 "
                              r"users"):
-        make_data(str(tmp_path/"run"), dataset=shop(tmp_path), rating=5, core=9)
+        make_data(DataSettings(str(tmp_path/"run"), dataset=shop(tmp_path), rating=5, core=9))
 
 
 def test_the_demo_has_nothing_to_warn_of(tmp_path):
-    make_data(str(tmp_path/"run"))
+    make_data(DataSettings(str(tmp_path/"run")))
     assert (dataset_info(str(tmp_path/"run"))["notes"] == []
             and dataset_info(str(tmp_path/"run"))["candidates"]["uni99"] == dict(least=100, most=100))

@@ -7,7 +7,7 @@ import pytest
 from conftest import make
 
 from ganprompt import backbones, recommender
-from ganprompt.backbones import make_backbones
+from ganprompt.backbones import BackbonesSettings, make_backbones
 from ganprompt.data import load_sequences
 from ganprompt.files import UserError
 
@@ -21,8 +21,8 @@ def test_an_error_in_the_second_backbone_keeps_the_first(shop, tmp_path, monkeyp
         return real(*args)
     monkeypatch.setattr(backbones, "train", train)
     few = dict(pocket_width=32, pocket_layers=1, pocket_epochs=1)
-    with pytest.raises(UserError): make_backbones(str(tmp_path/"run"), **few)
-    folder = make_backbones(str(tmp_path/"run"), **few)
+    with pytest.raises(UserError): make_backbones(BackbonesSettings(str(tmp_path/"run"), **few))
+    folder = make_backbones(BackbonesSettings(str(tmp_path/"run"), **few))
     assert trained == ["pocket t5", "pocket bert", "pocket bert"]
     assert set(pl.read_parquet(folder/"curves.parquet")["model"]) == {"t5", "bert"}
 

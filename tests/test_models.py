@@ -11,8 +11,8 @@ from ganprompt.models import answers, load_model, load_tokenizer, resolve
 from ganprompt.backbones import backbone, pocket_model
 from ganprompt.data import load_candidates, load_sequences
 from ganprompt.encoder import reader_for
-from ganprompt.recommender import (ask, divergence, load_recommender, logits_at, make_recommender, new_recommender,
-                                   worded)
+from ganprompt.recommender import (RecommenderSettings, ask, divergence, load_recommender, logits_at, make_recommender,
+                                   new_recommender, worded)
 from ganprompt.files import UserError
 from ganprompt.scorer import Questions, States, bank_for, own_attributes, score_rows
 
@@ -176,7 +176,7 @@ def reworded(finished, shop, tmp_path_factory):
 def test_other_wordings_are_seen_templates_and_differ(finished):
     reader, _ = reader_for(str(finished))
     rows, bank, own = load_sequences(str(finished), "train")[:60], bank_for(reader), own_attributes(str(finished))
-    clean, *others = worded(reader, own, rows, dict(attributes=False, wordings=3, nonsense=0, seed=1))
+    clean, *others = worded(reader, own, rows, attributes=False, wordings=3, nonsense=0, seed=1)
     by_template = {t["id"]: Questions(reader, own, rows, t["text"], attributes=False) for t in bank if t["split"]
                    == "seen"}
     used = []
@@ -190,14 +190,14 @@ def test_other_wordings_are_seen_templates_and_differ(finished):
         used += names
     assert len(set(used)) == len(by_template) - 1 # all of them, over sixty rows
     with pytest.raises(UserError, match=f"choose 1 to {len(by_template)}"):
-        worded(reader, own, rows, dict(attributes=False, wordings=len(by_template) + 1, nonsense=0, seed=1))
+        worded(reader, own, rows, attributes=False, wordings=len(by_template) + 1, nonsense=0, seed=1)
 
 
 def test_nonsense_is_drawn_beside_the_seen_templates_and_holds_the_same_titles(finished):
     reader, _ = reader_for(str(finished))
     rows, bank = load_sequences(str(finished), "train")[:60], bank_for(reader)
     seen = [Questions(reader, {}, rows, t["text"], attributes=False) for t in bank if t["split"] == "seen"]
-    asked = worded(reader, {}, rows, dict(attributes=False, wordings=5, nonsense=40, seed=1))
+    asked = worded(reader, {}, rows, attributes=False, wordings=5, nonsense=40, seed=1)
     others = [(r, q.context(r)) for q in asked[1:] for r in range(60)]
     said = [any(q.context(r) == ids for q in seen) for r, ids in others]
     expected = (len(seen) - 1)/(len(seen) - 1 + 40)
@@ -207,7 +207,7 @@ def test_nonsense_is_drawn_beside_the_seen_templates_and_holds_the_same_titles(f
               for item in rows["history"][r][-reader.history_items:]]
     assert all(joined(title[:2]) in prompt for title, prompt in titles) # every title, if not to its end
     assert not all(joined(title) in prompt for title, prompt in titles) # some are broken off
-    again = worded(reader, {}, rows, dict(attributes=False, wordings=5, nonsense=40, seed=2))
+    again = worded(reader, {}, rows, attributes=False, wordings=5, nonsense=40, seed=2)
     # each seed has its own
     assert (len({str(ids) for _, ids in others} | {str(q.context(r)) for q in again[1:] for r in range(60)})
             > .8*2*len(others))
@@ -218,8 +218,8 @@ def test_each_wording_has_logits_of_its_own(kind, finished, tmp_path):
     run = str(finished)
     (reader, path), rows = reader_for(run), load_sequences(run, "train")[:7]
     items, at = np.random.default_rng(0).integers(len(reader.titles), size=(7, 3)), np.array([4, 0, 6])
-    asked, model = worded(reader, own_attributes(run), rows, dict(attributes=True, wordings=3, nonsense=0,
-            seed=0)), new_recommender(kind, path, reader)
+    asked, model = worded(reader, own_attributes(run), rows, attributes=True, wordings=3, nonsense=0,
+            seed=0), new_recommender(kind, path, reader)
     states = States([p for q in asked for p in ask(model, q, items)], model.t5.config.d_model, model.pad_id,
                     tmp_path/"states.bin").fill(model.t5)
     for w, questions in enumerate(asked):
@@ -259,7 +259,8 @@ def test_consistency_brings_the_answers_together(reworded):
 
 @pytest.mark.parametrize("wrong", [dict(consistency=1.), dict(consistency=1., wordings=2, score="vocab")])
 def test_consistency_needs_something_to_compare(wrong, finished):
-    with pytest.raises(UserError, match="it needs --wordings 2"): make_recommender(str(finished), **wrong)
+    with pytest.raises(UserError, match="it needs --wordings 2"):
+        make_recommender(RecommenderSettings(str(finished), **wrong))
 
 
 def test_other_weights_in_the_folder_of_a_model_make_its_stages_out_of_date(finished, tmp_path):
@@ -268,15 +269,16 @@ def test_other_weights_in_the_folder_of_a_model_make_its_stages_out_of_date(fini
 
     from safetensors.torch import load_file, save_file
 
-    from ganprompt.attributes import make_attributes
-    from ganprompt.backbones import make_backbones
+    from ganprompt.attributes import AttributesSettings, make_attributes
+    from ganprompt.backbones import BackbonesSettings, make_backbones
     from ganprompt.runs import stale
     run, sizes = tmp_path/"run", {"title_tokens": 8, "history_items": 5}
     for name in "data", "prompts": shutil.copytree(finished/name, run/name)
     for kind in "t5", "bert": shutil.copytree(finished/"backbones"/kind, tmp_path/kind)
-    again = lambda: make_backbones(str(run), t5=str(tmp_path/"t5"), bert=str(tmp_path/"bert"), **sizes)
+    asked = BackbonesSettings(str(run), t5=str(tmp_path/"t5"), bert=str(tmp_path/"bert"), **sizes)
+    again = lambda: make_backbones(asked)
     again()
-    make_attributes(str(run), k=3)
+    make_attributes(AttributesSettings(str(run), k=3))
     assert not stale(run, "attributes")
     for file in "t5/model.safetensors", "bert/tokenizer.json":
         path = tmp_path/file
@@ -286,5 +288,5 @@ def test_other_weights_in_the_folder_of_a_model_make_its_stages_out_of_date(fini
                 and stale(run, "attributes") == "input backbones is out of date")
         again()
         assert not stale(run, "backbones") and stale(run, "attributes") == "input backbones has changed"
-        make_attributes(str(run), k=3)
+        make_attributes(AttributesSettings(str(run), k=3))
         assert not stale(run, "attributes")

@@ -1,11 +1,14 @@
 "The notebooks as files: clean, portable, in order, and the package is what they export."
-import ast, json, re, shutil, subprocess, sys
+import ast, importlib, inspect, json, re, shutil, subprocess, sys
+from dataclasses import fields
 
 import nbformat
 import pytest
 from papermill.inspection import inspect_notebook
 
 from ganprompt.files import root
+from ganprompt.launcher import chapters, read_parameters
+from ganprompt.runs import Settings, settings_of
 
 NOTEBOOKS = sorted((root()/"nbs").glob("*.ipynb"))
 CHAPTERS = [p for p in NOTEBOOKS if p.name[0].isdigit()]
@@ -45,6 +48,18 @@ def test_papermill_sees_every_parameter(path):
     assert list(inspect_notebook(str(path))) == [n.target.id for n in ast.parse(cell).body]
 
 
+@pytest.mark.parametrize("chapter", chapters(), ids=lambda c: c.stage)
+def test_settings_have_a_field_for_each_line_of_the_parameters_cell(chapter):
+    "Names, order, types, defaults and help are the same; the cell has `replace` besides."
+    settings = settings_of(getattr(importlib.import_module(f"ganprompt.{chapter.stage}"), f"make_{chapter.stage}"))
+    lines = [line.strip() for c in (Settings, settings) for line in inspect.getsource(c).splitlines()
+             if re.match(r"    \w+:\w+=", line)]
+    cell = {name: p for name, p in chapter.parameters.items() if name != "replace"}
+    assert list(read_parameters("\n".join(lines), settings.__name__).items()) == list(cell.items())
+    assert [(f.name, f.type.__name__, f.default) for f in fields(settings)] == [p[:3] for p in cell.values()]
+    assert {"run", *settings.neutral} <= set(cell)
+
+
 @each_chapter
 def test_shape(path):
     "A title, a one-line subtitle, a module of the chapter's name, and short cells."
@@ -65,7 +80,7 @@ def test_exports_in_sync(tmp_path):
 
 def test_a_stage_can_be_made_without_its_lesson():
     "What a run executes of a chapter leaves the lesson's cells out: it names nothing that only they define."
-    from ganprompt.launcher import chapters, job_cells
+    from ganprompt.launcher import job_cells
     for c in chapters():
         cells = job_cells(json.loads(c.path.read_text(encoding="utf-8"))["cells"])
         code = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")

@@ -12,8 +12,8 @@ from ganprompt import scorer
 from ganprompt.models import encode, load_model, load_tokenizer
 from ganprompt.backbones import backbone
 from ganprompt.data import load_candidates, load_sequences
-from ganprompt.p5 import (PIECES, VARIANTS, add_tokens, asker_for, item_texts, log_likelihood, make_p5, prompt_words,
-                          random_numbers, score_items, spell)
+from ganprompt.p5 import (P5Settings, PIECES, VARIANTS, add_tokens, asker_for, item_texts, log_likelihood, make_p5,
+                          prompt_words, random_numbers, score_items, spell)
 from ganprompt.prompts import load_titles, pad
 
 
@@ -163,7 +163,7 @@ def test_renumbering_the_items_changes_nothing(variant, finished, tmp_path):
 def test_the_stage(finished, tmp_path):
     run = tmp_path/"run"
     shutil.copytree(finished, run)
-    folder = make_p5(str(run), recommender_epochs=1, recommender_batch=32, valid_users=20, test_users=60)
+    folder = make_p5(P5Settings(str(run), recommender_epochs=1, recommender_batch=32, valid_users=20, test_users=60))
     ranks, models = pl.read_parquet(folder/"ranks.parquet"), json.loads((folder/"models.json").read_text())
     assert set(models) == set(VARIANTS) and all(m["family"] == "text" and m["pocket"] and 0 < m["valid"] < 1
                                                 and m["seconds"]["train"] > 0 for m in models.values())

@@ -237,7 +237,7 @@ def test_braces_go_through_every_path(tmp_path):
 
 def test_titles_with_tags_or_scripts_are_counted(monkeypatch, tmp_path):
     run = fake_data(monkeypatch, tmp_path, ["<b>Rug</b>", "var a = 1;", "Oak <3", None])
-    folder = prompts.make_prompts(run)
+    folder = prompts.make_prompts(prompts.PromptsSettings(run))
     import json
     assert prompts.load_titles(run) == ["Rug", "unknown item", "Oak <3", "unknown item"]
     assert (json.loads((folder/"manifest.json").read_text())["metrics"]
@@ -258,17 +258,19 @@ def fake_data(monkeypatch, tmp_path, rows):
 
 def test_no_titles_says_why(monkeypatch, tmp_path):
     run = fake_data(monkeypatch, tmp_path, [None, ""])
-    with pytest.raises(UserError, match="'sports' has no item titles.*name the column"): prompts.make_prompts(run)
+    with pytest.raises(UserError, match="'sports' has no item titles.*name the column"):
+        prompts.make_prompts(prompts.PromptsSettings(run))
     assert sorted(p.name for p in run.iterdir() if not p.name.startswith(".")) == ["data"]
 
 def test_stage(monkeypatch, tmp_path):
     run = fake_data(monkeypatch, tmp_path, ["A &amp; B", None, " C"])
-    folder = prompts.make_prompts(run)
+    folder = prompts.make_prompts(prompts.PromptsSettings(run))
     assert prompts.load_titles(run) == ["A & B", "unknown item", "C"] and prompts.load_templates(run) == TEXT
     assert (json.loads((folder/"manifest.json").read_text())["metrics"]
             == {"items": 3, "without_title": 1, "titles_with_tags_or_scripts": 0})
     when = (folder/"manifest.json").stat().st_mtime_ns
-    assert prompts.make_prompts(run) == folder and (folder/"manifest.json").stat().st_mtime_ns == when
+    assert prompts.make_prompts(prompts.PromptsSettings(run)) == folder
+    assert (folder/"manifest.json").stat().st_mtime_ns == when
 
 
 def test_two_slots_that_touch_words_are_one_fault():

@@ -1,13 +1,15 @@
 """Stages: made once, whole or not at all, made again when what they were made from has changed, never replaced by
 others unasked, and resumed after a kill."""
 import hashlib, json, os, re, shutil, signal, subprocess, sys, time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from ganprompt import files, runs
 from ganprompt.files import UserError, lock, root, run_folder, write_json
-from ganprompt.runs import commit, complete, fresh, kept, manifest, need, once, replacing, sources, stage, stale
+from ganprompt.runs import (Settings, commit, complete, fresh, kept, manifest, need, once, replacing, sources, stage,
+                            stale)
 from ganprompt.processes import finite, load_checkpoint, save_checkpoint, seed_all
 
 WALK = '''
@@ -307,7 +309,7 @@ def home(tmp_path, monkeypatch):
 
 def test_need(home):
     calls = []
-    make = lambda run: toy(run, calls)
+    def make(p:Settings): return toy(p.run, calls)
     need("demo", "toy", make); need("demo", "toy", make)
     assert calls == [1]
     toy("beauty", [], name="data")
@@ -320,10 +322,10 @@ def test_a_misspelt_run_is_not_begun(home):
     toy("demo", [], name="data"); toy("beauty", [], name="data")
     for name, near in ("dmeo", "demo"), ("beuty", "beauty"), (home/"runs/bauty", "beauty"):
         with pytest.raises(UserError, match=f"there is no run '.*'; the nearest existing run is '{near}'"):
-            need(name, "toy", lambda run: toy(run, []))
+            need(name, "toy", lambda p: toy(p.run, []))
     assert {p.name for p in (home/"runs").iterdir()} == {"demo", "beauty"}
     assert run_folder(2024) == home/"runs"/"2024" # as papermill reads `-p run 2024`
-    with pytest.raises(UserError, match="no run '2024'"): need(2024, "toy", lambda run: toy(run, []))
+    with pytest.raises(UserError, match="no run '2024'"): need(2024, "toy", lambda p: toy(p.run, []))
 
 
 def chain(run, seed=0, **kw):
@@ -453,13 +455,15 @@ def test_a_stage_must_not_contradict_what_its_run_was_launched_with(tmp_path):
 def test_the_demo_is_made_with_what_was_chosen_for_it(home):
     (home/"runs/demo").mkdir(parents=True)
     write_json(home/"runs/demo/run.json", {"parameters": {"value": 7, "other": 1}})
-    def make(run, value=1): return toy(run, [], value)
+    @dataclass(frozen=True)
+    class ToySettings(Settings): value:int=1
+    def make(p:ToySettings): return toy(p.run, [], p.value)
     assert json.loads((need("demo", "toy", make)/"value.json").read_text()) == 7
 
 
 def test_the_demo_is_made_again_where_it_is_out_of_date(home, capsys):
     (file := home/"in.txt").write_text("a")
-    def make(run): return toy(run, calls, files=[file])
+    def make(p:Settings): return toy(p.run, calls, files=[file])
     calls = []
     need("demo", "toy", make)
     file.write_text("b")
@@ -491,9 +495,17 @@ STAGES = ("data", "prompts", "backbones", "attributes", "encoder", "gather", "re
     ("metrics.py", r"def means_table\(", "def means_table(_=0, *, ", set()),
     # reached by a text that another process executes
     ("idmodels.py", r"def serve\(\):", "def serve(_=0):", {"baselines"}),
+    # what only looks at values, or guesses a size
+    ("encoder.py", r'"held_out_users"\)', '"held_out_users", "seed")', set()),
+    ("encoder.py", r"return 7\*model_bytes", "return 8*model_bytes", set()),
+    # what changes no number is not among the parameters
+    ("encoder.py", r'neutral = "processes",', "neutral = ()", {"encoder"}),
     # a default of another stage
     ("attributes.py", r"k:int=5", "k:int=6", {"attributes", "encoder", "gather", "recommender", "benchmarks", "study",
                                               "collm", "ctrl", "p5"}),
+    ("encoder.py", r"encoder_batch:int=16", "encoder_batch:int=32", {"encoder", "recommender", "figures", "benchmarks",
+                                                                     "study"}),
+    ("recommender.py", r"patience:int=2", "patience:int=3", {"recommender", "metrics", "collm", "study"}),
 ])
 def test_sources_change_with_what_a_stage_reaches(package, file, old, new, wanted):
     before = {name: sources(name) for name in STAGES}
@@ -557,9 +569,9 @@ from ganprompt import files
 from ganprompt.files import *
 from ganprompt.runs import *
 files.workspace = lambda: Path({str(tmp_path)!r})
-def make(run):
+def make(p:Settings):
     def work(folder): time.sleep(1); write_json(folder/"by.json", os.getpid())
-    return stage(run, "slow", {{}}, work)
+    return stage(p.run, "slow", {{}}, work)
 print((need("demo", "slow", make)/"by.json").read_text())'''
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = {int(p.communicate(timeout=60)[0]) for p in both}

@@ -13,7 +13,8 @@ from ganprompt.models import answer_logits, encode, load_model, resolve
 from ganprompt.data import load_candidates, load_sequences
 from ganprompt.encoder import reader_for
 from ganprompt.prompts import pad
-from ganprompt.recommender import T5Decoder, T5Ranker, find_llm, load_recommender, new_recommender
+from ganprompt.recommender import (RecommenderSettings, T5Decoder, T5Ranker, find_llm, load_recommender,
+                                   new_recommender)
 from ganprompt.files import UserError
 from ganprompt.scorer import Questions, own_attributes, score_prompts, score_rows
 
@@ -204,5 +205,5 @@ def test_a_pocket_llama_is_trained_once_and_whole(finished, tmp_path, monkeypatc
     (tmp_path/"llm").mkdir()
     shutil.copy(finished/"recommender/llm/config.json", tmp_path/"llm")
     for _ in range(2):
-        assert find_llm(str(finished), {"llm": "pocket", "seed": 0}, tmp_path/"llm") == str(tmp_path/"llm")
+        assert find_llm(str(finished), RecommenderSettings(), tmp_path/"llm") == str(tmp_path/"llm")
     assert trainings == ["pocket causal"] and load_model(str(tmp_path/"llm"), "causal").num_parameters() > 0

@@ -12,7 +12,7 @@ from ganprompt.cli import plan_of, read_plan, studies, study_of
 from ganprompt.models import load_model
 from ganprompt.collm import load_text_lm, text_reader
 from ganprompt.encoder import reader_for, separability
-from ganprompt.gather import contrast, likeness, make_gather
+from ganprompt.gather import GatherSettings, contrast, likeness, make_gather
 from ganprompt.p5 import asker_for
 from ganprompt.files import UserError, root, write_json
 from ganprompt.runs import manifest, stage
@@ -38,8 +38,8 @@ def test_a_bank_needs_something_unseen_to_ask_with():
     "Recommendation templates alone count, and those that the run was trained on do not."
     seen, title = (dict(id="a", task="recommendation", split="seen"), dict(id="b", task="title", split="attack"))
     with pytest.raises(UserError, match="study_bank=x: bank.yaml has no unseen recommendation template"):
-        S.unseen_in("bank.yaml", dict(study_bank="x"), [seen, title])
-    S.unseen_in("bank.yaml", dict(study_bank="x"), [seen, seen | dict(id="c", split="attack")])
+        S.unseen_in("bank.yaml", "x", [seen, title])
+    S.unseen_in("bank.yaml", "x", [seen, seen | dict(id="c", split="attack")])
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ def studied(finished, tmp_path_factory):
     "Two entries on the small shop, one of them with an encoder of its own."
     shutil.copytree(finished, run := tmp_path_factory.mktemp("study")/"run",
                     ignore=shutil.ignore_patterns("recommender", "encoder"))
-    S.make_study(str(run), study_entries="one template,random templates,gathered amid nonsense", study_users=20,
-                 recommender_epochs=1)
+    S.make_study(S.StudySettings(str(run), study_entries="one template,random templates,gathered amid nonsense",
+                                 study_users=20, recommender_epochs=1))
     return run
 
 
@@ -96,14 +96,15 @@ def test_another_bank_asks_the_same_recommender(studied, tmp_path, monkeypatch):
     function."""
     shutil.copytree(studied, run := tmp_path/"run", ignore=shutil.ignore_patterns("study"))
     with pytest.raises(UserError, match="study_bank=none: there is no .*data/none.yaml"):
-        S.make_study(str(run), study_bank="none")
+        S.make_study(S.StudySettings(str(run), study_bank="none"))
     monkeypatch.setattr(S, "bank_file", lambda p: seen)
     (seen := tmp_path/"seen.yaml").write_text('- {id: a, task: recommendation, group: own, split: seen, text: '
                                               '"{purchase_history} then {target_item} ?"}')
-    with pytest.raises(UserError, match="seen.yaml has no unseen recommendation template"): S.make_study(str(run))
+    with pytest.raises(UserError, match="seen.yaml has no unseen recommendation template"):
+        S.make_study(S.StudySettings(str(run)))
     monkeypatch.undo()
-    S.make_study(str(run), study_entries="one template", study_users=20, recommender_epochs=1,
-                 study_bank="templates-fresh")
+    S.make_study(S.StudySettings(str(run), study_entries="one template", study_users=20, recommender_epochs=1,
+                 study_bank="templates-fresh"))
     (kept,) = read(S.keep_study(str(run), tmp_path/"kept")).values()
     said = json.loads(R.make_report(str(studied/"study/one-template"), str(studied),
                                     str(root()/"data/templates-fresh.yaml"), users=20,
@@ -117,7 +118,7 @@ def test_another_bank_asks_the_same_recommender(studied, tmp_path, monkeypatch):
 @pytest.mark.parametrize("how", [{}, dict(gather_same=1., gather_wordings=4, gather_nonsense=0)])
 def test_gathering_moves_the_encoder_and_tells_histories_apart(how, finished, tmp_path):
     shutil.copytree(finished, run := tmp_path/"run", ignore=shutil.ignore_patterns("recommender", "encoder"))
-    folder = make_gather(str(run), gather_batch=16, gather_epochs=3, **how)
+    folder = make_gather(GatherSettings(str(run), gather_batch=16, gather_epochs=3, **how))
     merit, curves = (json.loads((folder/"manifest.json").read_text())["metrics"],
                      S.pl.read_parquet(folder/"curves.parquet"))
     assert (((curves["same"] > 0) == bool(how)).all()
@@ -136,9 +137,11 @@ def test_an_entry_that_fails_does_not_stop_the_rest_and_whole_ones_are_kept(stud
         if name == "gathered amid nonsense" and calls.count("gathered amid nonsense") == 1: raise KeyboardInterrupt
         return {k: v for k, v in one[name].items() if k != "settings"}, tables.filter(entry=name).drop("entry")
     monkeypatch.setattr(S, "run_entry", fake)
+    asked = S.StudySettings(str(run), study_entries="one template,random templates,gathered amid nonsense",
+                            study_users=20)
     with pytest.raises(KeyboardInterrupt):
-        S.make_study(str(run), study_entries="one template,random templates,gathered amid nonsense", study_users=20)
-    S.make_study(str(run), study_entries="one template,random templates,gathered amid nonsense", study_users=20)
+        S.make_study(asked)
+    S.make_study(asked)
     assert calls == ["one template", "random templates", "gathered amid nonsense", "random templates",
                      "gathered amid nonsense"]
     assert (json.loads((run/"study/study.json").read_text())["entries"]["random templates"]
@@ -241,7 +244,7 @@ def test_what_is_answered_is_kept_and_drawn(shop, tmp_path, monkeypatch):
                  dataset_info=lambda run: {"dataset": "shop", "synthetic": False})
     for name, what in known.items(): monkeypatch.setattr(S, name, what)
     for name in ("own_attributes", "unseen_in", "need"): monkeypatch.setattr(S, name, lambda *p: None)
-    S.make_study(str(run), study_entries=",".join([*scores, "agreement"]), recommender_epochs=1)
+    S.make_study(S.StudySettings(str(run), study_entries=",".join([*scores, "agreement"]), recommender_epochs=1))
     paths = S.keep_study(str(run), tmp_path/"robustness")
     kept = read(paths)
     assert list(kept) == list(scores) and not list((run/"study").glob(".*")) and (run/"study/ranks.parquet").is_file()
@@ -302,8 +305,8 @@ def test_figures_of_kept_entries_by_hand():
 
 def test_room_for_each_entry():
     "Three times an encoder and seven times a recommender."
-    p = dict(study_entries="one template,attributes", t5="pocket")
-    assert S.room_study(p) == 2*S.room_study(p | {"study_entries": "attributes"}) == 20*S.model_bytes("pocket")
+    def room(entries): return S.StudySettings(study_entries=entries).room({"t5": "pocket"})
+    assert room("one template,attributes") == 2*room("attributes") == 20*S.model_bytes("pocket")
 
 
 @pytest.mark.parametrize("plan", ["tables", "standard", "robustness", "robustness-fresh", "ablation"])
@@ -314,7 +317,7 @@ def test_plans_name_what_there_is(plan):
     wanted = {"robustness": [e for e in entries if e not in readings],
               "ablation": ["attributes", "GANPrompt", "GANPrompt as printed", *readings]}
     assert all(set(m.get("study", [])) <= set(entries) for m in found["datasets"].values())
-    assert (S.bank_file(found.get("parameters", {})).name
+    assert (S.bank_of(found).name
             == ("templates-fresh.yaml" if plan == "robustness-fresh" else "templates.yaml"))
     if plan in wanted:
         assert all(m["study"] == wanted[plan] and set(S.PAGES[plan][1]) <= set(entries)
@@ -338,7 +341,8 @@ def test_each_reading_changes_one_thing():
 
 def test_readings_of_stage_1_are_measured_and_drawn(finished, tmp_path):
     shutil.copytree(finished, run := tmp_path/"run", ignore=shutil.ignore_patterns("recommender", "encoder"))
-    S.make_study(str(run), study_entries="attributes,GANPrompt,k 2", study_users=20, recommender_epochs=1)
+    S.make_study(S.StudySettings(str(run), study_entries="attributes,GANPrompt,k 2", study_users=20,
+                                 recommender_epochs=1))
     kept = read(S.keep_study(str(run), tmp_path/"ablation"))
     for name, path in ("GANPrompt", "spread"), ("k 2", "k-2"):
         states = S.pl.read_parquet(run/"study/encoders"/path/"states.parquet").filter(S.pl.col("stage") == "after")
@@ -357,7 +361,7 @@ def test_readings_of_stage_1_are_measured_and_drawn(finished, tmp_path):
 def test_p5_and_tallrec_rank_as_a_plain_forward_pass_does(finished, tmp_path):
     "Under the clean template and an unseen one: no kept states, no shared prefix, one candidate at a time."
     shutil.copytree(finished, run := tmp_path/"run", ignore=shutil.ignore_patterns("recommender", "encoder"))
-    S.make_study(str(run), study_entries="P5,TALLRec", study_users=10, recommender_epochs=1)
+    S.make_study(S.StudySettings(str(run), study_entries="P5,TALLRec", study_users=10, recommender_epochs=1))
     kept, (rows, lists) = read(S.keep_study(str(run), tmp_path/"kept")), R.test_lists(str(run), 10)
     p5, tallrec = load_model(str(run/"study/p5/P5"), "t5"), load_text_lm(str(run), run/"study/tallrec", "TALLRec")
     def of_p5(prompt, item):

@@ -13,6 +13,7 @@ from ganprompt.launcher import ask_first, chapters, parameters
 from ganprompt.cli import main
 from ganprompt.recommender import POCKET_LINEAR, add_adapters, linear_layers, lora_faults
 from ganprompt.files import UserError, root, told
+from ganprompt.runs import settings_of
 
 DEFAULTS = {name: p.default for name, p in parameters(chapters()).items()}
 ANY = {"rating", "alpha", "beta", "gamma"} # numbers that may be negative
@@ -20,8 +21,8 @@ FREE = {"run", "data_dir", "templates", "columns"} # text that is no name, or no
 
 
 def faults(chapter, **values):
-    check = getattr(importlib.import_module(f"ganprompt.{chapter.stage}"), f"check_{chapter.stage}")
-    return check({name: p.default for name, p in chapter.parameters.items()} | values)
+    make = getattr(importlib.import_module(f"ganprompt.{chapter.stage}"), f"make_{chapter.stage}")
+    return settings_of(make)(**values).check()
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +178,7 @@ def test_an_incomplete_copy_is_told(models, tmp_path, monkeypatch, spoil, messag
 def test_adapters_need_something_to_adapt(models):
     llm = str(models/"sharded")
     assert {k.rpartition(".")[2] for k in linear_layers(llm)} == set(POCKET_LINEAR)
-    def said(modules): return lora_faults(dict(llm=llm, lora_modules=modules))
+    def said(modules): return lora_faults(llm, modules)
     assert not said("q_proj, self_attn.v_proj") and not said("all-linear")
     assert len(said("q_proj,w_q")) == 1 and "no linear layer 'c_attn'; it has" in said("c_attn")[0] and said(" , ")
 
@@ -240,9 +241,9 @@ def test_the_figure_needs_no_folder_of_numba(tmp_path):
 def test_own_results_stay_out_of_the_repository(shop, tmp_path, monkeypatch):
     from click.testing import CliRunner
 
-    from ganprompt.data import make_data
+    from ganprompt.data import DataSettings, make_data
     mine = tmp_path/"mine"
-    make_data(str(tmp_path/"run"), dataset=str(shop), core=2)
+    make_data(DataSettings(str(tmp_path/"run"), dataset=str(shop), core=2))
     with pytest.raises(UserError, match=r"shop.csv is data of your own, .* --study ./tables"):
         cli.check_home("tables", [str(tmp_path/"run")])
     with pytest.raises(UserError, match="the project has no study 'mine'; .* --study ./mine"):
