@@ -65,7 +65,7 @@ def bump(node, i):
 def computing(tree):
     "Numbers of the nodes in functions and classes that compute, without messages, defaults and annotations."
     def visit(node):
-        if isinstance(node, (ast.Raise, ast.Assert, ast.arguments)) or isinstance(node,
+        if isinstance(node, (ast.Raise, ast.Assert, ast.arguments, ast.AnnAssign)) or isinstance(node,
                 (ast.FunctionDef, ast.ClassDef)) and any(w in node.name.lower() for w in SHOWN):
             return
         yield node

@@ -18,6 +18,7 @@ from ganprompt.files import UserError, root, write_json
 from ganprompt.runs import manifest, stage
 from ganprompt.scorer import Questions, bank_for
 from ganprompt.results import by_dataset
+from ganprompt.statistics import ends
 
 
 def test_the_contrast_is_that_of_looped_sums():
@@ -279,7 +280,7 @@ def test_deaf_and_parrot_are_told_from_steady():
     assert (value["clean"]["deaf"] == value["CPS"]["deaf"] == 0
             and value["clean"]["random templates"] == pytest.approx(value["clean"]["steady"], abs=.1))
     assert (value["CPS"]["steady"] > 3*value["CPS"]["random templates"]
-            and R.ends(draws["q05"]["steady"] - draws["q05"]["random templates"])[1] > 0)
+            and ends(draws["q05"]["steady"] - draws["q05"]["random templates"])[1] > 0)
 
 
 def test_figures_of_kept_entries_by_hand():
