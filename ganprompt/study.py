@@ -22,7 +22,7 @@ import numpy as np, polars as pl, yaml
 # %% ../nbs/30_study.ipynb #30-005
 from .files import (UserError, below, listed, pages_folder, refuse, results_folder, root, run_folder, strange,
                              told, write_json)
-from .runs import Settings, Study, digest, kind_of, manifest, need, once, stage
+from .runs import STUDIES, Settings, Study, digest, kind_of, manifest, need, once, stage
 from .processes import device
 from .data import dataset_info
 from .templates import read_templates
@@ -710,4 +710,4 @@ def draw_study(
     return made
 
 # %% ../nbs/30_study.ipynb #30-022z
-STUDIES = {kind: Study(lambda run, study, out: keep_study(run, study), draw_study) for kind in PAGES}
+STUDIES |= {kind: Study(lambda run, study, out: keep_study(run, study), draw_study) for kind in PAGES}
