@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRIVIAL', 'trivial_scores', 'collect_scores', 'standing', 'notes', 'render', 'long_table', 'plot_ranks', 'evaluate',
-           'MetricsSettings', 'make_metrics', 'keep', 'group_names', 'read_study', 'entries', 'across', 'means_table',
+           'MetricsSettings', 'make_metrics', 'keep', 'group_names', 'read_study', 'entries', 'means_table',
            'methods_table', 'seeds_table', 'pairs_table', 'plot_study', 'summary']
 
 # %% ../nbs/18_metrics.ipynb #18-n04
@@ -21,7 +21,7 @@ from .runs import Run, Settings, manifest, need, stage
 from .data import dataset_info, load_candidates, load_sequences, load_training, make_data
 from .recommender import make_recommender
 from .measures import METRICS, label, per_user
-from .statistics import difference, measure, scope, student
+from .statistics import difference, measure, over_trainings, scope
 from .pages import markdown, short, spread
 from .published import consistency, reported
 
@@ -270,15 +270,6 @@ def entries(
                          for record in records for model, row in record["metrics"].items() for m,
                          (value, low, high) in row.items()])
 
-# %% ../nbs/18_metrics.ipynb #18-070b
-def across(
-    kept, # [mean, low, high] over users, of each training
-) -> list: # [mean, low, high]
-    "The interval of a method from those of its trainings; a single training's own."
-    kept = np.asarray(kept, float)
-    return (kept[0].tolist() if len(kept) == 1
-            else student(kept[:, 0], (kept[:, 2] - kept[:, 1]).mean() / 2 / 1.96).tolist())
-
 # %% ../nbs/18_metrics.ipynb #18-071
 def means_table(
     kept:pl.DataFrame, # From `entries`
@@ -298,7 +289,7 @@ def methods_table(
     popularity; no verdict on one training."""
     found, counts = {}, {}
     for (group, model, m), part in kept.group_by("group", "model", "metric", maintain_order=True):
-        found[group, model, m], counts[group, model] = across(part.select("value", "low", "high").to_numpy()), len(part)
+        found[group, model, m], counts[group, model] = over_trainings(part.select("value", "low", "high").to_numpy()), len(part)
     def above(group, model, m, other):
         if model in ("random", "popularity"): return ""
         if min(counts[group, model], counts[group, other]) == 1: return "–"
@@ -328,7 +319,7 @@ def pairs_table(
     found = {}
     for record in records:
         for pair, row in record["differences"].items(): found.setdefault((record["group"], pair), []).append(row)
-    rows = [[group, pair, len(mine), *(spread(across([row[m] for row in mine]), True) for m in ("auc", "hit@10"))]
+    rows = [[group, pair, len(mine), *(spread(over_trainings([row[m] for row in mine]), True) for m in ("auc", "hit@10"))]
             for (group, pair), mine in found.items()]
     return markdown(["data", "difference", "trainings", "AUC", "HR@10"], rows)
 

@@ -6,8 +6,7 @@
 __all__ = ['CONSTANT', 'ORDER', 'NUMBERS', 'TIMES', 'Ranks', 'ranks_of', 'owned', 'owners_of', 'per_owner', 'slug', 'entry_path',
            'lacking', 'without_folders', 'ranks_path', 'write_entry', 'ready', 'baseline_models', 'own_models',
            'same_users', 'entry', 'keep_data', 'keep_models', 'base', 'table_order', 'again', 'read_json', 'read_entry',
-           'lists_of', 'read_tables', 'people', 'by_model', 'trainings', 'statistics', 'marked', 'against',
-           'paired_gaps', 'reordering', 'sampling_table', 'by_dataset', 'time_table']
+           'lists_of', 'read_tables', 'people', 'reordering', 'sampling_table', 'by_dataset', 'time_table']
 
 # %% ../nbs/28_results.ipynb #28-n04
 import itertools, json, math, re
@@ -21,7 +20,7 @@ from .files import UserError, results_folder, run_folder, write_json
 from .runs import complete, digest, manifest, sha256, stale
 from .data import dataset_info
 from .measures import METRICS, figures_of
-from .statistics import interval
+from .statistics import by_training, paired_gaps, trainings
 from .metrics import collect_scores
 from .idmodels import rank_rows
 
@@ -341,88 +340,14 @@ def people(
         return dict(model=[e["model"]] * users, seed=[e["seed"]] * users, user=np.arange(users)) | figures
     return pl.concat([pl.DataFrame(one(e)) for e in entries])
 
-def by_model(
-    everyone:pl.DataFrame, # From `people`
-) -> dict: # Model -> seed -> f64[users, metrics]
-    "Each training's figures as an array."
-    found = {}
-    for (model, seed), part in everyone.group_by("model", "seed", maintain_order=True):
-        found.setdefault(model, {})[seed] = part.select(METRICS).to_numpy()
-    return found
-
-def trainings(
-    values:dict, # From `by_model`
-    a:str, # A model
-    b:str="", # Another one: paired differences, by the seeds that both have
-) -> np.ndarray: # f64[trainings, users, metrics]
-    "A model's figures, or how far it is ahead of another; without a common seed the means over seeds are one training."
-    if not b: return np.stack(list(values[a].values()))
-    both = [seed for seed in values[a] if seed in values[b]]
-    if not both: return (trainings(values, a).mean(axis=0) - trainings(values, b).mean(axis=0))[None]
-    return np.stack([values[a][seed] - values[b][seed] for seed in both])
-
-# %% ../nbs/28_results.ipynb #28-033
-def statistics(
-    everyone:pl.DataFrame, # From `people`
-) -> pl.DataFrame: # model, seeds, metric, mean, sd (over seeds; null for one), low, high (95 %, over trainings and
-    # users; of one training over users); one row a model and metric
-    "What the table shows of each model."
-    rows, values = [], by_model(everyone)
-    for model in values:
-        x = trainings(values, model)
-        sd = x.mean(axis=1).std(axis=0, ddof=1).tolist() if len(x) > 1 else [None] * len(METRICS)
-        rows += [dict(model=model, seeds=len(x), metric=m, mean=mean, sd=s, low=max(low, 0.), high=min(high, 1.))
-                 for m, s, (mean, low, high) in zip(METRICS, sd, interval(x).round(12).T.tolist())]
-    return pl.DataFrame(rows, infer_schema_length=None, schema_overrides={"sd": pl.Float64})
-
-# %% ../nbs/28_results.ipynb #28-036
-def marked(
-    figures:pl.DataFrame, # model, metric, mean, ours (whether it is one of our models)
-) -> pl.DataFrame: # Also best, best_baseline
-    "Which figures are bold and which have a star."
-    baseline = pl.col("mean").filter(~pl.col("ours")).max().over("metric")
-    return figures.with_columns(best=pl.col("mean") == pl.col("mean").max().over("metric"),
-                                best_baseline=~pl.col("ours") & (pl.col("mean") == baseline).fill_null(False))
-
-def against(
-    everyone:pl.DataFrame, # From `people`
-    stats:pl.DataFrame, # From `statistics`, `marked`
-    ours:str="ganprompt", # Our model
-) -> pl.DataFrame: # metric, baseline (its name), theirs, mean, improvement (%), difference, low, high, trainings (how
-    # many both have); no rows without ours or a baseline
-    "Our model and the best baseline of each figure, on the same users."
-    pairs = stats.filter(pl.col("best_baseline")).unique("metric", keep="first", maintain_order=True).select("metric",
-            baseline="model", theirs="mean")
-    pairs = stats.filter(model=ours).select("metric", "mean").join(pairs, on="metric", maintain_order="left")
-    values = by_model(everyone)
-    gaps = {name: trainings(values, ours, name) for name in pairs["baseline"].unique(maintain_order=True)}
-    found = {name: interval(gap) for name, gap in gaps.items()}
-    ends = [[*found[row["baseline"]][:, METRICS.index(row["metric"])].tolist(), len(gaps[row["baseline"]])]
-            for row in pairs.iter_rows(named=True)]
-    gain = pl.when(pl.col("theirs") > 0).then(100 * (pl.col("mean") / pl.col("theirs") - 1))
-    return pairs.with_columns(improvement=gain, **{c: pl.Series([e[i] for e in ends], dtype=pl.Int64 if c
-                                                                == "trainings" else pl.Float64)
-                                                     for i, c in enumerate(("difference", "low", "high", "trainings"))})
-
 # %% ../nbs/28_results.ipynb #28-044
-def paired_gaps(
-    values:dict, # From `by_model`
-    pairs:list, # Pairs of models
-) -> np.ndarray: # Mean, low, high of each pair's difference: [3, pairs, metrics]; low and high are nan where there is
-    # one training
-    "Paired differences of many pairs, with intervals over trainings and users."
-    def one(a, b):
-        gap = trainings(values, a, b)
-        return interval(gap) if len(gap) > 1 else np.stack([gap[0].mean(axis=0), *[np.full(len(METRICS), np.nan)] * 2])
-    return np.stack([one(*pair) for pair in pairs], axis=1)
-
 def reordering(
     entries:list, # Of one data set, id models with uni99 and full lists
 ) -> list: # A row for each metric: metric, models, tau, pairs, swapped (pairs of names), clear (those of them)
     """Rank correlation of the models between sampled and full lists (none if all are alike in one), and which pairs
     swap."""
     from scipy.stats import kendalltau
-    values = [by_model(people(entries, name)) for name in ("uni99", "full")]
+    values = [by_training(people(entries, name)) for name in ("uni99", "full")]
     models = list(dict.fromkeys(e["model"] for e in entries))
     means = [np.stack([trainings(v, model).mean(axis=(0, 1)) for model in models]).round(12) for v in values]
     pairs = list(itertools.combinations(models, 2))

@@ -19,13 +19,13 @@ import polars as pl
 from .files import pages_folder, results_folder, root
 from .runs import STUDIES, Study
 from .measures import METRICS, data_name, label
-from .statistics import scope
+from .statistics import against_best, by_training, mark_best, method_figures, scope, trainings
 from .pages import Block, Cell, Page, short, spread, to_md, write_page
 from .published import check_tables, paper_tables
 from .metrics import notes
 from .figures import COLORS, save_figure
-from .results import (NUMBERS, ORDER, TIMES, against, base, by_dataset, by_model, keep_models, marked, people,
-                               table_order, read_json, read_tables, sampling_table, slug, statistics, time_table, trainings)
+from .results import (NUMBERS, ORDER, TIMES, base, by_dataset, keep_models, people, read_json, read_tables,
+                               sampling_table, slug, table_order, time_table)
 
 # %% ../nbs/29_tables.ipynb #29-059
 def shown_as(
@@ -58,8 +58,8 @@ def grouped(
 # %% ../nbs/29_tables.ipynb #29-060
 def measured_block(
     rows:list, # From `line_up`
-    stats:pl.DataFrame, # From `statistics`, `marked`
-    pairs:pl.DataFrame, # From `against`
+    stats:pl.DataFrame, # From `method_figures`, `mark_best`
+    pairs:pl.DataFrame, # From `against_best`
 ) -> Block:
     "Means, ± over seeds, marks, and the improvement."
     everything = sorted({seed for row in rows for seed in row["seeds"]})
@@ -75,7 +75,7 @@ def measured_block(
                   [last]])
 
 def against_block(
-    pairs:pl.DataFrame, # From `against`
+    pairs:pl.DataFrame, # From `against_best`
 ) -> Block:
     "GANPrompt and the best baseline of each figure."
     def clear(row):
@@ -91,7 +91,7 @@ def against_block(
 
 def interval_block(
     rows:list, # From `line_up`
-    stats:pl.DataFrame, # From `statistics`
+    stats:pl.DataFrame, # From `method_figures`
 ) -> Block:
     "95 % intervals of the means."
     cells = {(r["model"], r["metric"]): f"[{short(r['low'])}, {short(r['high'])}]" for r in stats.iter_rows(named=True)}
@@ -111,7 +111,7 @@ def reported_figures(
         return pl.DataFrame(schema=dict(model=pl.String, metric=pl.String, mean=pl.Float64, mark=pl.String))
     long = printed.unpivot(METRICS, index="model", variable_name="metric",
                            value_name="mean").with_columns(ours=pl.col("model") == "GANPrompt")
-    return marked(long).join(check_tables(printed).select("model", "metric", "mark"), on=["model", "metric"],
+    return mark_best(long).join(check_tables(printed).select("model", "metric", "mark"), on=["model", "metric"],
                              how="left", maintain_order="left").with_columns(pl.col("mark").fill_null("ok"))
 
 def reported_block(
@@ -131,7 +131,7 @@ def sampling_block(
 ) -> Block:
     "Sampled and full lists side by side, and how well they agree."
     both = [e for e in entries if e["family"] == "id" and {"uni99", "full"} <= set(e["lists"])]
-    values = {name: by_model(people(both, name)) for name in ("uni99", "full")}
+    values = {name: by_training(people(both, name)) for name in ("uni99", "full")}
     rows = [[[model, name, *map(short, trainings(values[name], model).mean(axis=(0, 1)))] for name in values]
             for model in values["full"]]
     def count(column): return [len(x.split(", ")) if x else 0 for x in orders[column]]
@@ -202,8 +202,8 @@ def results_of(
     "Compute everything that is shown of a data set."
     everyone, rows = people(entries), line_up([e for e in entries if "uni99" in e["lists"]])
     ours = [row["model"] for row in rows if row["family"] == "ours"]
-    stats = marked(statistics(everyone).with_columns(ours=pl.col("model").is_in(ours)))
-    return Results(entries, rows, stats, against(everyone, stats), reported_figures(entries[0]["dataset"]),
+    stats = mark_best(method_figures(everyone).with_columns(ours=pl.col("model").is_in(ours)))
+    return Results(entries, rows, stats, against_best(everyone, stats), reported_figures(entries[0]["dataset"]),
                    sampling_table(entries))
 
 def page_of(
@@ -287,7 +287,7 @@ def published_rows(
     "Our figures among all items beside published ones."
     def fine(x): return f"{x:.4f}".lstrip("0")
     def one(dataset, model, mine):
-        stats = statistics(people(mine, "full"))
+        stats = method_figures(people(mine, "full"))
         ends = [stats.row(by_predicate=pl.col("metric") == m, named=True) for m in ("hit@10", "ndcg@10")]
         seeds = f"seed{'s' * (len(mine) > 1)} " + ", ".join(str(e["seed"]) for e in mine)
         ours = [dataset, model, *(f"{fine(r['mean'])} [{fine(r['low'])}, {fine(r['high'])}]" for r in ends),
