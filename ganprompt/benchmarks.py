@@ -491,8 +491,8 @@ def bench_catalogue(bench, repeats, folder):
     quality = {"auc": float(auc.mean())} | {k: float(v.mean()) for k, v in gains(rank).items()
                                             if k in ("hit@10", "ndcg@10")}
     times = {"t5-decoder, extrapolated": [slow], "t5-ranker": [seconds]}
-    return {"seconds": times, "ratios": median_ratios(times, "t5-ranker"), "users": len(rows), "items": len(reader.titles),
-            "pairs": pairs, "ranker_quality_on_full_lists": quality}
+    return {"seconds": times, "ratios": median_ratios(times, "t5-ranker"), "users": len(rows),
+            "items": len(reader.titles), "pairs": pairs, "ranker_quality_on_full_lists": quality}
 
 # %% ../nbs/40_benchmarks.ipynb #40-039
 def plot_benchmarks(

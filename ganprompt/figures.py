@@ -23,7 +23,7 @@ from .files import UserError, below, listed, pages_folder, refuse, run_folder, t
 from .runs import Run, STUDIES, Settings, Study, kept, manifest, need, stage
 from .data import dataset_info
 from .encoder import make_encoder
-from .metrics import keep, summary
+from .metrics import keep_metrics, summary
 
 # %% ../nbs/19_figures.ipynb #19-009
 def align(
@@ -285,6 +285,6 @@ def keep_run(
     out:Path|None=None, # Where Figure 3 goes; figures/ by default
 ) -> list[Path]: # Files
     "Keep a run's figures of merit, and its Figure 3."
-    return [keep(run, study), keep_figure(run, out)]
+    return [keep_metrics(run, study), keep_figure(run, out)]
 
-STUDIES[""] = Study(keep_run, lambda study, out: [summary(study, out)]) # what no other chapter knows
+STUDIES[""] = Study(keep_run, summary) # what no other chapter knows

@@ -450,8 +450,8 @@ def fit(
     trainer = rb.get_trainer(config["MODEL_TYPE"], config["model"])(config, net)
     ids, best = their_ids(dataset, "item_id"), {"valid": -1., "epochs": 0}
     def scores(rows, lists):
-        return score_listed(rb, net, questions(rb, dataset, rows, config["MAX_ITEM_LIST_LENGTH"], int(job["rows"] == "cloze")),
-                   [ids[x] for x in lists])
+        asked = questions(rb, dataset, rows, config["MAX_ITEM_LIST_LENGTH"], int(job["rows"] == "cloze"))
+        return score_listed(rb, net, asked, [ids[x] for x in lists])
     def after_epoch(*_, **__):
         value = ndcg(scores(*exam))
         best["epochs"] += 1

@@ -285,7 +285,8 @@ def _own(path, columns, items_file="", separator="", encoding=""):
     wanted = [*TYPES, *(["title"] if "title" in pairs and not items_file else [])]
     _need_columns(file, {c: fields.get(c, c) for c in wanted})
     meta = (file, fields) if fields.get("title") in file.names else (None, None)
-    if items_file: meta = _items(Path(items_file).expanduser(), encoding, separator, pairs, forms + read_sources()["forms"])
+    if items_file:
+        meta = _items(Path(items_file).expanduser(), encoding, separator, pairs, forms + read_sources()["forms"])
     if meta[0]: _need_columns(meta[0], {c: meta[1][c] for c in ("item", "title")})
     return Source(path.name, "products", file, fields, *meta, own=True)
 
@@ -572,7 +573,8 @@ def all_reviews(
     source:Source, # Files and their columns
     rating:float, # Least rating to keep
 ) -> tuple: # (frame as of `read_reviews`, repeats included; list of drops)
-    "Rows with at least this rating, in order of time, and what was counted on the way. `UserError` as of `read_reviews`."
+    """Rows with at least this rating, in order of time, and what was counted on the way; `UserError` as of
+    `read_reviews`."""
     r, (low, high) = pl.col("rating"), source.scale
     missing = pl.any_horizontal(pl.col("user", "item", "rating").is_null())
     def queries(lf):

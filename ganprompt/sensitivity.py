@@ -157,6 +157,7 @@ def by_split(
     splits["unseen"] = [t for t, about in enumerate(bank) if about["split"] != "seen"]
     return {s: at for s, at in splits.items() if [t for t in at if t]}
 
+# %% ../nbs/26_sensitivity.ipynb #26-n10
 def measure_bank(
     scores:np.ndarray, # f[templates, users, candidates], targets first; the first template is the clean one
     bank:list, # Templates

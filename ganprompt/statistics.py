@@ -72,6 +72,7 @@ def student(
     half = np.sqrt(t.ppf(.975, n - 1)**2 * each.var(axis=0, ddof=1) / n + 1.96**2 * np.square(error))
     return np.stack([mean, mean - half, mean + half])
 
+# %% ../nbs/15_statistics.ipynb #15-n34
 def interval(
     values:np.ndarray, # Figures of each user under each training, f64[trainings, users, figures]
 ) -> np.ndarray: # Mean, low and high end, f64[3, figures]
@@ -141,6 +142,7 @@ def mark_best(
     return figures.with_columns(best=pl.col("mean") == pl.col("mean").max().over("metric"),
                                 best_baseline=~pl.col("ours") & (pl.col("mean") == baseline).fill_null(False))
 
+# %% ../nbs/15_statistics.ipynb #15-n33
 def against_best(
     people:pl.DataFrame, # As of `by_training`
     stats:pl.DataFrame, # From `method_figures`, `mark_best`

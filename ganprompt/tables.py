@@ -20,7 +20,7 @@ from .files import pages_folder, results_folder, root
 from .runs import STUDIES, Study
 from .measures import METRICS, data_name, label
 from .statistics import against_best, by_training, mark_best, method_figures, scope, trainings
-from .pages import Block, Cell, Page, short, spread, to_md, write_page
+from .pages import Block, Cell, Page, short, spread, write_page
 from .published import check_tables, paper_tables
 from .metrics import notes
 from .figures import COLORS, save_figure
@@ -216,7 +216,7 @@ def page_of(
     seeds = sorted({e["seed"] for e in r.entries})
     about = dict(dataset=dataset, synthetic=first["synthetic"], users=first["users"], candidates="uni99",
                  pocket=any(row["pocket"] for row in r.rows), reported=len(r.printed))
-    said = notes(about).split("\n\n") + [f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. Bold: the best "
+    said = notes(about) + [f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. Bold: the best "
                                          "of a column. Star: the best of the models that are not ours, simple ones "
                                          "included; it was picked on these users and flatters its model "
                            "a little. ± is over seeds; what the intervals are over stands above them.",
@@ -339,7 +339,7 @@ COUNTS = ["users", "items", "interactions", "sequences"]
 def write_sampling(
     orders:pl.DataFrame, # From `sampling_table`, all data sets
     stem:Path, # Where, without a suffix
-) -> list[Path]: # Two files; none if there is nothing to compare
+) -> list[Path]: # Four files; none if there is nothing to compare
     "What sampling does to the order of the id models, data set by data set."
     if orders.is_empty(): return []
     parts = orders.partition_by("dataset", maintain_order=True)
@@ -353,9 +353,7 @@ def write_sampling(
                  "The swapped pairs; A > B: A is better among 99 others, B among all items.", *pairs],
                 [Block("Kendall's tau-b between the orders of the id models among 99 others and among all items",
                        ["data set", "models", *map(label, METRICS)], rows)])
-    stem.with_name(stem.name + ".md").write_text(to_md(page), encoding="utf-8")
-    stem.with_name(stem.name + ".csv").write_text(orders.write_csv(float_precision=6), encoding="utf-8")
-    return [stem.with_name(stem.name + suffix) for suffix in (".md", ".csv")]
+    return write_page(page, orders, stem)
 
 # %% ../nbs/29_tables.ipynb #29-077
 def make_tables(

@@ -42,7 +42,8 @@ SLOTS = { # task -> (slots it must have, slots it may have)
     "attribute": ({"title_seq", "attribute"}, {"dataset_item"}),
     "adversarial": ({"title_seq", "attribute"}, set()),
 }
-TEMPLATE_FIELDS, SPLITS = ("id", "task", "group", "split", "text"), ("seen", "unseen-paraphrase", "unseen-format", "attack")
+TEMPLATE_FIELDS = "id", "task", "group", "split", "text"
+SPLITS = "seen", "unseen-paraphrase", "unseen-format", "attack"
 HISTORY, UNKNOWN = ("purchase_history", "title_seq"), "unknown item"
 NOISES, CASES = ("drop", "typo", "keyboard"), ("lower", "upper", "title")
 ANY = None # any text
@@ -148,8 +149,8 @@ def nonsense(
         slots = ["{purchase_history:sep=%s&mark=%s&cut=%s}" % (rng.choice([",", mark()]), mark(), cut),
                  "{target_item:cut=%s}" % cut][::rng.choice([1, 1, -1])]
         return " ".join([*some(12), slots[0], *some(8), slots[1], *some(8)])
-    return [dict(zip(TEMPLATE_FIELDS, (f"nonsense-{i + 1}", "recommendation", "nonsense", "seen", text(f"{seed}.{i + 1}"))))
-            for i in range(n)]
+    return [dict(id=f"nonsense-{i + 1}", task="recommendation", group="nonsense", split="seen",
+                 text=text(f"{seed}.{i + 1}")) for i in range(n)]
 
 # %% ../nbs/06_templates.ipynb #06-017
 def _loose(text):
