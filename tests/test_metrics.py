@@ -256,7 +256,7 @@ def test_scores_are_joined_by_their_sequence(shop, tmp_path):
         for i, z in zip(at, scores[model]): np.testing.assert_array_equal(z, lists[i] + .5)
     result = M.evaluate(str(run), G.per_user(rows["user"], scores, rows["row"]), 50, 0)
     assert ((result["users"], result["rows"]) == (30, len(at))
-            and f"{len(at)} lists, for some users have several" in M.notes(result))
+            and f"{len(at)} lists, for some users have several" in "".join(M.notes(result)))
 
 
 def test_a_report_says_how_a_model_stands():
