@@ -21,8 +21,8 @@ from .files import UserError, below, listed, refuse, root, run_folder, strange, 
 from .runs import Settings, need, stage
 from .data import dataset_info, load_training, make_data
 from .backbones import EVERY
-from .idmodels import (VALID_METRIC, VALID_ROWS, attempt, figures, has_recbole, known_models, ndcg, rank_all,
-                                sampled, trainer_process, write_atomic)
+from .idmodels import (VALID_METRIC, VALID_ROWS, attempt, has_recbole, known_models, mean_figures, ndcg,
+                                rank_all, sampled, trainer_process, write_atomic)
 
 # %% ../nbs/21_baselines.ipynb #21-012
 def finish(
@@ -38,7 +38,7 @@ def finish(
     table = pl.concat(ranks)
     table.write_parquet(Path(folder)/"ranks.parquet")
     write_json(Path(folder)/"models.json", models)
-    merits = {f"{model} {m}": round(v[m], 6) for model, v in figures(table).items() for m in ("auc", "hit@10")}
+    merits = {f"{model} {m}": round(v[m], 6) for model, v in mean_figures(table).items() for m in ("auc", "hit@10")}
     return merits | {f"{model} seconds": round(sum(about["seconds"].values()), 1) for model, about in models.items()
                      if "seconds" in about}
 
@@ -49,7 +49,8 @@ def show_models(
 )->pl.DataFrame: # model, AUC, HR@10, NDCG@10 (uni99), valid, seconds; "failed" if a model did
     "What a baseline stage reached."
     folder = run_folder(run)/stage
-    models, found = json.loads((folder/"models.json").read_text()), figures(pl.read_parquet(folder/"ranks.parquet"))
+    models = json.loads((folder/"models.json").read_text())
+    found = mean_figures(pl.read_parquet(folder/"ranks.parquet"))
     def row(model, about):
         f = found.get(model, {})
         return {"model": model, "AUC": f.get("auc"), "HR@10": f.get("hit@10"), "NDCG@10": f.get("ndcg@10"),

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 
 from .files import UserError, below, refuse, root, strange, told, write_json
 from .runs import Run, Settings, need, stage
-from .reviews import Source, _all_reviews, _drop, _loved, find_source, read_reviews, read_titles
+from .reviews import Source, all_reviews, find_source, first_loved, note_drop, read_reviews, read_titles
 
 # %% ../nbs/05_data.ipynb #05-041
 def k_core(
@@ -237,12 +237,12 @@ def gentler(
 ) -> list: # Dictionaries: rating, core, interactions, users (with more than `min_history` purchases); the nearest
     # values first
     "What gentler values of `rating` and `core` would keep."
-    df, _ = _all_reviews(source, source.scale[0])
+    df, _ = all_reviews(source, source.scale[0])
     lower = sorted(df.filter(pl.col("rating") < rating)["rating"].unique(), reverse=True)
     ratings, cores = [rating, *dict.fromkeys([*lower[:2], *lower[-1:]])], [core, *(c for c in (3, 2) if c < core)]
     tried = []
     for (i, r), (k, c) in itertools.product(enumerate(ratings), enumerate(cores)):
-        kept, _ = cut_reviews(_loved(df, r), c, cut)
+        kept, _ = cut_reviews(first_loved(df, r), c, cut)
         users = kept.group_by("user").len().filter(pl.col("len") > min_history)
         tried.append((i + k, dict(rating=r, core=c, interactions=len(kept), users=len(users))))
     return [t for _, t in sorted(tried, key=lambda t: t[0])][1:]
@@ -337,12 +337,12 @@ def _make(folder, source, p):
     this = make(cut=p.cut)
     seconds = time.time() - start
     if p.cut == "holdout-first":
-        _drop(drops, "hold out", len(reviews) - reviews["user"].n_unique(), "each user's last item, set aside")
-    _drop(drops, "core", len(this["core"]), f"user or item with fewer than {p.core} interactions")
+        note_drop(drops, "hold out", len(reviews) - reviews["user"].n_unique(), "each user's last item, set aside")
+    note_drop(drops, "core", len(this["core"]), f"user or item with fewer than {p.core} interactions")
     if p.cut == "holdout-first":
-        _drop(drops, "give back", len(this["interactions"]), "last items of users and items that are still there")
+        note_drop(drops, "give back", len(this["interactions"]), "last items of users and items that are still there")
     tested = this["sequences"].filter(pl.col("split") == "test")["user"].n_unique()
-    _drop(drops, "test", tested, "users (not rows): those without a test sequence", rows_in=len(this["users"]))
+    note_drop(drops, "test", tested, "users (not rows): those without a test sequence", rows_in=len(this["users"]))
     _enough(this, drops, source, p)
     this["interactions"].write_parquet(folder/"interactions.parquet")
     this["sequences"].write_parquet(folder/"sequences.parquet")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UserError', 'Killed', 'listed', 'strange', 'below', 'not_positive', 'told', 'refuse', 'root', 'workspace',
-           'results_folder', 'pages_folder', 'run_folder', 'write_json', 'lock']
+           'results_folder', 'pages_folder', 'run_folder', 'write_json', 'make_folder', 'lock']
 
 # %% ../nbs/00_files.ipynb #00-n04
 import difflib, fcntl, json, math, os, time
@@ -118,8 +118,10 @@ def write_json(
 # %% ../nbs/00_files.ipynb #00-021
 _held = set() # Lock files that this process holds
 
-def _make_folder(path):
-    "Make a folder, or say why it cannot be."
+def make_folder(
+    path:Path, # A run's folder, or one in it
+):
+    "Make a folder that can be written to. `UserError` that says why it cannot be."
     try: path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"cannot write the run folder {path}: {e.strerror}; choose another with --run") from None
@@ -136,7 +138,7 @@ def lock(
     "Hold a lock of a run; a process may take its own again. Raises `UserError` naming the process that has it."
     path = run_folder(run)/".locks"/name
     if path in _held: yield; return
-    _make_folder(run_folder(run)); _make_folder(path.parent)
+    make_folder(run_folder(run)); make_folder(path.parent)
     with open(path, "a+") as f:
         until = time.monotonic() + wait
         while True:

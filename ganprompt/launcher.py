@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PASSING', 'Parameter', 'read_parameters', 'Chapter', 'job_cells', 'read_chapter', 'chapters', 'parameters', 'convert',
-           'unknown', 'read_config', 'read_preset', 'absolute', 'recall', 'note_run', 'resolve', 'ask_first',
-           'stage_call', 'upstream', 'ask_run', 'duration', 'Progress', 'execute', 'current', 'run_chapter',
-           'write_report', 'launch']
+           'unknown', 'compose_yaml', 'read_config', 'read_preset', 'absolute', 'recall', 'note_run', 'chosen_values',
+           'ask_first', 'stage_call', 'upstream', 'ask_run', 'duration', 'Progress', 'execute', 'current',
+           'run_chapter', 'write_report', 'launch']
 
 # %% ../nbs/41_launcher.ipynb #41-n04
 import ast, difflib, importlib, io, json, os, re, shutil, time, tokenize
@@ -139,8 +139,10 @@ def _mapping(node, where, known):
     return values
 
 # %% ../nbs/41_launcher.ipynb #41-020
-def _compose(path):
-    "The syntax tree of a YAML file: (key, value) nodes with their lines."
+def compose_yaml(
+    path:str|Path, # A YAML file
+): # A mapping node of PyYAML: (key, value) nodes with their lines
+    "The syntax tree of a YAML file. `UserError` if it cannot be read or is not YAML."
     import yaml
     try: return yaml.compose(Path(path).read_text(encoding="utf-8")) or yaml.MappingNode("", [])
     except OSError as e: raise UserError(f"cannot read {path}: {e.strerror}; check the path") from None
@@ -152,7 +154,7 @@ def read_config(
     known:dict, # Name → `Parameter`
 ) -> dict: # Name → value
     "Values of a YAML file, checked. Raises `UserError` with file and line."
-    return _mapping(_compose(path), path, known)
+    return _mapping(compose_yaml(path), path, known)
 
 # %% ../nbs/41_launcher.ipynb #41-022
 def read_preset(
@@ -161,7 +163,7 @@ def read_preset(
 ) -> dict: # Name → value
     "Values of a preset, checked like any other."
     path = root()/"data"/"presets.yaml"
-    found = {key.value: node for key, node in _compose(path).value}
+    found = {key.value: node for key, node in compose_yaml(path).value}
     if name not in found: raise UserError(f"unknown preset {name!r}; there are {', '.join(found)}")
     return _mapping(found[name], path.name, known)
 
@@ -211,7 +213,7 @@ def note_run(
         write_json(path, {"parameters": chosen})
 
 # %% ../nbs/41_launcher.ipynb #41-026
-def resolve(
+def chosen_values(
     chapters, # `Chapter`s
     given:dict, # Name → text, from the command line
     preset:str="pocket", # Name of a preset

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIGNALS', 'LARGE', 'seed_all', 'save_checkpoint', 'load_checkpoint', 'device', 'finite', 'rank', 'is_main', 'shard',
-           'part', 'Lost', 'summed', 'totals', 'gathered', 'possible', 'in_processes', 'set_threads']
+           'part', 'Lost', 'summed', 'totals', 'gathered', 'die_with', 'possible', 'in_processes', 'set_threads']
 
 # %% ../nbs/02_processes.ipynb #02-n04
 import io, json, logging, math, os, pickle, random, signal, socket, subprocess, sys, tempfile, threading, time
@@ -145,7 +145,9 @@ def gathered(
     with _together(): return gather_object([obj])
 
 # %% ../nbs/02_processes.ipynb #02-060
-def _die_with(parent):
+def die_with(
+    parent:int, # Process id
+):
     "End this process when its parent has ended."
     def watch():
         while os.getppid() == parent: time.sleep(.3)
@@ -164,7 +166,7 @@ def _child(function, folder, parent, temporary, stdout):
     import torch
     from accelerate import PartialState
     for s in SIGNALS: signal.signal(s, signal.SIG_DFL)
-    _die_with(parent)
+    die_with(parent)
     logging.disable(logging.NOTSET)
     tempfile.tempdir, sys.stdout = temporary, stdout
     torch.set_num_threads(1)
@@ -225,7 +227,7 @@ def _fresh(n, function, folder):
 
 def _from_file(folder):
     n, function, parent = pickle.loads((Path(folder)/"work").read_bytes())
-    _die_with(parent)
+    die_with(parent)
     _fork(n, function, Path(folder))
 
 # %% ../nbs/02_processes.ipynb #02-064

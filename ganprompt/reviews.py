@@ -5,7 +5,8 @@ line and column."""
 
 # %% auto #0
 __all__ = ['MARKS', 'SEPARATORS', 'NUMBER', 'FIELDS', 'TYPES', 'OWN', 'MISSING', 'DAY', 'CLOCK', 'DATE', 'ASIN', 'File', 'Source',
-           'sources', 'categories', 'sniff', 'find_source', 'date_formats', 'scan', 'read_reviews', 'read_titles']
+           'read_sources', 'categories', 'sniff', 'find_source', 'date_formats', 'scan', 'note_drop', 'all_reviews',
+           'first_loved', 'read_reviews', 'read_titles']
 
 # %% ../nbs/03_reviews.ipynb #03-n04
 import ast, codecs, csv, gzip, io, itertools, json, re, zlib
@@ -45,7 +46,7 @@ class Source:
     scale: tuple = (1., 5.) # Least and greatest rating
 
 # %% ../nbs/03_reviews.ipynb #03-017
-def sources() -> dict: # Parsed `data/sources.yaml`
+def read_sources() -> dict: # Parsed `data/sources.yaml`
     "Names, file names, fields and addresses of the releases."
     return yaml.safe_load((root()/"data"/"sources.yaml").read_text(encoding="utf-8"))
 
@@ -56,7 +57,7 @@ def categories(
     dataset:str, # Short name or category, in any case
 ) -> tuple: # (name, categories to look for, noun)
     "What a data set's name stands for. Raises `UserError` with the nearest name if it is unknown."
-    info = sources()
+    info = read_sources()
     names = {_plain(c): (c, [c], c.replace("_", " ").lower() + " products") for r in info["releases"].values()
              for c in r["categories"]}
     for name, about in info["datasets"].items():
@@ -219,7 +220,7 @@ def _amazon(dataset, folder, encoding=""):
     "The `Source` of an Amazon category in `folder`."
     name, wanted, noun = categories(dataset)
     tried = []
-    for category, release in itertools.product(wanted, sources()["releases"].values()):
+    for category, release in itertools.product(wanted, read_sources()["releases"].values()):
         for pattern in release["reviews"]:
             for file in dict.fromkeys([pattern.format(category), pattern.format(category).removesuffix(".gz")]):
                 path = folder/file
@@ -275,7 +276,7 @@ def _items(path, encoding, separator, pairs, forms):
 def _own(path, columns, items_file="", separator="", encoding=""):
     "The `Source` of a user's own file: its columns as they were named, or else as one of the known forms names them."
     if not path.is_file(): raise UserError(f"no file {path}; check the path given as --dataset")
-    pairs, forms = _pairs(columns), [{c: c for c in FIELDS}, *sources()["forms"]]
+    pairs, forms = _pairs(columns), [{c: c for c in FIELDS}, *read_sources()["forms"]]
     names = {name for form in forms for name in form.values()} | {v for v in pairs.values() if not v.isdigit()}
     file = sniff(path, encoding, separator, names)
     if not file.header: forms = [dict(zip(FIELDS, file.names))] if len(file.names) in (4, 5) or pairs else forms
@@ -284,7 +285,8 @@ def _own(path, columns, items_file="", separator="", encoding=""):
     wanted = [*TYPES, *(["title"] if "title" in pairs and not items_file else [])]
     _need_columns(file, {c: fields.get(c, c) for c in wanted})
     meta = (file, fields) if fields.get("title") in file.names else (None, None)
-    if items_file: meta = _items(Path(items_file).expanduser(), encoding, separator, pairs, forms + sources()["forms"])
+    if items_file:
+        meta = _items(Path(items_file).expanduser(), encoding, separator, pairs, forms + read_sources()["forms"])
     if meta[0]: _need_columns(meta[0], {c: meta[1][c] for c in ("item", "title")})
     return Source(path.name, "products", file, fields, *meta, own=True)
 
@@ -526,7 +528,14 @@ def _collect(source, queries):
         return lf, formats, *frames
 
 # %% ../nbs/03_reviews.ipynb #03-034
-def _drop(drops, step, rows_out, why, rows_in=None):
+def note_drop(
+    drops:list, # Grows by one
+    step:str, # Name of what was done
+    rows_out:int, # What was left
+    why:str, # What was dropped
+    rows_in:int|None=None, # What there was; None: what the step before has left
+):
+    "Note how many rows a step has dropped."
     drops.append({"step": step, "rows_in": drops[-1]["rows_out"] if rows_in is None else rows_in, "rows_out": rows_out,
                   "why": why})
 
@@ -560,8 +569,12 @@ def _enum(ids):
     return names.cast(pl.Enum(names)).gather(codes)
 
 # %% ../nbs/03_reviews.ipynb #03-038
-def _all_reviews(source, rating):
-    "Rows with at least this rating, in order of time; and what was counted on the way: list of drops."
+def all_reviews(
+    source:Source, # Files and their columns
+    rating:float, # Least rating to keep
+) -> tuple: # (frame as of `read_reviews`, repeats included; list of drops)
+    """Rows with at least this rating, in order of time, and what was counted on the way; `UserError` as of
+    `read_reviews`."""
     r, (low, high) = pl.col("rating"), source.scale
     missing = pl.any_horizontal(pl.col("user", "item", "rating").is_null())
     def queries(lf):
@@ -576,15 +589,18 @@ def _all_reviews(source, rating):
     for c in ("item", "user"): df = df.with_columns(_enum(df[c])) # one after the other: less memory
     why = f"rows of {file}" + (f", times as {formats[0]}" if formats else "")
     drops = [{"step": "read", "rows_in": counts["rows"], "rows_out": counts["rows"], "why": why}]
-    _drop(drops, "missing", counts["rows"] - counts["missing"], "no user, item or rating")
+    note_drop(drops, "missing", counts["rows"] - counts["missing"], "no user, item or rating")
     if counts["below"]:
         row, values = _first(lf, ~missing & (r < low))
         place = _place(source, row).rpartition(", ")[2]
         why = f"rating outside {low:g} to {high:g}, the first ({values['rating']:g}) in {place}"
-        _drop(drops, "scale", drops[-1]["rows_out"] - counts["below"], why)
+        note_drop(drops, "scale", drops[-1]["rows_out"] - counts["below"], why)
     return df.sort("time", maintain_order=True), drops
 
-def _loved(df, rating):
+def first_loved(
+    df:pl.DataFrame, # From `all_reviews`
+    rating:float, # Least rating to keep
+) -> pl.DataFrame: # The same columns
     "Rows with at least this rating, without those whose user has the item already."
     df = df.filter(pl.col("rating") >= rating)
     user, item = (pl.col(c).to_physical().cast(pl.UInt64) for c in ("user", "item"))
@@ -596,13 +612,13 @@ def read_reviews(
     rating:float=5., # Least rating to keep
 ) -> tuple: # (frame of user and item (Enum), rating and time in order of time; list of drops)
     "Read, filter and sort the reviews. Raises `UserError` for unreadable files, missing columns and impossible values."
-    df, drops = _all_reviews(source, rating)
-    first = _loved(df, rating)
-    _drop(drops, "rating", len(df), f"rating below {rating:g}")
-    _drop(drops, "repeat", len(first), "the user has this item already")
+    df, drops = all_reviews(source, rating)
+    first = first_loved(df, rating)
+    note_drop(drops, "rating", len(df), f"rating below {rating:g}")
+    note_drop(drops, "repeat", len(first), "the user has this item already")
     timeless = first["time"].null_count()
     if timeless:
-        _drop(drops, "no time", len(first), f"{timeless} rows without a time: kept, first in their user's history")
+        note_drop(drops, "no time", len(first), f"{timeless} rows without a time: kept, first in their user's history")
     return first, drops
 
 # %% ../nbs/03_reviews.ipynb #03-062

@@ -9,8 +9,8 @@ __all__ = ['FORMS', 'FIRST', 'SHOWN', 'ABOUT', 'WHOLE', 'STATISTICS', 'SEPARABIL
            'other_form', 'tuned_model', 'first_places', 'bank_file', 'bank_of', 'answers_table', 'unshifted',
            'answers_of', 'shown_of', 'run_entry', 'stage_page', 'asked_entries', 'unseen_in', 'join_tables',
            'make_study', 'kept_measures', 'keep_study', 'read_study_entries', 'table_of', 'by_entry', 'unseen_at',
-           'drawn_cps', 'drawn', 'ahead', 'epochs_of', 'separated', 'costliest', 'study_notes', 'study_page',
-           'plot_study_groups', 'plot_study_heat', 'plot_separated', 'in_words', 'plot_figure1', 'draw_study']
+           'drawn', 'epochs_of', 'separated', 'costliest', 'study_notes', 'study_page', 'plot_study_groups',
+           'plot_study_heat', 'plot_separated', 'in_words', 'plot_figure1', 'draw_study']
 
 # %% ../nbs/30_study.ipynb #30-004
 import dataclasses, json, string, textwrap, time
@@ -22,7 +22,7 @@ import numpy as np, polars as pl, yaml
 # %% ../nbs/30_study.ipynb #30-005
 from .files import (UserError, below, listed, pages_folder, refuse, results_folder, root, run_folder, strange,
                              told, write_json)
-from .runs import Settings, Study, digest, kind_of, manifest, need, once, stage
+from .runs import STUDIES, Settings, Study, digest, kind_of, manifest, need, once, stage
 from .processes import device
 from .data import dataset_info
 from .templates import read_templates
@@ -33,14 +33,14 @@ from .encoder import EncoderSettings, reader_for, tune_encoder
 from .scorer import bank_for, blanked, own_attributes
 from .recommender import KINDS, RecommenderSettings, find_llm, load_recommender, tune
 from .measures import data_name, figures_of, label, ranking
-from .statistics import ends, redrawn, scope, user_draws
+from .statistics import ahead, drawn_cps, ends, redrawn, scope
 from .pages import Block, Page, short, spread, to_md, write_page
 from .figures import save_figure
 from .idmodels import short_message
 from .p5 import InBlank, P5Settings, PROMPTS, asker_for, likelier, tune_p5, tuned
 from .collm import CollmSettings, load_text_lm, text_reader, tune_text
 from .gather import GatherSettings, tune_gather
-from .sensitivity import FIGURES, drop_rate, halved, held_out, measure_bank, template_table, unpadded
+from .sensitivity import FIGURES, drop_rate, measure_bank, template_table, unpadded
 from .robustness import PALETTE, load_any, plot_heat, score_bank, test_lists
 from .results import (Ranks, by_dataset, entry_path, owned, owners_of, per_owner, ranks_of, read_entry, slug,
                                write_entry)
@@ -432,18 +432,6 @@ def unseen_at(
     "Which templates are unseen."
     return [i for i, t in enumerate(mine[0]["by_template"]) if t["split"] != "seen"]
 
-def drawn_cps(
-    values:dict, # Entry -> a figure of each user under each unseen template, f64[trainings, templates, users]
-    resamples:int=1000, # Draws
-)->dict: # Entry -> f64[1 + resamples, trainings]
-    """CPS with the best template held out (chapter 26), of each training, as it is and with users drawn again; the
-    best of many templates is not redrawn."""
-    counts, owner = user_draws(np.arange(next(iter(values.values())).shape[-1]), resamples)
-    def one(x):
-        (high, _), mean = halved(x, counts[1:], owner, 10), (counts[1:] @ x.mean(axis=0))/counts[1:].sum(axis=1)
-        return np.r_[held_out(x)["cps"], high*(1 - (high - mean))]
-    return {name: np.stack([one(x) for x in tables], axis=1) for name, tables in values.items()}
-
 def drawn(
     mine:list, # Kept entries of one data set
     metric:str="hit@10", # One of `FIGURES`
@@ -455,16 +443,6 @@ def drawn(
     return {"clean": clean} | {s: redrawn(unseen, f) for s, f in STATISTICS.items()} | {"CPS": drawn_cps(unseen)}
 
 # %% ../nbs/30_study.ipynb #30-019s
-def ahead(
-    draws:dict, # Entry -> f64[1 + draws, trainings], from `drawn`
-    seeds:dict, # Entry -> its seeds
-    a:str, b:str, # Two entries
-)->list: # [value, low, high]
-    "How far an entry is ahead of another, by the seeds that both have, and its interval."
-    both = [s for s in seeds[a] if s in seeds[b]]
-    if not both: return [float("nan")]*3
-    return ends(draws[a][:, [seeds[a].index(s) for s in both]] - draws[b][:, [seeds[b].index(s) for s in both]])
-
 def epochs_of(
     e:dict, # Kept entry
 )->tuple: # (epochs of stage 1, of stage 2, wordings a question is asked in, nonsense templates, weight of agreement),
@@ -710,4 +688,4 @@ def draw_study(
     return made
 
 # %% ../nbs/30_study.ipynb #30-022z
-STUDIES = {kind: Study(lambda run, study, out: keep_study(run, study), draw_study) for kind in PAGES}
+STUDIES |= {kind: Study(lambda run, study, out: keep_study(run, study), draw_study) for kind in PAGES}

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from ganprompt import baselines, idmodels
-from ganprompt.idmodels import figures, known_models, rank_rows, trainer_process, write_atomic
+from ganprompt.idmodels import known_models, mean_figures, rank_rows, trainer_process, write_atomic
 from ganprompt.baselines import BaselinesSettings, COUNTED, make_baselines
 from ganprompt.data import DataSettings, load_candidates, load_sequences, load_training, make_data
 from ganprompt.statistics import bootstrap
@@ -66,7 +66,7 @@ def test_popularity_by_hand(demo):
     lists = pl.read_parquet(data/"candidates_uni99.parquet").filter(pl.col("split") == "test")["items"].to_list()
     count = [bought.count(i) for i in range(1 + max(map(max, lists)))]
     places = [sum(count[i] >= count[x[0]] for i in x) for x in lists] # ties against the model; the target counts itself
-    found = figures(ranks(demo))["popularity"]
+    found = mean_figures(ranks(demo))["popularity"]
     assert found["hit@10"] == pytest.approx(np.mean([p <= 10 for p in places]), abs=1e-12)
     assert found["ndcg@10"] == pytest.approx(np.mean([1/np.log2(p + 1) if p <= 10 else 0 for p in places]), abs=1e-12)
 
@@ -186,7 +186,7 @@ def trained(demo, tmp_path_factory):
     def one(train, name, seed, epochs, **other):
         model = known_models()[name]
         train(model | common | dict(name=name, seed=seed, epochs=epochs, settings=[model["settings"][0] | other]))
-        return list(figures(pl.read_parquet(folder/f"{name}.parquet"))[name].values())[:2]
+        return list(mean_figures(pl.read_parquet(folder/f"{name}.parquet"))[name].values())[:2]
     with trainer_process() as train:
         return {"MF": [one(train, "MF", seed, 30, learning_rate=.005, train_batch_size=512, weight_decay=3e-4)
                        for seed in (0, 1)],
@@ -202,7 +202,7 @@ def by_cornac(model, run):
         return model.score(model.uid_map[user], **({"history_items": order[history].tolist()} if "SASRec" in model.name
                                                    else {}))
     scores = [score(u, h)[order[x]] for u, h, x in zip(users.tolist(), rows["history"].to_list(), lists)]
-    return list(figures(rank_rows("cornac", users, "uni99", scores))["cornac"].values())[:2]
+    return list(mean_figures(rank_rows("cornac", users, "uni99", scores))["cornac"].values())[:2]
 
 
 def test_cornac_agrees(trained, demo):

@@ -8,9 +8,9 @@ import yaml
 from click.testing import CliRunner
 from rich.console import Console
 
-from ganprompt.launcher import (ask_run, chapters, convert, launch, parameters, read_chapter, read_parameters, resolve,
-                                stage_call, upstream)
-from ganprompt.cli import choose, cli, main, read_plan
+from ganprompt.launcher import (ask_run, chapters, chosen_values, convert, launch, parameters, read_chapter,
+                                read_parameters, stage_call, upstream)
+from ganprompt.cli import chosen_chapters, cli, main, read_plan
 from ganprompt.files import root, UserError, write_json
 from ganprompt.runs import complete, manifest, stage
 
@@ -45,7 +45,7 @@ def notebook(path, declared, body, tags=("parameters",)):
 def go(nbs, run, **given):
     "Launch and return what was printed."
     console = Console(file=io.StringIO(), force_terminal=False, width=200)
-    launch(chapters(nbs), resolve(chapters(nbs), {"run": str(run), **given}), console)
+    launch(chapters(nbs), chosen_values(chapters(nbs), {"run": str(run), **given}), console)
     return console.file.getvalue()
 
 
@@ -104,14 +104,14 @@ def test_mistakes_on_the_command_line(tmp_path, monkeypatch, capsys, args, messa
 ])
 def test_mistakes_in_a_config(tmp_path, text, message):
     (tmp_path/"my.yaml").write_text(text)
-    with pytest.raises(UserError) as e: resolve(chapters(), {}, config=tmp_path/"my.yaml")
+    with pytest.raises(UserError) as e: chosen_values(chapters(), {}, config=tmp_path/"my.yaml")
     assert message in str(e.value) and "my.yaml" in str(e.value) and "\n" not in str(e.value)
 
 
 def test_precedence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path/"my.yaml").write_text("core: 7\nrating: 4\ndataset: toys\ndata_dir: raw\n")
-    values = resolve(chapters(), {"core": "9"}, config="my.yaml")
+    values = chosen_values(chapters(), {"core": "9"}, config="my.yaml")
     assert (values["core"], values["rating"], values["min_history"]) == (9, 4., 3)
     assert values["run"] == "toys" and values["data_dir"] == str(tmp_path/"raw")
 
@@ -119,7 +119,7 @@ def test_precedence(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", list(yaml.safe_load((root()/"data"/"presets.yaml").read_text())))
 def test_presets_name_known_parameters(name):
     assert name in ("pocket", "t5-small", "paper")
-    values = resolve(chapters(), {}, preset=name)
+    values = chosen_values(chapters(), {}, preset=name)
     assert values["t5"] == {"pocket": "pocket", "t5-small": "t5-small", "paper": "t5-base"}[name]
 
 
@@ -176,7 +176,7 @@ def test_killed_launcher_goes_on_and_then_rests(tmp_path):
 from pathlib import Path
 from ganprompt.launcher import *
 nbs = chapters(Path({str(tmp_path/"nbs")!r}))
-launch(nbs, resolve(nbs, {{"run": {str(tmp_path/"killed")!r}, "pause": ".5", "steps": "30"}}))'''
+launch(nbs, chosen_values(nbs, {{"run": {str(tmp_path/"killed")!r}, "pause": ".5", "steps": "30"}}))'''
     launcher = subprocess.Popen([sys.executable, "-c", code])
     log, until = tmp_path/"killed"/"logs"/"01_train.log", time.monotonic() + 60
     while not (log.exists() and "step 4" in log.read_text()) and time.monotonic() < until: time.sleep(.1)
@@ -262,10 +262,11 @@ def test_mistakes_in_a_plan(tmp_path, text, message):
 
 
 def test_only_these_stages():
-    assert [c.stage for c in choose(chapters(), only="baselines, data")] == ["data", "baselines"]
-    with pytest.raises(UserError, match="--only: there is no stage 'dinner'"): choose(chapters(), only="data,dinner")
-    assert ("baselines" not in [c.stage for c in choose(chapters())]
-            and [c.stage for c in choose(chapters(), "benchmarks")][-1] == "benchmarks")
+    assert [c.stage for c in chosen_chapters(chapters(), only="baselines, data")] == ["data", "baselines"]
+    with pytest.raises(UserError, match="--only: there is no stage 'dinner'"):
+        chosen_chapters(chapters(), only="data,dinner")
+    assert ("baselines" not in [c.stage for c in chosen_chapters(chapters())]
+            and [c.stage for c in chosen_chapters(chapters(), "benchmarks")][-1] == "benchmarks")
 
 
 VALUE = """
@@ -292,7 +293,7 @@ def test_a_run_remembers_what_it_was_made_with(tmp_path):
     assert (run/"logs/01_toy.log").stat().st_mtime_ns == log and made() == [0, 5]
     assert "done" in go(nbs, run, size="2", replace="true") and made() == [0, 2] and "up to date" in go(nbs, run)
     assert (json.loads((run/"run.json").read_text()) == {"parameters": {"size": 2}}
-            and resolve(chapters(nbs), {"run": str(run)})["size"] == 2)
+            and chosen_values(chapters(nbs), {"run": str(run)})["size"] == 2)
 
 
 def test_what_was_chosen_is_remembered_for_stages_to_come(tmp_path):
@@ -300,8 +301,9 @@ def test_what_was_chosen_is_remembered_for_stages_to_come(tmp_path):
     notebook(tmp_path/"nbs"/"02_late.ipynb", "late: int = 0  # Late",
              'stage(run, "late", {"seed": seed, "late": late}, lambda folder: write_json(folder/"late.json", late))')
     first, both = chapters(tmp_path/"nbs")[:1], chapters(tmp_path/"nbs")
-    launch(first, resolve(both, {"run": str(tmp_path/"run"), "late": "3", "seed": "1"}), Console(file=io.StringIO()))
-    launch(both, resolve(both, {"run": str(tmp_path/"run")}), Console(file=io.StringIO()))
+    given = {"run": str(tmp_path/"run"), "late": "3", "seed": "1"}
+    launch(first, chosen_values(both, given), Console(file=io.StringIO()))
+    launch(both, chosen_values(both, {"run": str(tmp_path/"run")}), Console(file=io.StringIO()))
     assert (json.loads((tmp_path/"run/late/late.json").read_text()) == 3
             and manifest(tmp_path/"run", "late")["seed"] == 1)
 
@@ -320,7 +322,7 @@ def chain(tmp_path):
 
 
 def test_what_the_run_contradicts_is_refused_first(chain):
-    values = resolve(chapters(), {"run": str(chain)})
+    values = chosen_values(chapters(), {"run": str(chain)})
     assert (values["dataset"] == "/a/shop.csv" and values["core"] == 3
             and values["recommender"] == "t5-decoder,t5-ranker")
     assert (set(upstream(chain, ["recommender"])) == {"data", "backbones", "encoder"}

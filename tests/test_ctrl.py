@@ -144,7 +144,7 @@ def test_alignment_trains_both_models_and_reaches_unseen_samples(trained):
         s = ctrl.similarities(aligner, valid)
         return (s < s.diagonal()[:, None]).sum()/(s.size - len(s))
     blind = own_first()
-    ctrl.align(aligner, load_sequences(str(run), "train"), folder, p)
+    ctrl.train_aligner(aligner, load_sequences(str(run), "train"), folder, p)
     (folder/"checkpoint.pt").unlink(missing_ok=True)
     still = {n for n, w in aligner.trained.named_parameters() if torch.equal(w, before[n])}
     assert still == {"model.bias.weight"} # step 1 does not use it
@@ -154,7 +154,7 @@ def test_alignment_trains_both_models_and_reaches_unseen_samples(trained):
 def test_ranks_are_those_of_the_saved_model(trained):
     run, folder = trained
     ranks = pl.read_parquet(folder/"ranks.parquet")
-    for name, kind in itertools.product(ctrl.MODELS, ("uni99", "full")):
+    for name, kind in itertools.product(ctrl.CTRL_MODELS, ("uni99", "full")):
         kept, (users, lists) = ranks.filter(model=name, candidates=kind), load_candidates(str(run), kind)
         z = ctrl.catalogue_scores(ctrl.load_ctrl(folder/name/"model.safetensors"),
                                   load_sequences(str(run), "test")["history"].to_list())

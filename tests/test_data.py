@@ -11,7 +11,7 @@ import pytest
 
 from ganprompt import data, reviews
 from ganprompt.reviews import find_source, read_reviews
-from ganprompt.corpora import fetch, generate_demo
+from ganprompt.corpora import fetch_category, generate_demo
 from ganprompt.data import DataSettings, load_candidates, load_sequences, make_data, prepare
 from ganprompt.files import UserError, root
 from ganprompt.runs import replacing
@@ -328,18 +328,18 @@ def home(monkeypatch):
 
 
 def test_fetch(home, tmp_path, capfd):
-    paths = fetch("baby", str(tmp_path), base_url=home)
+    paths = fetch_category("baby", str(tmp_path), base_url=home)
     assert {p.name: p.read_bytes() for p in paths} == Home.files
     assert "reviews_Baby_5.json.gz: 100%" in capfd.readouterr().err
     mark = (tmp_path/"meta_Baby.json.gz.sha256").read_text().split()
     assert mark == [hashlib.sha256(Home.files["meta_Baby.json.gz"]).hexdigest(), "meta_Baby.json.gz"]
     Home.asked.clear()
-    assert fetch("baby", str(tmp_path), base_url=home) == paths and not Home.asked # nothing is fetched twice
+    assert fetch_category("baby", str(tmp_path), base_url=home) == paths and not Home.asked # nothing is fetched twice
 
 
 def test_a_cut_connection_goes_on_where_it_was(home, tmp_path):
     Home.cut = 5000
-    path = fetch("baby", str(tmp_path), base_url=home)[0]
+    path = fetch_category("baby", str(tmp_path), base_url=home)[0]
     assert path.read_bytes() == Home.files[path.name]
     assert [r for p, r in Home.asked if "reviews" in p] == [None, "bytes=5000-"]
 
@@ -348,7 +348,7 @@ def test_a_part_from_before_is_used(home, tmp_path):
     whole = Home.files["reviews_Baby_5.json.gz"]
     (tmp_path/"reviews_Baby_5.json.gz.part").write_bytes(whole[:7000])
     (tmp_path/"meta_Baby.json.gz.part").write_bytes(Home.files["meta_Baby.json.gz"]) # whole, but not yet named
-    paths = fetch("baby", str(tmp_path), base_url=home)
+    paths = fetch_category("baby", str(tmp_path), base_url=home)
     assert paths[0].read_bytes() == whole and paths[1].exists() and not list(tmp_path.glob("*.part"))
     assert Home.asked[0][1] == "bytes=7000-"
 
@@ -357,40 +357,40 @@ def test_cut_every_time(tmp_path, home, monkeypatch):
     monkeypatch.setattr(Home, "do_GET", lambda self: (self.send_response(200), self.send_header("Content-Length", 99),
                                                       self.end_headers(), self.wfile.write(b"x" * 9)))
     with pytest.raises(UserError, match="connection cut after 9 of 99 bytes.*goes on"):
-        fetch("baby", str(tmp_path), base_url=home)
+        fetch_category("baby", str(tmp_path), base_url=home)
     assert [p.name for p in tmp_path.iterdir()] == ["reviews_Baby_5.json.gz.part"]
 
 
 def test_wrong_checksum(home, tmp_path):
     (tmp_path/"reviews_Baby_5.json.gz.sha256").write_text("0" * 64 + "  reviews_Baby_5.json.gz\n")
-    with pytest.raises(UserError, match="records 000000000000"): fetch("baby", str(tmp_path), base_url=home)
+    with pytest.raises(UserError, match="records 000000000000"): fetch_category("baby", str(tmp_path), base_url=home)
     assert [p.name for p in tmp_path.iterdir()] == ["reviews_Baby_5.json.gz.sha256"]
 
 
 def test_damaged_on_the_server(home, tmp_path):
     Home.files["reviews_Baby_5.json.gz"] = Home.files["reviews_Baby_5.json.gz"][:9000]
-    with pytest.raises(UserError, match="not a sound gzip"): fetch("baby", str(tmp_path), base_url=home)
+    with pytest.raises(UserError, match="not a sound gzip"): fetch_category("baby", str(tmp_path), base_url=home)
     assert not list(tmp_path.iterdir())
 
 
 def test_changed_on_disk(home, tmp_path):
-    path = fetch("baby", str(tmp_path), base_url=home)[0]
+    path = fetch_category("baby", str(tmp_path), base_url=home)[0]
     path.write_bytes(gzip.compress(b"other"))
-    with pytest.raises(UserError, match="SHA-256"): fetch("baby", str(tmp_path), base_url=home)
+    with pytest.raises(UserError, match="SHA-256"): fetch_category("baby", str(tmp_path), base_url=home)
 
 
 @pytest.mark.parametrize("category, release, match", [("toys", "2014", "404"), ("demo", "2014", "no category 'demo'"),
                                                       ("baby", "2013", "'2013' is not known"),
                                                       ("babi", "2014", "did you mean 'Baby'")])
 def test_fetch_refuses(category, release, match, home, tmp_path):
-    with pytest.raises(UserError, match=match): fetch(category, str(tmp_path), release, home)
+    with pytest.raises(UserError, match=match): fetch_category(category, str(tmp_path), release, home)
     assert not list(tmp_path.iterdir())
 
 
 def test_no_network(tmp_path, monkeypatch):
     monkeypatch.setattr(data.time, "sleep", lambda s: None)
     with pytest.raises(UserError, match="check the network"):
-        fetch("baby", str(tmp_path), base_url="http://127.0.0.1:9")
+        fetch_category("baby", str(tmp_path), base_url="http://127.0.0.1:9")
 
 
 # --- real files, if they are here

@@ -170,9 +170,9 @@ def kept(tmp_path, monkeypatch):
 
 
 def test_summary_writes_table_and_picture(kept):
-    text = M.summary("toy").read_text()
+    text = M.summary("toy")[0].read_text()
     assert "| toy (synthetic), pocket models | ganprompt" in text and "ganprompt - popularity" in text
-    for suffix in (".csv", ".png", ".md"): assert (kept / f"figures/toy{suffix}").stat().st_size
+    for suffix in (".csv", ".png", ".md", ".html", ".tex"): assert (kept / f"figures/toy{suffix}").stat().st_size
     table = pl.read_csv(kept / "figures/toy.csv").filter(pl.col("model") == "ganprompt")
     assert set(table["seed"]) == {0, 1} and "over 2 trainings and users (a claim wants 5 trainings)" in text
     before = {p: p.read_bytes() for p in (kept / "figures").iterdir()}
@@ -256,7 +256,7 @@ def test_scores_are_joined_by_their_sequence(shop, tmp_path):
         for i, z in zip(at, scores[model]): np.testing.assert_array_equal(z, lists[i] + .5)
     result = M.evaluate(str(run), G.per_user(rows["user"], scores, rows["row"]), 50, 0)
     assert ((result["users"], result["rows"]) == (30, len(at))
-            and f"{len(at)} lists, for some users have several" in M.notes(result))
+            and f"{len(at)} lists, for some users have several" in "".join(M.notes(result)))
 
 
 def test_a_report_says_how_a_model_stands():

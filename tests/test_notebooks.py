@@ -117,3 +117,36 @@ def test_every_name_in_contributing_is_there():
                 assert re.search(rf"\b{name}\b", source), (name, chapter[1])
     for path in re.findall(r"\((nbs/[\w.]+)\)|`(data/[\w.]+)`", text):
         assert (root()/(path[0] or path[1])).exists(), path
+
+
+def defined(path):
+    "Public names that a module binds at its top, those of commands and of readers patched on `Run` left out."
+    def made_for(node): return any(re.search(r"\bcommand\b|\bpatch\b", ast.unparse(d)) for d in node.decorator_list)
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): names = [] if made_for(node) else [node.name]
+        else:
+            targets = getattr(node, "targets", []) + ([node.target] if isinstance(node, ast.AnnAssign) else [])
+            names = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)
+                     and isinstance(n.ctx, ast.Store)]
+        yield from (name for name in names if not name.startswith("_"))
+
+
+MODULES = sorted((root()/"ganprompt").glob("[a-z]*.py"))
+
+
+def test_a_name_means_one_thing():
+    "No public name is defined in two modules, and none is a module's; of commands, their words are the user's."
+    home = {}
+    for path in MODULES:
+        for name in set(defined(path)): home.setdefault(name, []).append(path.stem)
+    assert {name: where for name, where in home.items() if len(where) > 1} == {}
+    assert {name: home[name] for path in MODULES if (name := path.stem) in home} in ({}, {"cli": ["cli"]})
+
+
+@each_chapter
+def test_no_chapter_imports_a_private_name(path):
+    for c in nbformat.read(path, 4).cells:
+        if c.cell_type != "code": continue
+        for module, names in re.findall(r"from ganprompt\.(\w+) import (\([^)]*\)|[^\n;\"']*)", c.source):
+            own = path.stem.endswith(f"_{module}") # code for another process
+            assert own or not re.search(r"\b_\w", names), names

@@ -231,7 +231,7 @@ def test_braces_go_through_every_path(tmp_path):
     made = T.nonsense(sorted(T.fixed_words(BRACED[0]["text"])), 200)
     turned = sum(m["text"].index("{target_item") < m["text"].index("{purchase_history") for m in made)
     assert 40 < turned < 95 # one in three asks about the item first
-    bank = [dict(zip(T.FIELDS, (t["id"], "recommendation", "g", "seen", t["text"]))) for t in BRACED] + made
+    bank = [dict(zip(T.TEMPLATE_FIELDS, (t["id"], "recommendation", "g", "seen", t["text"]))) for t in BRACED] + made
     (tmp_path/"t.yaml").write_text(yaml.safe_dump(bank, sort_keys=False))
     assert read_templates(tmp_path/"t.yaml") == bank and any("{{" in t["text"] for t in made)
 

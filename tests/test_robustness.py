@@ -363,11 +363,11 @@ def test_held_out_by_a_slow_loop():
         for a, b in ((first, ~first), (~first, first)):
             chosen = [x[t, a].mean() for t in range(5)]
             high.append(x[np.argmax(chosen), b].mean()); low.append(x[np.argmin(chosen), b].mean())
-    found = S.held_out(x, users, splits=30)
+    found = C.held_out(x, users, splits=30)
     assert (found["max"] == pytest.approx(np.mean(high)) and found["min"] == pytest.approx(np.mean(low))
             and found["spread"] == pytest.approx(np.mean(high) - np.mean(low)))
     assert found["cps"] == pytest.approx(np.mean(high)*(1 - np.mean(high) + x.mean()))
-    assert all(np.isnan(v) for v in S.held_out(x[:, :1]).values())
+    assert all(np.isnan(v) for v in C.held_out(x[:, :1]).values())
 
 
 def test_cps_of_equal_templates_is_their_accuracy():
@@ -376,10 +376,10 @@ def test_cps_of_equal_templates_is_their_accuracy():
     rng = np.random.default_rng(1)
     tables = [(rng.random((47, 300)) < .3).astype(float) for _ in range(60)]
     assert np.mean([S.over_templates(x.mean(axis=1))["cps"] for x in tables]) > .325
-    held = [S.held_out(x, splits=20) for x in tables]
+    held = [C.held_out(x, splits=20) for x in tables]
     for k in ("max", "min", "cps"): assert np.mean([h[k] for h in held]) == pytest.approx(.3, abs=.006)
     chance = np.r_[.6, np.full(46, .3)]
-    better = [S.held_out((rng.random((47, 300)) < chance[:, None]).astype(float), splits=20)["max"] for _ in range(20)]
+    better = [C.held_out((rng.random((47, 300)) < chance[:, None]).astype(float), splits=20)["max"] for _ in range(20)]
     assert np.mean(better) == pytest.approx(.6, abs=.02)
     assert (S.measure_bank(made("robust"), BANK)["unseen"]["hit@10"]["held_out"]["cps"]
             <= S.measure_bank(made("robust"), BANK)["unseen"]["hit@10"]["cps"] + .01)

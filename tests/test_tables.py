@@ -84,7 +84,7 @@ def figure(r, model, metric):
 
 
 def test_hand_worked_figures(hand):
-    r = T.results(K.read_tables(hand))
+    r = T.results_of(K.read_tables(hand))
     ours, mrr = figure(r, "ganprompt", "hit@1"), figure(r, "HGN", "mrr")
     assert (ours["mean"], ours["seeds"]) == (.625, 2) and ours["sd"] == pytest.approx(.25/2**.5)
     assert (mrr["mean"] == pytest.approx(np.mean([1/2, 1/3, 1/9, 1/12, 1/2, 1/2, 1/8, 1/20]))
@@ -103,14 +103,14 @@ def test_hand_worked_figures(hand):
 
 
 def test_hand_worked_page(hand):
-    text = P.to_md(T.page_of(T.results(K.read_tables(hand))))
+    text = P.to_md(T.page_of(T.results_of(K.read_tables(hand))))
     def cells(start):
         return [c.strip() for c in next(line for line in text.splitlines() if line.startswith(start)).split("|")][1:-1]
     assert cells("| GANPrompt (pocket)")[:4] == ["GANPrompt (pocket)", "2", "**.956 ± .009**", "**.625 ± .177**"]
     assert cells("| SASRec ")[3] == r".375 ± .177\*"
     assert cells("| Improvement")[3] == "+66.7"
     assert cells("| HR@1 ") == ["HR@1", "SASRec", "2", ".375", ".625", "+66.7", "+.250 [-.033, +.533]", "no"]
-    assert "read titles" not in text and "read titles" in P.to_md(T.page_of(T.results(K.read_tables(hand)),
+    assert "read titles" not in text and "read titles" in P.to_md(T.page_of(T.results_of(K.read_tables(hand)),
             {"titles": False}))
     assert (cells("| Caser ") == ["Caser", "0 of 2", *["–"]*8]
             and "Caser" in next(line for line in text.splitlines() if line.startswith("No entry")))
@@ -119,11 +119,11 @@ def test_hand_worked_page(hand):
 def test_negative_improvement_and_zero_baseline(tmp_path):
     put(tmp_path, "HGN", 0, "1 2 30"); put(tmp_path, "ganprompt", 0, "3 8 9", 31)
     for path in tmp_path.rglob("*.json"): path.write_text(path.read_text().replace('"size": 21', '"size": 31'))
-    pairs = T.results(K.read_tables(tmp_path)).pairs
+    pairs = T.results_of(K.read_tables(tmp_path)).pairs
     assert dict(pairs.select("metric", "improvement").iter_rows())["hit@1"] == -100
     assert dict(pairs.select("metric", "improvement").iter_rows())["hit@10"] == pytest.approx(50)
     put(tmp_path, "HGN", 0, "21 21 21", 31)
-    r = T.results(K.read_tables(tmp_path))
+    r = T.results_of(K.read_tables(tmp_path))
     assert (dict(r.pairs.select("metric", "improvement").iter_rows())["hit@1"] is None
             and "| Improvement (%) " in P.to_md(T.page_of(r)))
 
@@ -131,7 +131,7 @@ def test_negative_improvement_and_zero_baseline(tmp_path):
 def test_the_interval_of_one_training_is_scipys(tmp_path):
     ranks = np.random.default_rng(0).integers(1, 100, 400)
     put(tmp_path, "HGN", 0, " ".join(map(str, ranks)), 100)
-    r = T.results(K.read_tables(tmp_path))
+    r = T.results_of(K.read_tables(tmp_path))
     row, error = figure(r, "HGN", "mrr"), (1/ranks).std()/400**.5
     theirs = scipy.stats.bootstrap([1/ranks], np.mean, method="percentile", n_resamples=4000, rng=1).confidence_interval
     assert abs(row["low"] - theirs.low) < .2*error and abs(row["high"] - theirs.high) < .2*error
@@ -141,7 +141,7 @@ def test_the_interval_of_one_training_is_scipys(tmp_path):
 def test_the_interval_of_several_trainings_is_students(tmp_path):
     ranks = np.random.default_rng(0).integers(1, 100, (3, 400))
     for seed in range(3): put(tmp_path, "HGN", seed, " ".join(map(str, ranks[seed])), 100)
-    r = T.results(K.read_tables(tmp_path))
+    r = T.results_of(K.read_tables(tmp_path))
     row, x = figure(r, "HGN", "mrr"), 1/ranks
     low, high = scipy.stats.t.interval(.95, 2, x.mean(), scipy.stats.sem(x.mean(1)))
     users = 1.96*scipy.stats.sem(x.mean(0))
@@ -154,7 +154,7 @@ def test_one_training_gives_no_verdict(tmp_path):
     put(tmp_path, "HGN", 0, "5 5 5 5"); put(tmp_path, "ganprompt", 0, "1 1 1 1")
     def verdicts():
         return {line.split("|")[-2].strip()
-                for line in P.to_md(T.page_of(T.results(K.read_tables(tmp_path)))).splitlines()
+                for line in P.to_md(T.page_of(T.results_of(K.read_tables(tmp_path)))).splitlines()
                 if line.startswith(("| HR@1 ", "| MRR "))}
     assert verdicts() == {"–"}
     put(tmp_path, "HGN", 1, "5 5 5 5"); put(tmp_path, "ganprompt", 1, "1 1 1 1")
@@ -244,7 +244,7 @@ def test_what_is_missing_is_said(whole):
 
 
 def test_rows_are_in_the_papers_order(whole):
-    r = T.results([e for e in K.read_tables(whole/"study") if e["dataset"] == "beauty"])
+    r = T.results_of([e for e in K.read_tables(whole/"study") if e["dataset"] == "beauty"])
     assert [row["model"] for row in r.rows] == ["last-item", "popularity", "random", "Caser", "DIN", "HGN", "GRU4Rec",
                                                 "BERT4Rec", "SASRec", "SASRec-CE", "S3Rec", "MF", "LightGCN",
                                                 "P5 (ids)", "P5 (titles)",
