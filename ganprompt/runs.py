@@ -188,8 +188,8 @@ def _typed():
 # What keeps the house in order and decides no number, and the chapters that define it
 HOUSE = "files", "runs", "processes"
 PLUMBING = {"UserError", "root", "run_folder", "stage", "need", "stale", "fresh", "manifest", "complete", "lock",
-            "versions", "device_words", "Settings", "settings_of", "once", "kept", "begun", "strange", "below",
-            "not_positive", "told", "refuse", "possible"}
+            "versions", "device_words", "Settings", "settings_of", "once", "kept", "begun", "side_by_side",
+            "beside", "is_large", "strange", "below", "not_positive", "told", "refuse", "possible"}
 
 def _reach(name, make=None):
     """(module, name) → (its hash, its `_Definition`) of all that the function `make_<name>` of the module `<name>`
