@@ -471,6 +471,10 @@ class BackbonesSettings(Settings):
         "Room for the pocket models, and a checkpoint of each."
         return sum(4*model_bytes(name) for name in (self.t5, self.bert) if name == "pocket")
 
+    def imports(self):
+        return ("torch", "transformers.models.auto.tokenization_auto", "transformers.models.t5.modeling_t5",
+                "transformers.models.bert.modeling_bert", "matplotlib.figure")
+
 # %% ../nbs/09_backbones.ipynb #09-043
 def pocket_tokenizer(kind, reader):
     "The tokenizer of a pocket model."

@@ -251,6 +251,8 @@ class FiguresSettings(Settings):
         return [*below(vars(self), 0, "figure_users", "seed"), *(fault for other in listed(self.with_runs)
                                                                  for fault in told(need, other, "figures"))]
 
+    def imports(self): return "umap", "openTSNE", "matplotlib.pyplot"
+
 # %% ../nbs/19_figures.ipynb #19-n01
 def make_figures(
     p:FiguresSettings, # What is asked for

@@ -555,6 +555,10 @@ class RecommenderSettings(Settings):
         return 2*sum(3*model_bytes(values["t5"]) if kind != "causal-lm" else 4*10**8*(self.llm != "pocket")
                      for kind in listed(self.recommender))
 
+    def imports(self):
+        return ("torch", "transformers.models.auto.tokenization_auto", "transformers.models.t5.modeling_t5",
+                "matplotlib.figure")
+
 # %% ../nbs/13_recommender.ipynb #13-028
 def tune_on_states(
     model, # Recommender; trained in place, ends with the best weights
