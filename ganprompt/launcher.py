@@ -424,7 +424,7 @@ class Launch:
         from jupyter_core.utils import run_sync
         with self.lock: kernel = self.kernels.pop(stage, None)
         if kernel is None: return
-        with suppress(RuntimeError): run_sync(kernel.shutdown_kernel)(now=now) # it may have died
+        if run_sync(kernel.is_alive)(): run_sync(kernel.shutdown_kernel)(now=now)
         run_sync(kernel.cleanup_resources)()
 
     def say(self, lines):

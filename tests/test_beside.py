@@ -1,5 +1,5 @@
 "Side by side: stages that do not need each other, and the parts of a stage; with the numbers of one after another."
-import inspect, io, os, shutil, signal, time
+import inspect, io, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -36,10 +36,10 @@ stage(run, "{name}", {{"seed": seed}}, make, inputs={inputs})'''
 LEFT, RIGHT = "meet(run + '/l', run + '/r')", "meet(run + '/r', run + '/l')"
 
 
-def write_toys(nbs, left=LEFT, right=RIGHT):
-    for i, (name, body, inputs) in enumerate([("first", "", []), ("left", left, ["first"]), ("right", right, ["first"]),
-                                              ("last", "", ["left", "right"])]):
-        notebook(nbs/f"0{i}_{name}.ipynb", "", HELPERS + TOY.format(name=name, body=body or "pass", inputs=inputs))
+def write_toys(nbs, left=LEFT, right=RIGHT, first="pass"):
+    for i, (name, body, inputs) in enumerate([("first", first, []), ("left", left, ["first"]),
+                                              ("right", right, ["first"]), ("last", "pass", ["left", "right"])]):
+        notebook(nbs/f"0{i}_{name}.ipynb", "", HELPERS + TOY.format(name=name, body=body, inputs=inputs))
     return chapters(nbs)
 
 
@@ -117,3 +117,32 @@ def test_parts_side_by_side_have_the_numbers_of_one_after_another(finished, shop
     monkeypatch.setenv("OMP_NUM_THREADS", "2" if os.environ.get("OMP_NUM_THREADS") == "1" else "1")
     assert start(run, "recommender", shop).wait() == 0
     for made in "backbones", "recommender": assert manifest(run, made)["outputs"] == manifest(finished, made)["outputs"]
+
+
+def test_a_kernel_that_dies_while_it_waits_is_replaced(two, tmp_path, monkeypatch):
+    started, real = [], launcher.start_kernel
+    def start_kernel(chapter):
+        started.append(chapter.stage)
+        kernel = real(chapter)
+        if started.count("left") == 1 and chapter.stage == "left": os.kill(kernel.provisioner.pid, signal.SIGKILL)
+        return kernel
+    monkeypatch.setattr(launcher, "start_kernel", start_kernel)
+    assert go(write_toys(tmp_path/"nbs", first="time.sleep(2)"), tmp_path/"run")[-1] == ["last", "done"]
+    assert sorted(started) == ["first", "last", "left", "left", "right"]
+
+
+def test_an_interrupted_launch_leaves_no_kernel(tmp_path):
+    write_toys(tmp_path/"nbs", left="time.sleep(60)", right="time.sleep(60)")
+    code = f"""
+from pathlib import Path
+from ganprompt import launcher
+launcher.cores = lambda: 2
+toys = launcher.chapters(Path({str(tmp_path/"nbs")!r}))
+launcher.launch(toys, launcher.resolve(toys, {{"run": {str(tmp_path/"run")!r}}}))"""
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    working, until = [tmp_path/f"run/{name}.partial/kernel" for name in ("left", "right")], time.time() + 60
+    while not all(p.exists() and p.read_text() for p in working) and time.time() < until: time.sleep(.1)
+    kernels = [p.read_text() for p in working]
+    process.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in process.communicate(timeout=30)[1]
+    assert not [k for k in kernels if Path(f"/proc/{k}").exists()]
