@@ -202,6 +202,10 @@ class AttributesSettings(Settings):
         "Whether there is to be a word at all."
         return below(vars(self), 1, "k")
 
+    def imports(self):
+        return ("torch", "transformers.models.auto.tokenization_auto", "transformers.models.bert.modeling_bert",
+                "sklearn.feature_extraction.text", "matplotlib.figure")
+
 # %% ../nbs/10_attributes.ipynb #10-027
 def make_attributes(
     p:AttributesSettings, # What is asked for

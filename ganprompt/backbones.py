@@ -7,14 +7,15 @@
 __all__ = ['EVERY', 'OPTIMIZERS', 'pieces', 't5_tokenizer', 'bert_tokenizer', 'pocket_model', 'batches', 'train', 'plot_curves',
            'adamw', 'descend', 'Reader', 'negatives', 'label_loss', 't5_update', 'question_tails', 'narrow_head',
            'last_logits', 'check_causal', 'causal_update', 'mask_tokens', 'slot_targets', 'bert_update',
-           'BackbonesSettings', 'pocket_tokenizer', 'train_pocket', 'model_faults', 'model_bytes', 'make_backbones',
-           'backbone']
+           'BackbonesSettings', 'pocket_tokenizer', 'most_tokens', 'train_pocket', 'model_faults', 'model_bytes',
+           'make_backbones', 'backbone']
 
 # %% ../nbs/09_backbones.ipynb #09-n02
 import json, math, re, time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ import polars as pl
 
 from .files import UserError, below, not_positive, refuse, strange, told, write_json
 from .runs import Settings, need, once, stage
-from .processes import device, finite, is_main, load_checkpoint, save_checkpoint, seed_all, set_threads, summed
+from .processes import (LARGE, device, finite, is_main, load_checkpoint, save_checkpoint, seed_all, set_threads,
+                                 side_by_side, summed)
 from .data import dataset_info, load_training
 from .templates import fixed_words
 from .prompts import PromptEncoder, load_templates, load_titles, make_prompts, pad
@@ -469,11 +471,22 @@ class BackbonesSettings(Settings):
         "Room for the pocket models, and a checkpoint of each."
         return sum(4*model_bytes(name) for name in (self.t5, self.bert) if name == "pocket")
 
+    def imports(self):
+        return ("torch", "transformers.models.auto.tokenization_auto", "transformers.models.t5.modeling_t5",
+                "transformers.models.bert.modeling_bert", "matplotlib.figure")
+
 # %% ../nbs/09_backbones.ipynb #09-043
 def pocket_tokenizer(kind, reader):
     "The tokenizer of a pocket model."
     titles, words = reader.texts()
     return {"t5": t5_tokenizer, "causal": t5_tokenizer, "bert": bert_tokenizer}[kind](titles, words)
+
+def most_tokens(
+    reader:Reader, # What there is to read
+)->int:
+    "More tokens than a pocket model's tokenizer has: whole words and their pieces, spelt in two ways."
+    titles, words = reader.texts()
+    return 3000 + len({w for text in titles + words for w in (*text.split(), *re.findall(r"\w+|[^\w\s]", text))})
 
 def train_pocket(
     kind:str, # "t5", "bert" or "causal"
@@ -529,8 +542,8 @@ def make_backbones(
     found = {kind: resolve(name, p.download) for kind, name in names.items() if name != "pocket"}
     def make(folder):
         reader = Reader(p.run, p.title_tokens, p.history_items)
-        curves = [row for kind in names if kind not in found
-                  for row in train_pocket(kind, reader, folder/kind, p)]
+        parts = [partial(train_pocket, kind, reader, folder/kind, p) for kind in names if kind not in found]
+        curves = [row for rows in side_by_side(parts, p.pocket_width*most_tokens(reader) >= LARGE) for row in rows]
         if curves:
             table = pl.DataFrame(curves, infer_schema_length=None)
             table.write_parquet(folder/"curves.parquet")

@@ -197,6 +197,10 @@ class EncoderSettings(Settings):
         "Room for the encoder, and for a checkpoint (weights and two moments of each) beside the one before it."
         return 7*model_bytes(values["t5"])
 
+    def imports(self):
+        return ("torch", "transformers.models.auto.tokenization_auto", "transformers.models.t5.modeling_t5",
+                "sklearn.linear_model", "sklearn.metrics", "sklearn.neighbors", "matplotlib.figure")
+
 # %% ../nbs/11_encoder.ipynb #11-023
 def adversarial_update(
     model, D, # T5 and discriminator

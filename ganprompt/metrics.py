@@ -183,6 +183,8 @@ class MetricsSettings(Settings):
         "Whether there is something to draw."
         return [*below(vars(self), 1, "resamples"), *below(vars(self), 0, "seed")]
 
+    def imports(self): return ("matplotlib.pyplot",)
+
 # %% ../nbs/18_metrics.ipynb #18-s01
 def make_metrics(
     p:MetricsSettings, # What is asked for

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['TOKENIZERS', 'BOTH_WAYS', 'MODELS', 'find_model', 'weights', 'whole', 'nearest_folder', 'to_fetch', 'resolve',
-           'load_tokenizer', 'load_model', 'of_kind', 'on_hub', 'is_here', 'is_model', 'follows', 'answers',
+           'load_tokenizer', 'load_model', 'is_large', 'of_kind', 'on_hub', 'is_here', 'is_model', 'follows', 'answers',
            'spellings', 'log_odds', 'head_rows', 'encode', 'cross_attention', 'first_step', 't5_logits',
            'answer_logits', 'check_t5', 'close']
 
 # %% ../nbs/08_models.ipynb #08-n04
-import difflib, json, re
+import difflib, json, math, re
 from pathlib import Path
 
 from .files import UserError, told
-from .processes import set_threads
+from .processes import LARGE, set_threads
 
 # %% ../nbs/08_models.ipynb #08-007
 def find_model(
@@ -122,6 +122,13 @@ def load_model(
                         f"{type(model).__name__}; name a model that has them, or a whole copy of this one")
     set_threads(model.eval())
     return model
+
+# %% ../nbs/08_models.ipynb #08-n06
+def is_large(
+    *folders:str|Path, # Folders of models
+)->bool:
+    "Whether one of some models computes with all threads, as `set_threads` has it."
+    return any(math.prod(shape) >= LARGE for folder in folders for shape in weights(Path(folder)).values())
 
 # %% ../nbs/08_models.ipynb #08-009c
 BOTH_WAYS = r"bert|electra|mpnet|deberta|longformer" # kinds of encoders that read both ways

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIGNALS', 'LARGE', 'seed_all', 'save_checkpoint', 'load_checkpoint', 'device', 'finite', 'rank', 'is_main', 'shard',
-           'part', 'Lost', 'summed', 'totals', 'gathered', 'die_with', 'possible', 'in_processes', 'set_threads']
+           'part', 'Lost', 'summed', 'totals', 'gathered', 'die_with', 'possible', 'in_processes', 'set_threads',
+           'cores', 'beside', 'side_by_side']
 
 # %% ../nbs/02_processes.ipynb #02-n04
 import io, json, logging, math, os, pickle, random, signal, socket, subprocess, sys, tempfile, threading, time
@@ -13,6 +14,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from .files import Killed, UserError, write_json
+from .runs import _making
 
 # look for GPUs without touching them, which would keep this process from forking
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -160,6 +162,11 @@ def _gpus():
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 # %% ../nbs/02_processes.ipynb #02-061
+def _note(error, file):
+    "Write down what went wrong in a process."
+    text = str(error) if isinstance(error, UserError) else traceback.format_exc()
+    write_json(file, {"time": time.time(), "user": isinstance(error, UserError), "text": text})
+
 def _child(function, folder, parent, temporary, stdout):
     """What each process does: leave the parent's settings behind, join the others, work, and leave the result or the
     error in the folder."""
@@ -177,9 +184,7 @@ def _child(function, folder, parent, temporary, stdout):
         with _together(): torch.distributed.destroy_process_group()
     except Lost: raise # the one that has gone is the one to report
     except BaseException as e:
-        text = str(e) if isinstance(e, UserError) else traceback.format_exc()
-        write_json(folder/f"error-{os.environ['RANK']}.json", {"time": time.time(), "user": isinstance(e, UserError),
-                                                               "text": text})
+        _note(e, folder/f"error-{os.environ['RANK']}.json")
         raise
 
 # %% ../nbs/02_processes.ipynb #02-062
@@ -231,7 +236,7 @@ def _from_file(folder):
     _fork(n, function, Path(folder))
 
 # %% ../nbs/02_processes.ipynb #02-064
-def _outcome(folder):
+def _outcome(folder, instead="set --processes 1"):
     "What the first process returned. Raises what went wrong first."
     errors, killed = sorted((json.loads(path.read_text()) for path in folder.glob("error-*.json")),
                             key=lambda e: e["time"]), folder/"killed"
@@ -240,8 +245,7 @@ def _outcome(folder):
     if errors and not killed.exists(): raise RuntimeError(f"one of the processes failed:\n{errors[0]['text']}")
     if killed.exists() or not (folder/"result").exists():
         how = f"was killed ({killed.read_text()})" if killed.exists() else "died"
-        raise Killed(f"one of the processes {how}, perhaps for lack of memory; run again to go on, or set --processes "
-                     "1")
+        raise Killed(f"one of the processes {how}, perhaps for lack of memory; run again to go on, or {instead}")
     return pickle.loads((folder/"result").read_bytes())
 
 def possible(
@@ -282,3 +286,67 @@ def set_threads(
     _threads.setdefault("all", torch.get_num_threads())
     _threads["many"] = _threads.get("many", False) or max((p.numel() for p in model.parameters()), default=0) >= LARGE
     torch.set_num_threads(_threads["all"] if _threads["many"] else 1)
+
+# %% ../nbs/02_processes.ipynb #02-n08
+_beside = [1] # Processes that `side_by_side` has at work
+
+def cores() -> int: # At least 1
+    "How many processes may compute at once: the cores that this one may use, or fewer if OMP_NUM_THREADS says so."
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    limit = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return min(n, int(limit)) if limit.isdigit() and int(limit) else n
+
+def beside() -> int: # 1: this one alone
+    "How many processes share this machine's memory for one stage."
+    return _beside[-1]
+
+# %% ../nbs/02_processes.ipynb #02-n09
+def _aside(functions, n, home):
+    "Start a fresh process that calls some functions, one after another."
+    import cloudpickle
+    home.mkdir()
+    (home/"work").write_bytes(cloudpickle.dumps((functions, n, list(_making))))
+    return subprocess.Popen([sys.executable, "-c", "import sys; from ganprompt.processes import _called_aside; "
+                             "_called_aside(*sys.argv[1:])", str(home), str(os.getpid())])
+
+def _called_aside(home, parent):
+    die_with(int(parent))
+    home = Path(home)
+    functions, n, _making[:] = pickle.loads((home/"work").read_bytes())
+    _beside.append(n)
+    try: (home/"result").write_bytes(pickle.dumps([f() for f in functions]))
+    except BaseException as e:
+        _note(e, home/"error-0.json")
+        sys.exit(1)
+
+# %% ../nbs/02_processes.ipynb #02-n10
+def _all_ended(functions, children):
+    "Call functions, and wait for the processes beside this one; what was returned, and what went wrong."
+    returned, error = [], None
+    try:
+        try: returned = [f() for f in functions]
+        except Exception as e: error = e # the others go on
+        for child in children: child.wait()
+    finally: # interrupted
+        for child in children: child.kill(); child.wait()
+    return returned, error
+
+def side_by_side(
+    functions:list, # Functions without arguments; what they return can be pickled
+    large:bool=False, # Whether each of them uses all cores by itself
+) -> list: # What each has returned
+    """Call functions that do not need each other, each in a process of its own while there are cores. Raises the
+    first's error once all have ended, `Killed` if one of the processes was killed."""
+    n = min(len(functions), cores())
+    if n < 2 or large or rank()[1] > 1 or _gpus(): return [f() for f in functions]
+    with tempfile.TemporaryDirectory() as folder:
+        homes = [Path(folder)/str(i) for i in range(1, n)]
+        children = [_aside(functions[i::n], n, home) for i, home in enumerate(homes, 1)]
+        _beside.append(n)
+        try: returned, error = _all_ended(functions[::n], children)
+        finally: _beside.pop()
+        if error: raise error
+        for child, home in zip(children, homes):
+            if child.returncode < 0: (home/"killed").write_text(signal.Signals(-child.returncode).name)
+        shares = [returned, *(_outcome(home, "set OMP_NUM_THREADS=1") for home in homes)]
+    return [shares[i % n][i//n] for i in range(len(functions))]

@@ -14,14 +14,15 @@ __all__ = ['KINDS', 'POCKET_LINEAR', 'SCORES', 'LISTS', 'freeze_encoder', 'T5Dec
 # %% ../nbs/13_recommender.ipynb #13-004
 import json, math, os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import polars as pl
 
-from .models import (answer_logits, answers, check_t5, close, encode, first_step, load_model, load_tokenizer,
-                              resolve, t5_logits, to_fetch, weights)
+from .models import (answer_logits, answers, check_t5, close, encode, first_step, is_large, load_model,
+                              load_tokenizer, resolve, t5_logits, to_fetch, weights)
 from .backbones import (BackbonesSettings, Reader, adamw, backbone, check_causal, descend, last_logits,
                                  model_bytes, model_faults, negatives, plot_curves, question_tails, train,
                                  train_pocket)
@@ -33,7 +34,8 @@ from fastcore.basics import patch
 
 from .files import UserError, below, listed, not_positive, refuse, root, strange, told, write_json
 from .runs import Run, Settings, kept, need, once, stage
-from .processes import device, gathered, in_processes, is_main, part, possible, seed_all, shard, totals
+from .processes import (device, gathered, in_processes, is_main, part, possible, seed_all, shard, side_by_side,
+                                 totals)
 from .scorer import (Questions, States, bank_for, fast_math, own_attributes, score_rows, scores_of, square,
                               token_batches, wanted)
 
@@ -553,6 +555,10 @@ class RecommenderSettings(Settings):
         return 2*sum(3*model_bytes(values["t5"]) if kind != "causal-lm" else 4*10**8*(self.llm != "pocket")
                      for kind in listed(self.recommender))
 
+    def imports(self):
+        return ("torch", "transformers.models.auto.tokenization_auto", "transformers.models.t5.modeling_t5",
+                "matplotlib.figure")
+
 # %% ../nbs/13_recommender.ipynb #13-028
 def tune_on_states(
     model, # Recommender; trained in place, ends with the best weights
@@ -732,10 +738,13 @@ def make_recommender(
         starts = {"no-stage-1": about["path"], "ganprompt": str(encoder/"model")}
         names = {name if kind == "t5-decoder" else f"{name}, {kind}": (kind, path) for kind in kinds for name,
                  path in starts.items()}
-        curves = [tune(run, kind, path, lm, folder/name, p) for name, (kind, path) in names.items()]
         at = sample_rows(load_sequences(run, "test")["user"], p.test_users, 0) # the same users for every seed
-        pl.concat([score_lists(run, folder/name, p.candidates, at, p.score, p.processes, keep=folder/".scores")
-                   for name in names]).write_parquet(folder/"scores.parquet")
+        def tuned(name, kind, path):
+            return (tune(run, kind, path, lm, folder/name, p),
+                    score_lists(run, folder/name, p.candidates, at, p.score, p.processes, keep=folder/".scores"))
+        large = p.processes > 1 or is_large(about["path"], *[lm]*bool(lm))
+        curves, scored = zip(*side_by_side([partial(tuned, name, *start) for name, start in names.items()], large))
+        pl.concat(scored).write_parquet(folder/"scores.parquet")
         table = pl.concat(curves, how="diagonal")
         table.write_parquet(folder/"curves.parquet")
         plot_curves(table, ["loss", "valid_auc"]).savefig(folder/"curves.png", dpi=110)

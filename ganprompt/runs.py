@@ -50,6 +50,10 @@ class Settings:
         "What the stage will write."
         return 0
 
+    def imports(self) -> tuple: # Names of modules
+        "What takes long to import and the stage imports when it needs it; a launcher may do so before."
+        return ()
+
 # %% ../nbs/01_runs.ipynb #01-n07
 def settings_of(
     make, # Stage function, as `make_encoder`
@@ -138,7 +142,7 @@ class _Definition:
     that it imports."""
     def __init__(self, node):
         self.node, self.settings = node, any(getattr(b, "id", "") == "Settings" for b in getattr(node, "bases", []))
-        if self.settings: node.body = [n for n in node.body if getattr(n, "name", "") not in ("check", "room")]
+        if self.settings: node.body = [n for n in node.body if getattr(n, "name", "") not in ("check", "room", "imports")]
     @cached_property
     def inside(self): return list(ast.walk(self.node))
     @cached_property
@@ -188,8 +192,8 @@ def _typed():
 # What keeps the house in order and decides no number, and the chapters that define it
 HOUSE = "files", "runs", "processes"
 PLUMBING = {"UserError", "root", "run_folder", "stage", "need", "stale", "fresh", "manifest", "complete", "lock",
-            "versions", "device_words", "Settings", "settings_of", "once", "kept", "begun", "strange", "below",
-            "not_positive", "told", "refuse", "possible"}
+            "versions", "device_words", "Settings", "settings_of", "once", "kept", "begun", "side_by_side",
+            "beside", "is_large", "strange", "below", "not_positive", "told", "refuse", "possible"}
 
 def _reach(name, make=None):
     """(module, name) → (its hash, its `_Definition`) of all that the function `make_<name>` of the module `<name>`

@@ -22,7 +22,7 @@ from .templates import parsed, put, read_templates, slots
 from .prompts import pad
 from .files import root
 from .runs import need
-from .processes import device, gathered, shard
+from .processes import beside, device, gathered, shard
 
 # %% ../nbs/12_scorer.ipynb #12-007
 BLANK = "<extra_id_0>" # T5's first sentinel: something is missing here
@@ -135,7 +135,8 @@ def place(
     import shutil, torch
     if not shared:
         if device().type == "cuda" and need <= min(memory_gb*1e9, torch.cuda.mem_get_info()[0]/2): return "GPU memory"
-        if need <= min(memory_gb*1e9, os.sysconf("SC_AVPHYS_PAGES")*os.sysconf("SC_PAGE_SIZE")/2): return "memory"
+        free = os.sysconf("SC_AVPHYS_PAGES")*os.sysconf("SC_PAGE_SIZE")
+        if need <= min(memory_gb*1e9, free/2)/beside(): return "memory"
     return "a mapped file" if need <= min(file_gb*1e9, shutil.disk_usage(folder).free/2) else "nowhere"
 
 # %% ../nbs/12_scorer.ipynb #12-022

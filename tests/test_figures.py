@@ -84,3 +84,10 @@ def test_labels(points):
 def test_states_of_different_users(states):
     with pytest.raises(UserError, match="same users"):
         F.pick_states(states.filter((pl.col("stage") == "before") | (pl.col("user") > 3)), 40)
+
+
+def test_neighbours_are_those_that_umap_finds():
+    x = blobs(3)[1].astype(np.float32)
+    start = F.principal(x)
+    own = F.load_umap()(n_neighbors=15, init=start.astype(np.float32), random_state=0, n_jobs=1).fit_transform(x)
+    assert np.array_equal(F.embed(x, "UMAP", start), own)

@@ -6,13 +6,14 @@ import polars as pl
 import pytest
 from conftest import make
 
-from ganprompt import backbones, recommender
+from ganprompt import backbones, processes, recommender
 from ganprompt.backbones import BackbonesSettings, make_backbones
 from ganprompt.data import load_sequences
 from ganprompt.files import UserError
 
 
 def test_an_error_in_the_second_backbone_keeps_the_first(shop, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "cores", lambda: 1) # one after another, here
     make(tmp_path/"run", "prompts", shop)
     trained, real = [], backbones.train
     def train(*args):
@@ -30,6 +31,7 @@ def test_an_error_in_the_second_backbone_keeps_the_first(shop, tmp_path, monkeyp
 def test_an_error_in_the_second_recommender_keeps_the_first_and_its_scores(finished, shop, tmp_path, monkeypatch):
     """First a loss that is not finite, then another rank, and a stop while the last model is scored. Only what was
     not finished is done again, and the result is that of an undisturbed run."""
+    monkeypatch.setattr(processes, "cores", lambda: 1) # one after another, here
     shutil.copytree(finished, run := tmp_path/"run")
     shutil.rmtree(run/"recommender")
     shutil.copytree(finished/"recommender/llm", llm := tmp_path/"llm")
@@ -47,9 +49,9 @@ def test_an_error_in_the_second_recommender_keeps_the_first_and_its_scores(finis
     kinds = dict(recommender="t5-ranker,causal-lm", llm=str(llm))
     with pytest.raises(UserError, match="nan"): make(run, "recommender", shop, **kinds, lora_rank=4)
     with pytest.raises(KeyboardInterrupt): make(run, "recommender", shop, **kinds)
+    folder = make(run, "recommender", shop, **kinds)
     assert trained == ["no-stage-1, t5-ranker", "ganprompt, t5-ranker", "no-stage-1, causal-lm",
                        "no-stage-1, causal-lm", "ganprompt, causal-lm"]
-    folder = make(run, "recommender", shop, **kinds)
     chunks = math.ceil(len(load_sequences(str(run), "test"))/50) # of each model
     assert len(trained) == 5 and scored == ["T5Ranker"]*2*chunks + ["CausalLM"]*(2*chunks + 1)
     found, whole = (pl.read_parquet(f/"scores.parquet").filter(pl.col("model").is_in(trained[:2]))
