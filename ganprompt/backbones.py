@@ -224,7 +224,7 @@ class Reader:
         history_items:int, # Items of a history, the last ones
     ):
         self.titles, self.templates, self.noun = load_titles(run), load_templates(run), dataset_info(run)["item_noun"]
-        self.title_tokens, self.history_items, self.tokenizer = title_tokens, history_items, None
+        self.title_tokens, self.history_items, self.tokenizer, self.run = title_tokens, history_items, None, run
         bought = load_training(run)
         pairs = [(items[:i], items[i], mine) for items in bought for mine in [set(items)] for i in range(1, len(items))]
         self.past, nexts, self.owned = map(list, zip(*pairs))

@@ -33,7 +33,7 @@ from .runs import (STUDIES, Settings, Study, complete, device_words, manifest, n
 from .processes import device, seed_all
 from .statistics import median_ratios
 from .scorer import (Questions, States, bf16_pays, fast_math, own_attributes, score_contexts, score_prompts,
-                              score_rows, scores_of, token_batches)
+                              scores_of, token_batches)
 
 # %% ../nbs/40_benchmarks.ipynb #40-007
 def in_turn(
@@ -296,8 +296,8 @@ def bench_ranking(bench, repeats, folder, users=4, n=100):
     "The T5 ranker and the T5 decoder on the same shoppers and candidates."
     ranker, rows, lists = T5Ranker(bench.t5, bench.reader), np.arange(users), list(bench.candidates(users, n))
     ranker.item_vectors()
-    times = in_turn({"t5-decoder": lambda: score_rows(bench.decoder, bench.questions, rows[:1], lists),
-                     "t5-ranker": lambda: score_rows(ranker, bench.questions, rows, lists)}, repeats)
+    times = in_turn({"t5-decoder": lambda: bench.decoder.scores(bench.questions, rows[:1], lists),
+                     "t5-ranker": lambda: ranker.scores(bench.questions, rows, lists)}, repeats)
     times["t5-decoder"] = [users*t for t in times["t5-decoder"]] # one shopper was timed
     return {"seconds": times, "ratios": median_ratios(times, "t5-ranker"),
             "pairs_a_second": {k: users*n/float(np.median(t)) for k, t in times.items()}}
@@ -481,11 +481,11 @@ def bench_catalogue(bench, repeats, folder):
     cross, ranker, pairs = load_recommender(made/"ganprompt", reader), load_recommender(made/"ganprompt, t5-ranker",
             reader), sum(map(len, lists))
     sample = [lists[r][:100] for r in range(40)]
-    slow = float(np.median(in_turn({"": lambda: score_rows(cross, questions, np.arange(40), sample)},
+    slow = float(np.median(in_turn({"": lambda: cross.scores(questions, np.arange(40), sample)},
                                    repeats)[""]))/4000*pairs
     start, found = time.perf_counter(), []
     for at in np.array_split(np.arange(len(rows)), math.ceil(len(rows)/64)):
-        found.append(ranking(score_rows(ranker, questions, at, lists)))
+        found.append(ranking(ranker.scores(questions, at, lists)))
     seconds = time.perf_counter() - start
     rank, auc = (np.concatenate([f[k] for f in found]) for k in ("rank", "auc"))
     quality = {"auc": float(auc.mean())} | {k: float(v.mean()) for k, v in gains(rank).items()

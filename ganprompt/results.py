@@ -160,8 +160,7 @@ def own_models(
     rows, scores = collect_scores(run, made["seed"])
     for model, lists in scores.items():
         about = dict(family="simple", pocket=False) if model in ("random", "popularity") else dict(
-            family="ours", pocket=said["pocket"], backbone=" + ".join([said["t5"],
-                    *([said["llm"]] if "causal-lm" in model else [])]),
+            family="ours", pocket=said["pocket"], backbone=" + ".join(said["backbones"][model]),
             valid=made["metrics"].get(f"valid_auc {model}"), valid_metric="auc",
             seconds={"stage": made["wall_seconds"]})
         yield "recommender", model, about, rank_rows(model, rows["user"], said["candidates"], lists)

@@ -6,11 +6,11 @@ robust, and is it the GAN?"""
 # %% auto #0
 __all__ = ['FORMS', 'FIRST', 'SHOWN', 'ABOUT', 'WHOLE', 'STATISTICS', 'SEPARABILITY', 'CONTROLS', 'HEAT', 'BEFORE_AFTER', 'WORDS',
            'VIEWS', 'AGAINST', 'PAGES', 'STUDIES', 'read_entries', 'first_stage', 'encoder_for', 'StudySettings',
-           'other_form', 'tuned_model', 'first_places', 'bank_file', 'bank_of', 'answers_table', 'unshifted',
-           'answers_of', 'shown_of', 'run_entry', 'stage_page', 'asked_entries', 'unseen_in', 'join_tables',
-           'make_study', 'kept_measures', 'keep_study', 'read_study_entries', 'table_of', 'by_entry', 'unseen_at',
-           'drawn', 'epochs_of', 'separated', 'costliest', 'study_notes', 'study_page', 'plot_study_groups',
-           'plot_study_heat', 'plot_separated', 'in_words', 'plot_figure1', 'draw_study']
+           'tuned_model', 'first_places', 'bank_file', 'bank_of', 'answers_table', 'unshifted', 'answers_of',
+           'shown_of', 'run_entry', 'stage_page', 'asked_entries', 'unseen_in', 'join_tables', 'make_study',
+           'kept_measures', 'keep_study', 'read_study_entries', 'table_of', 'by_entry', 'unseen_at', 'drawn',
+           'epochs_of', 'separated', 'costliest', 'study_notes', 'study_page', 'plot_study_groups', 'plot_study_heat',
+           'plot_separated', 'in_words', 'plot_figure1', 'draw_study']
 
 # %% ../nbs/30_study.ipynb #30-004
 import dataclasses, json, string, textwrap, time
@@ -23,36 +23,35 @@ import numpy as np, polars as pl, yaml
 from .files import (UserError, below, listed, pages_folder, refuse, results_folder, root, run_folder, strange,
                              told, write_json)
 from .runs import STUDIES, Settings, Study, digest, kind_of, manifest, need, once, stage
-from .processes import device
 from .data import dataset_info
 from .templates import read_templates
-from .models import load_model, resolve
+from .models import resolve
 from .backbones import backbone, model_bytes
 from .attributes import make_attributes
 from .encoder import EncoderSettings, reader_for, tune_encoder
-from .scorer import bank_for, blanked, own_attributes
-from .recommender import KINDS, RecommenderSettings, find_llm, load_recommender, tune
+from .scorer import bank_for, blanked, load_recommender, own_attributes, tune
+from .recommender import KINDS, RecommenderSettings, find_llm, on_encoder
 from .measures import data_name, figures_of, label, ranking
 from .statistics import ahead, drawn_cps, ends, redrawn, scope
 from .pages import Block, Page, short, spread, to_md, write_page
 from .figures import save_figure
 from .idmodels import short_message
-from .p5 import InBlank, P5Settings, PROMPTS, asker_for, likelier, tune_p5, tuned
-from .collm import CollmSettings, load_text_lm, text_reader, tune_text
+from .p5 import P5, PROMPTS
+from .collm import TALLRec
 from .gather import GatherSettings, tune_gather
 from .sensitivity import FIGURES, drop_rate, measure_bank, template_table, unpadded
-from .robustness import PALETTE, load_any, plot_heat, score_bank, test_lists
+from .robustness import PALETTE, plot_heat, score_bank, test_lists
 from .results import (Ranks, by_dataset, entry_path, owned, owners_of, per_owner, ranks_of, read_entry, slug,
                                write_entry)
 
 # %% ../nbs/30_study.ipynb #30-008
-FORMS = ("TALLRec", "P5") # recommenders that are not of chapter 13
+FORMS = TALLRec, P5 # recommenders that have no stage 1; they are trained in the words of the clean template
 # the two forms of stage 1
 FIRST = {"spread": (EncoderSettings, tune_encoder), "gather": (GatherSettings, tune_gather)}
 
 def read_entries(
     path:str|Path="", # YAML file; data/study.yaml by default
-)->tuple[dict, dict]: # (encoder -> its parameters, entry -> encoder, tuned and parameters of stage 2, or form)
+)->tuple[dict, dict]: # (encoder -> its parameters, entry -> encoder, tuned and parameters of stage 2)
     "What is compared. `UserError` for a name that there is not."
     path = Path(path or root()/"data/study.yaml")
     found = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -64,16 +63,21 @@ def read_entries(
         if wrong := set(values) - set(known):
             raise UserError(f"{path}, {kind}, {name!r}: unknown parameter {min(wrong)!r}; known: "
                             f"{', '.join(sorted(known))}")
+    def one_of(name, values, key, known):
+        if values.get(key, "") not in known:
+            raise UserError(f"{path}, entries, {name!r}: {key} must be one of {', '.join(filter(None, known))}, not "
+                            f"{values.get(key)!r}")
     for name, values in encoders.items():
         check("encoders", name, values, ["stage", *([] if values.get("stage") == "gather" else ["k"]),
                                          *names(FIRST[values.get("stage", "spread")][0])])
+    kinds = {name: kind for name, kind in KINDS.items() if kind.on_encoder or kind in FORMS}
     for name, values in entries.items():
-        check("entries", name, values, ["form", "lora_rank", "lora_modules"] if "form" in values
-              else ["encoder", "tuned", *names(RecommenderSettings)])
-        key, known = ("form", FORMS) if "form" in values else ("encoder", encoders)
-        if values.get(key) not in known:
-            raise UserError(f"{path}, entries, {name!r}: {key} must be one of {', '.join(known)}, not "
-                            f"{values.get(key)!r}")
+        one_of(name, values, "recommender", ["", *kinds])
+        kind, stage_2 = kinds.get(values.get("recommender")), names(RecommenderSettings)
+        if kind in FORMS: check("entries", name, values, ["recommender", *(k for k in stage_2 if k in kind.decided_by)])
+        else:
+            check("entries", name, values, ["encoder", "tuned", *stage_2])
+            one_of(name, values, "encoder", encoders)
     return encoders, {name: {"tuned": True} | values for name, values in entries.items()}
 
 # %% ../nbs/30_study.ipynb #30-n01
@@ -122,7 +126,7 @@ class StudySettings(Settings):
         "Look at names and numbers, and read the bank."
         p = vars(self)
         return [*strange(p | {"study_entries": asked_entries(self.study_entries)}, study_entries=read_entries()[1],
-                         study_recommender=KINDS),
+                         study_recommender=on_encoder()),
                 *below(p, 1, "recommender_epochs", "recommender_batch"), *below(p, 0, "seed", "study_users"),
                 *told(lambda: unseen_in(bank_file(self.study_bank), self.study_bank))]
 
@@ -131,45 +135,24 @@ class StudySettings(Settings):
         return len(asked_entries(self.study_entries))*(3 + 7)*model_bytes(values["t5"])
 
 # %% ../nbs/30_study.ipynb #30-012
-def other_form(
-    run:str, # Run
-    form:str, # One of `FORMS`
-    folder:Path, # Where the model goes
-    q:RecommenderSettings, # What is asked for of stage 2
-    reader, # `Reader`
-): # (recommender, reader with its tokenizer, validation AUC)
-    "TALLRec (chapter 23) or P5 (chapter 22), trained in the words of the clean template, with a blank for the item."
-    text = blanked(reader.templates["recommendation"])
-    folder.mkdir(parents=True, exist_ok=True)
-    if form == "P5":
-        fit = tune_p5(run, "titles", folder/"P5", tuned(P5Settings.of(vars(q))), text)
-        model = InBlank(load_model(str(folder/"P5"), "t5").to(device()),
-                        asker_for(run, "titles", q.seed, reader.tokenizer, text))
-    else:
-        llm = find_llm(run, q, folder/"llm")
-        write_json(folder/"start.json", {"llm": "llm" if q.llm == "pocket" else llm, "text": text,
-                                         "lora_rank": q.lora_rank, "lora_modules": q.lora_modules})
-        fit = tune_text(run, "TALLRec", folder, CollmSettings.of(vars(q)))
-        model, reader = load_text_lm(run, folder, "TALLRec"), text_reader(run, llm)
-    return model, reader, max(row.get("valid_auc", 0) for row in fit["curves"])
-
 def tuned_model(
     run:str, # Run
     name:str, # Entry
     folder:Path, # The stage's folder
     p:StudySettings, # What is asked for
-): # (recommender, `Reader` with its tokenizer, validation AUC or None, stage 1's figures of merit)
+    reader, # `Reader` of the run
+): # (recommender, validation AUC or None, stage 1's figures of merit)
     "An entry's recommender."
     encoders, entries = read_entries()
-    e, (reader, _) = entries[name], reader_for(run)
-    q = dataclasses.replace(RecommenderSettings.of(vars(p)), **{k: v for k, v in e.items()
-                                                                if k not in ("encoder", "tuned", "form")})
-    if "form" in e: return *other_form(run, e["form"], folder/slug(name), q, reader), {}
-    path, merits = encoder_for(run, e["encoder"], encoders[e["encoder"]], folder/"encoders", p.seed)
-    if not e["tuned"]: return load_any(path, reader)[0], reader, None, merits
-    lm = find_llm(run, q, folder/"llm") if p.study_recommender == "causal-lm" else ""
-    curves = tune(run, p.study_recommender, path, lm, folder/slug(name), q)
-    return load_recommender(folder/slug(name), reader), reader, curves["valid_auc"].max(), merits
+    e, q = entries[name], RecommenderSettings.of(vars(p))
+    q = dataclasses.replace(q, **{k: v for k, v in e.items() if k not in ("encoder", "tuned", "recommender")})
+    encoder, kind = e.get("encoder", "backbone"), e.get("recommender", p.study_recommender)
+    path, merits = encoder_for(run, encoder, encoders[encoder], folder/"encoders", p.seed)
+    if not e["tuned"]: return load_recommender(path, reader), None, merits
+    start = {"t5": path, "llm": find_llm(run, q, folder/"llm") if "llm" in KINDS[kind].starts else "",
+             "text": blanked(reader.templates["recommendation"])}
+    fit = tune(run, kind, folder/slug(name), start, q)
+    return load_recommender(folder/slug(name), reader), max(row.get("valid_auc", 0) for row in fit["curves"]), merits
 
 # %% ../nbs/30_study.ipynb #30-012b
 # users of whom more is kept: the log-odds of the target, and the places in the list of the first three candidates (0 is
@@ -261,11 +244,10 @@ def run_entry(
     p:StudySettings, # What is asked for
 )->tuple[dict, pl.DataFrame]: # What is known of the entry, and its answers
     "Tune and ask."
-    start, (rows, lists) = time.time(), test_lists(run, p.study_users)
-    model, reader, valid, merits = tuned_model(run, name, folder, p)
+    start, (rows, lists), reader = time.time(), test_lists(run, p.study_users), reader_for(run)[0]
+    model, valid, merits = tuned_model(run, name, folder, p, reader)
     bank, tuned = bank_for(reader, bank_file(p.study_bank)), time.time()
-    scores = score_bank(model, reader, own_attributes(run), bank, rows, lists, name, folder/".scores"/slug(name))
-    if isinstance(model, InBlank): scores = likelier(scores)
+    scores = score_bank(model, own_attributes(run), bank, rows, lists, name, folder/".scores"/slug(name))
     table, measured = answers_table(scores, bank, rows["user"]), measure_bank(scores, bank, rows["user"])
     seconds = {"train": tuned - start, "score": time.time() - tuned}
     who = dict(users=len(rows), users_digest=digest(rows["user"].to_list()))

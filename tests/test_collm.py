@@ -8,13 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ganprompt import collm
-from ganprompt.collm import CollmSettings, Texts, collaborative, load_text_lm, make_collm, new_text_lm, text_reader
+from ganprompt.collm import CollmSettings, CoLLM, Texts, collaborative, make_collm, text_reader
 from ganprompt.data import load_candidates, load_sequences, load_training
+from ganprompt.encoder import reader_for
 from ganprompt.prompts import pad
-from ganprompt.recommender import training_items
+from ganprompt.recommender import RecommenderSettings, training_items
 from ganprompt.files import UserError, run_folder
 from ganprompt.runs import stage
-from ganprompt.scorer import score_contexts
+from ganprompt.scorer import described, load_recommender, score_contexts
 
 SMALL = dict(recommender_epochs=2, recommender_batch=16, recommender_lr=.005, valid_users=40)
 
@@ -52,11 +53,17 @@ def asked(run, split="valid", n=6):
     return rows, np.stack(lists)
 
 
+def load(run, name): return load_recommender(run_folder(run)/"collm"/name, reader_for(str(run))[0])
+def untrained(run):
+    about = described(run/"collm/CoLLM")
+    return CoLLM.new(reader_for(str(run))[0], about, RecommenderSettings.of(about))
+
+
 def scores(model, rows, items): return score_contexts(model, Texts(model, rows).prompts, items)
 
 
 def test_step_2_moves_the_mapping_and_nothing_else(done):
-    before, after = new_text_lm(str(done), done/"collm", "CoLLM"), load_text_lm(str(done), done/"collm", "CoLLM")
+    before, after = untrained(done), load(done, "CoLLM")
     adapter = load_file(done/"collm/TALLRec/adapter/adapter_model.safetensors")
     held = {n.replace(".default", ""): p for n, p in after.peft.state_dict().items() if "lora" in n}
     # two layers, seven modules (all linear ones), two factors
@@ -70,7 +77,7 @@ def test_step_2_moves_the_mapping_and_nothing_else(done):
 
 
 def test_the_mapping_starts_silent(done):
-    model = new_text_lm(str(done), done/"collm", "CoLLM")
+    model = untrained(done)
     assert (model.soft(torch.arange(model.soft.end, model.soft.end + len(model.soft.vectors))) == 0).all()
     words = torch.arange(model.soft.end)
     assert torch.equal(model.soft(words), model.soft.words(words))
@@ -78,9 +85,9 @@ def test_the_mapping_starts_silent(done):
 
 @pytest.mark.parametrize("name", ["TALLRec", "CoLLM"])
 def test_scores_are_logit_differences_of_a_plain_forward_pass(name, done):
-    model, (rows, items) = load_text_lm(str(done), done/"collm", name), asked(done, n=3)
+    model, (rows, items) = load(done, name), asked(done, n=3)
     shared, texts = scores(model, rows, items), Texts(model, rows)
-    no, yes = (model.plain.tokenizer(w, add_special_tokens=False).input_ids for w in ("no", "yes"))
+    no, yes = (model.reader.tokenizer(w, add_special_tokens=False).input_ids for w in ("no", "yes"))
     with torch.inference_mode():
         for r in range(3):
             for c in (0, 1, 50):
@@ -89,20 +96,22 @@ def test_scores_are_logit_differences_of_a_plain_forward_pass(name, done):
 
 
 def test_prompts_are_the_titles(done):
-    text, soft = (load_text_lm(str(done), done/"collm", name) for name in ("TALLRec", "CoLLM"))
+    text, soft = (load(done, name) for name in ("TALLRec", "CoLLM"))
     rows, items = asked(done, n=1)
     titles, history = pl.read_parquet(done/"prompts/titles.parquet")["title"].to_list(), rows["history"][0].to_list()
-    def cut(item): return text.plain.tokenizer(titles[item], add_special_tokens=False).input_ids[:8]
-    comma, mark = (text.plain.tokenizer(w, add_special_tokens=False).input_ids for w in (",", "?"))
-    assert text.context(history[:2], 0) == cut(history[0]) + comma + cut(history[1])
+    def cut(item): return text.reader.tokenizer(titles[item], add_special_tokens=False).input_ids[:8]
+    comma, mark = (text.reader.tokenizer(w, add_special_tokens=False).input_ids for w in (",", "?"))
+    def context(model, history, user):
+        return Texts(model, pl.DataFrame({"user": [user], "history": [history]})).prompts[0]
+    assert context(text, history[:2], 0) == cut(history[0]) + comma + cut(history[1])
     assert text.tails[items[0, 0]] == cut(items[0, 0]) + mark
     n, users = soft.soft.end, len(soft.soft.vectors) - len(titles)
-    assert soft.context(history, 3) == text.context(history, 3) + [n + 3]
+    assert context(soft, history, 3) == context(text, history, 3) + [n + 3]
     assert soft.tails[items[0, 0]] == [n + users + items[0, 0]] + text.tails[items[0, 0]]
 
 
 def test_the_double_softmax_orders_alike_only_where_yes_and_no_share_the_same_mass(done):
-    model, (rows, items) = load_text_lm(str(done), done/"collm", "TALLRec"), asked(done, n=1)
+    model, (rows, items) = load(done, "TALLRec"), asked(done, n=1)
     ids, mask = pad([Texts(model, rows).prompts[0] + model.tails[i] for i in items[0]], model.pad_id)
     with torch.inference_mode():
         logits = model.lm(input_ids=ids, attention_mask=mask).logits[torch.arange(len(ids)), mask.sum(1) - 1].double()
@@ -119,7 +128,7 @@ def test_the_double_softmax_orders_alike_only_where_yes_and_no_share_the_same_ma
 @pytest.mark.parametrize("name", ["TALLRec", "CoLLM"])
 def test_renumbering_users_and_items_changes_no_score(name, done, monkeypatch):
     run, rng, (rows, items) = str(done), np.random.default_rng(0), asked(done)
-    before, vectors = scores(load_text_lm(run, done/"collm", name), rows, items), collaborative(run)
+    before, vectors = scores(load(done, name), rows, items), collaborative(run)
     titles = pl.read_parquet(done/"prompts/titles.parquet")["title"].to_list()
     users = len(vectors) - len(titles)
     new_item, new_user = rng.permutation(len(titles)), rng.permutation(users)
@@ -128,15 +137,15 @@ def test_renumbering_users_and_items_changes_no_score(name, done, monkeypatch):
     rows_moved = torch.cat([vectors[:users][np.argsort(new_user)], vectors[users:][np.argsort(new_item)]])
     monkeypatch.setattr("ganprompt.backbones.load_titles", lambda run: [titles[i] for i in np.argsort(new_item)])
     monkeypatch.setattr("ganprompt.collm.collaborative", lambda run: rows_moved)
-    assert np.allclose(scores(load_text_lm(run, done/"collm", name), moved, new_item[items]), before, atol=1e-5)
+    assert np.allclose(scores(load(done, name), moved, new_item[items]), before, atol=1e-5)
 
 
 def test_only_collm_looks_at_the_vectors(done, monkeypatch):
     run, (rows, items) = str(done), asked(done)
-    before = {name: scores(load_text_lm(run, done/"collm", name), rows, items) for name in ("TALLRec", "CoLLM")}
+    before = {name: scores(load(done, name), rows, items) for name in ("TALLRec", "CoLLM")}
     other = collaborative(run).flip(0)
     monkeypatch.setattr("ganprompt.collm.collaborative", lambda run: other)
-    after = {name: scores(load_text_lm(run, done/"collm", name), rows, items) for name in ("TALLRec", "CoLLM")}
+    after = {name: scores(load(done, name), rows, items) for name in ("TALLRec", "CoLLM")}
     assert np.array_equal(before["TALLRec"], after["TALLRec"]) and np.abs(before["CoLLM"] - after["CoLLM"]).max() > 1e-3
 
 
@@ -162,7 +171,7 @@ def test_nothing_that_training_reads_changes_if_held_out_purchases_are_hidden(do
         assert not hidden.equals(table)
         hidden.write_parquet(run/f"data/{file}.parquet")
     both = [(str(r), load_sequences(str(r), "train")) for r in (done, run)]
-    (reader, rows), (other, rows_too) = ((text_reader(r, str(done/"collm/llm")), rows) for r, rows in both)
+    (reader, rows), (other, rows_too) = ((text_reader(reader_for(r)[0], str(done/"collm/llm")), x) for r, x in both)
     assert rows.select("user", "history", "target").equals(rows_too.select("user", "history", "target"))
     assert (np.array_equal(*(training_items(r, x, len(reader.titles), 4, 0) for r, x in both))
             and torch.equal(*(collaborative(r) for r, _ in both)))

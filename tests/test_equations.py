@@ -16,12 +16,12 @@ from ganprompt import encoder, recommender
 from ganprompt.encoder import (COUPLINGS, EncoderSettings, Versions, adversarial_update, cosine, discriminator, js,
                                pool, separability, split_users, total, version_loss, version_states)
 from ganprompt.gather import GatherSettings, contrast, gather_update
-from ganprompt.recommender import (Best, RecommenderSettings, T5Decoder, T5Ranker, Trained, ask, divergence, list_auc,
+from ganprompt.recommender import (Best, RecommenderSettings, T5Decoder, T5Ranker, Trained, divergence, list_auc,
                                    rec_loss, sample_rows, training_items, tune_on_states)
 from ganprompt.templates import read_templates
 from ganprompt.files import root
 from ganprompt.processes import seed_all
-from ganprompt.scorer import Questions, States, bank_for, score_rows, scores_of
+from ganprompt.scorer import Questions, States, bank_for, describe, load_recommender, scores_of
 
 KINDS, THINGS = ("oak", "tin"), ("bowl", "desk lamp", "chair", "spoon", "shelf", "clock")
 TITLES = [f"{kind} {thing}" for kind in KINDS for thing in THINGS]
@@ -287,7 +287,7 @@ def asked(reader, rows, texts=(PLAIN,)): return [Questions(reader, {}, rows, tex
 
 
 def kept_states(model, questions, items, folder, name="states.bin"):
-    return States([p for q in questions for p in ask(model, q, items)], 32, model.pad_id,
+    return States([p for q in questions for p in model.ask(q, items)], 32, model.pad_id,
                   folder/name).fill(model.t5), items
 
 
@@ -329,7 +329,7 @@ def test_a_recommender_learns_what_was_bought(kind, tmp_path):
     fresh, kinds = shoppers(60, seed=9)
     lists = np.column_stack([fresh["target"], np.random.default_rng(5).integers(6, size=(60, 3))
                              + 6*(1 - kinds)[:, None]])
-    z = np.stack(score_rows(model, asked(reader, fresh)[0], np.arange(60), list(lists)))
+    z = np.stack(model.scores(asked(reader, fresh)[0], np.arange(60), list(lists)))
     assert (list_auc(z) > .9 and curves[-1]["loss"] < .6*curves[0]["loss"]
             and (z[:, 0] > 0).mean() > .6 > .4 > (z[:, 1:] > 0).mean())
 
@@ -342,10 +342,10 @@ def test_every_way_of_scoring_gives_the_scores_of_one_prompt_at_a_time(kind, wor
     (questions,), rng = asked(reader, rows), np.random.default_rng(6)
     lists = [rng.permutation(12)[:n] for n in (3, 12, 5, 1, 7, 12)]
     at = np.array([4, 0, 5, 2, 3])
-    z = score_rows(model, questions, at, lists)
+    z = model.scores(questions, at, lists)
     assert [len(row) for row in z] == [7, 3, 12, 5, 1]
     for r, row in zip(at, z):
-        alone = [score_rows(model, questions, np.array([r]), [None]*r + [[i]])[0][0] for i in lists[r]]
+        alone = [model.scores(questions, np.array([r]), [None]*r + [[i]])[0][0] for i in lists[r]]
         np.testing.assert_allclose(row, alone, atol=1e-4)
         if kind is T5Decoder:
             np.testing.assert_allclose(row, [log_odds(t5, reader, questions.ids(r, int(i))) for i in lists[r]],
@@ -401,7 +401,8 @@ def test_the_causal_recommender_reads_projected_states_before_the_question(tmp_p
                                        num_hidden_layers=2, num_attention_heads=2,
                                        initializer_range=.2)).save_pretrained(tmp_path/"llm")
     reader.tokenizer.save_pretrained(tmp_path/"llm")
-    model = recommender.new_recommender("causal-lm", str(tmp_path/"t5"), reader, str(tmp_path/"llm"), lora_rank=3)
+    model = recommender.CausalLM.new(reader, start := {"t5": str(tmp_path/"t5"), "llm": str(tmp_path/"llm")},
+                                     RecommenderSettings(lora_rank=3))
     adapters = model.peft.peft_config["default"]
     assert (adapters.r, adapters.lora_alpha) == (3, 6)
     with torch.no_grad():
@@ -409,10 +410,10 @@ def test_the_causal_recommender_reads_projected_states_before_the_question(tmp_p
             if "lora_B" in name: w.normal_(0, .3) # adapters begin as nothing
         model.module["projection"].linear.bias.normal_()
     (questions,), lists = asked(reader, rows), [np.arange(12)]*5
-    z = np.stack(score_rows(model, questions, np.arange(5), lists))
+    z = np.stack(model.scores(questions, np.arange(5), lists))
     words, layer = model.lm.get_input_embeddings().weight, model.module["projection"].linear
     def alone(r, item):
-        (prompt,) = ask(recommender.CausalLM, asked(reader, rows[r:r + 1])[0], np.array([[item]]))
+        (prompt,) = model.ask(asked(reader, rows[r:r + 1])[0], np.array([[item]]))
         states = torch.tensor(states_alone(model.t5, prompt)).float()
         with torch.no_grad():
             x = torch.cat([torch.tanh(states @ layer.weight.T + layer.bias)*words.std(), words[model.tails[item]]])
@@ -420,16 +421,16 @@ def test_the_causal_recommender_reads_projected_states_before_the_question(tmp_p
         return (logits[model.names[1]] - logits[model.names[0]]).item()
     np.testing.assert_allclose(z, [[alone(r, i) for i in range(12)] for r in range(5)], atol=1e-4)
     (tmp_path/"kept").mkdir()
-    recommender.save_recommender(model, tmp_path/"kept", dict(kind="causal-lm", t5=tmp_path/"t5", llm=tmp_path/"llm",
-                                                              four_bit=False, attributes=False))
+    model.save(tmp_path/"kept")
+    describe(tmp_path/"kept", "causal-lm", start, RecommenderSettings(attributes=False))
     beside = json.loads((tmp_path/"kept/adapter/adapter_config.json").read_text())
     assert (beside["base_model_name_or_path"] == "llm" and beside["target_modules"] == sorted(beside["target_modules"])
             and len(beside["target_modules"]) == 14)
     assert not any(str(tmp_path) in p.read_text() for p in (tmp_path/"kept/adapter").iterdir()
                    if p.suffix != ".safetensors")
-    again = recommender.load_recommender(tmp_path/"kept", reader)
+    again = load_recommender(tmp_path/"kept", reader)
     assert not again.attributes
-    np.testing.assert_allclose(np.stack(score_rows(again, questions, np.arange(5), lists)), z, atol=1e-5)
+    np.testing.assert_allclose(np.stack(again.scores(questions, np.arange(5), lists)), z, atol=1e-5)
 
 
 def test_patience_and_the_best_weights():

@@ -11,10 +11,10 @@ from ganprompt.models import answers, load_model, load_tokenizer, resolve
 from ganprompt.backbones import backbone, pocket_model
 from ganprompt.data import load_candidates, load_sequences
 from ganprompt.encoder import reader_for
-from ganprompt.recommender import (RecommenderSettings, ask, divergence, load_recommender, logits_at, make_recommender,
-                                   new_recommender, worded)
+from ganprompt.recommender import (CausalLM, RecommenderSettings, divergence, logits_at, make_recommender,
+                                   worded)
 from ganprompt.files import UserError
-from ganprompt.scorer import Questions, States, bank_for, own_attributes, score_rows
+from ganprompt.scorer import KINDS, Questions, States, bank_for, load_recommender, own_attributes
 
 MODELS = [f"{start}{kind}" for start in ("no-stage-1", "ganprompt") for kind in ("", ", causal-lm", ", t5-ranker")]
 
@@ -52,7 +52,7 @@ def test_a_saved_recommender_gives_its_scores_again(name, finished):
     questions = Questions(reader, own_attributes(run), load_sequences(run, "test"))
     kept = pl.read_parquet(folder/"scores.parquet").filter(model=name)
     assert kept["user"].to_list() == list(users)
-    again = score_rows(load_recommender(folder/name, reader), questions, np.arange(5), lists)
+    again = load_recommender(folder/name, reader).scores(questions, np.arange(5), lists)
     assert np.allclose(np.concatenate(again), np.concatenate(kept["scores"].to_list()[:5]), atol=1e-5)
 
 
@@ -66,8 +66,9 @@ def test_adapters_and_projection_make_the_scores(finished):
     assert {p.suffix for p in folder.rglob("*") if p.is_file()} <= {".safetensors", ".json", ".md"}
     moved = [p.abs().max().item() for n, p in trained.module.named_parameters() if "lora_B" in n]
     assert moved and min(moved) > 0 # peft starts these at zero
-    fresh = new_recommender("causal-lm", str(finished/"encoder/model"), reader, str(finished/"recommender/llm"))
-    good, other = (np.concatenate(score_rows(m, questions, np.arange(5), lists)) for m in (trained, fresh))
+    fresh = CausalLM.new(reader, {"t5": str(finished/"encoder/model"), "llm": str(finished/"recommender/llm")},
+                         RecommenderSettings())
+    good, other = (np.concatenate(m.scores(questions, np.arange(5), lists)) for m in (trained, fresh))
     assert np.abs(good - other).max() > 1e-2
 
 
@@ -86,8 +87,8 @@ def test_renumbering_all_items_changes_no_score(name, finished):
     anew.titles = [reader.titles[i] for i in np.argsort(order)]
     moved = rows.with_columns(history=pl.Series([[int(order[i]) for i in h] for h in rows["history"].to_list()]))
     def scores(reader, rows, lists):
-        return np.stack(score_rows(load_recommender(finished/"recommender"/name, reader),
-                                   Questions(reader, own_attributes(run), rows), np.arange(5), lists))
+        return np.stack(load_recommender(finished/"recommender"/name, reader).scores(
+            Questions(reader, own_attributes(run), rows), np.arange(5), lists))
     assert np.allclose(scores(reader, rows, lists), scores(anew, moved, [order[i] for i in lists]), atol=1e-5)
 
 
@@ -219,12 +220,12 @@ def test_each_wording_has_logits_of_its_own(kind, finished, tmp_path):
     (reader, path), rows = reader_for(run), load_sequences(run, "train")[:7]
     items, at = np.random.default_rng(0).integers(len(reader.titles), size=(7, 3)), np.array([4, 0, 6])
     asked, model = worded(reader, own_attributes(run), rows, attributes=True, wordings=3, nonsense=0,
-            seed=0), new_recommender(kind, path, reader)
-    states = States([p for q in asked for p in ask(model, q, items)], model.t5.config.d_model, model.pad_id,
+            seed=0), KINDS[kind].new(reader, {"t5": path}, RecommenderSettings())
+    states = States([p for q in asked for p in model.ask(q, items)], model.t5.config.d_model, model.pad_id,
                     tmp_path/"states.bin").fill(model.t5)
     for w, questions in enumerate(asked):
         with torch.inference_mode(): z = logits_at(model, states, items, at, model.names, w)
-        alone = score_rows(model, questions, at, list(items))
+        alone = model.scores(questions, at, list(items))
         np.testing.assert_allclose((z[..., 1] - z[..., 0]).numpy(), np.stack(alone), atol=1e-4)
 
 
@@ -235,7 +236,7 @@ def test_a_recommender_knows_how_it_was_asked(reworded):
             "test"), load_candidates(str(run), "uni99")[1]
     assert model.attributes is False
     own = own_attributes(str(run))
-    bare, with_words = (np.concatenate(score_rows(model, Questions(reader, own, rows, attributes=a), np.arange(5),
+    bare, with_words = (np.concatenate(model.scores(Questions(reader, own, rows, attributes=a), np.arange(5),
                                                   lists)) for a in (False, True))
     np.testing.assert_allclose(bare, np.concatenate(kept["scores"].to_list()[:5]), atol=1e-5)
     assert np.abs(bare - with_words).max() > 1e-3
@@ -249,7 +250,7 @@ def test_consistency_brings_the_answers_together(reworded):
                 "uni99")[1]
         model = load_recommender(run/"recommender/no-stage-1, t5-ranker", reader)
         texts = ["", *(t["text"] for t in bank_for(reader) if t["split"] == "unseen-paraphrase")]
-        clean, *others = (torch.tensor(np.concatenate(score_rows(model, Questions(reader, {}, rows, text),
+        clean, *others = (torch.tensor(np.concatenate(model.scores(Questions(reader, {}, rows, text),
                                                                  np.arange(40), lists))) for text in texts)
         apart[weight] = np.mean([divergence(clean, z).item() for z in others])/clean.var().item()
         curves = pl.read_parquet(run/"recommender/curves.parquet")["apart"]

@@ -196,12 +196,12 @@ def test_any_language_model(kind, finished, tmp_path):
                                                      pad_token_id=0, decoder_start_token_id=2,
                                                      max_position_embeddings=512)))
     model.save_pretrained(tmp_path/kind); AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path/kind)
-    wrapped, name = R.load_any(str(tmp_path/kind), reader)
+    wrapped = R.load_recommender(str(tmp_path/kind), reader)
     rows, lists = R.test_lists(str(finished), 3)
     bank, own = R.bank_for(reader)[:2], R.own_attributes(str(finished))
-    z = R.score_bank(wrapped, reader, own, bank, rows, lists)
-    assert name == kind and z.shape == (2, 3, len(lists[0]))
-    questions = R.Questions(reader, own, rows, bank[1]["text"])
+    z = R.score_bank(wrapped, own, bank, rows, lists)
+    assert z.shape == (2, 3, len(lists[0]))
+    questions = R.Questions(wrapped.reader, own, rows, bank[1]["text"])
     ids = torch.tensor([questions.ids(2, int(lists[2][7]))])
     with torch.no_grad():
         logits = (model.eval()(ids) if kind == "causal"
@@ -240,9 +240,9 @@ def test_a_chat_model_is_asked_through_its_template(template, chat, finished, tm
     import torch
     reader, _ = R.reader_for(str(finished))
     tokenizer = small_llama(tmp_path/"lm", reader.titles, template)
-    model, _ = R.load_any(str(tmp_path/"lm"), reader, chat=chat)
+    model = R.load_recommender(str(tmp_path/"lm"), reader, chat=chat)
     rows, lists = R.test_lists(str(finished), 3)
-    questions = R.Questions(reader, {}, rows, attributes=False)
+    questions = R.Questions(model.reader, {}, rows, attributes=False)
     item, kept = int(lists[1][4]), [reader.titles[i] for i in rows["history"][1][-reader.history_items:]]
     ids, talk = questions.ids(1, item), template and chat
     said = tokenizer.decode(ids)
@@ -255,19 +255,18 @@ def test_a_chat_model_is_asked_through_its_template(template, chat, finished, tm
     assert set(tokenizer.convert_ids_to_tokens(model.names)) == {"yes", "no", "Yes", "No", "Ġyes", "Ġno"}
     with torch.no_grad(): p = model.lm(torch.tensor([ids])).logits[0, -1].softmax(-1)
     def all_of(word): return sum(p[i].item() for i in model.names if tokenizer.decode(i).strip().lower() == word)
-    z = R.score_rows(model, questions, np.array([1]), [None, np.array([item])])[0][0]
+    z = model.scores(questions, np.array([1]), [None, np.array([item])])[0][0]
     assert z == pytest.approx(np.log(all_of("yes")/all_of("no")), abs=1e-4)
-    table = R.spelled(model, tokenizer, [ids, questions.ids(1, 0)], np.array([True, False]))
+    table = R.spelled(model, [ids, questions.ids(1, 0)], np.array([True, False]))
     assert (table.row(-1, named=True)["yes"] == "all"
             and table["p_yes"][-1] == pytest.approx(table["p_yes"][:-1].sum(), rel=1e-5))
-    R.load_any(R.reader_for(str(finished))[1], reader)
-    assert reader.ends == (None, None) # the next model's own
+    assert reader.ends == (None, None) and reader.tokenizer is not model.reader.tokenizer # the run's stays its own
 
 
 def test_a_pocket_model_answers_as_it_was_taught(finished):
     reader, path = R.reader_for(str(finished))
-    assert (len(R.load_any(path, reader)[0].names) == len(R.load_any(str(finished/"recommender/llm"), reader)[0].names)
-            == 2)
+    assert (len(R.load_recommender(path, reader).names)
+            == len(R.load_recommender(str(finished/"recommender/llm"), reader).names) == 2)
 
 
 def test_a_decoder_that_begins_with_a_mark_of_its_own(finished, tmp_path):
@@ -283,12 +282,12 @@ def test_a_decoder_that_begins_with_a_mark_of_its_own(finished, tmp_path):
     model.generation_config.forced_bos_token_id = 7
     model.final_logits_bias.normal_()
     model.save_pretrained(tmp_path); AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path)
-    wrapped, (rows, _) = R.load_any(str(tmp_path), reader)[0], R.test_lists(str(finished), 1)
-    questions = R.Questions(reader, {}, rows, attributes=False)
+    wrapped, (rows, _) = R.load_recommender(str(tmp_path), reader), R.test_lists(str(finished), 1)
+    questions = R.Questions(wrapped.reader, {}, rows, attributes=False)
     with torch.no_grad():
         z = model(torch.tensor([questions.ids(0, 1)]), decoder_input_ids=torch.tensor([[2, 7]])).logits[0, -1,
                 wrapped.names].view(2, -1).logsumexp(-1)
-    assert (R.score_rows(wrapped, questions, np.array([0]), [np.array([1])])[0][0]
+    assert (wrapped.scores(questions, np.array([0]), [np.array([1])])[0][0]
             == pytest.approx((z[1] - z[0]).item(), abs=1e-4))
 
 
@@ -299,7 +298,7 @@ def test_an_encoder_is_refused(finished, tmp_path):
                                num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="bert does not read from left to right|has no weights"):
-        R.load_any(str(tmp_path), reader)
+        R.load_recommender(str(tmp_path), reader)
 
 
 def test_a_model_that_does_not_answer(finished, tmp_path):
@@ -308,7 +307,7 @@ def test_a_model_that_does_not_answer(finished, tmp_path):
     save_file({"w": np.zeros(1)}, tmp_path/"model.safetensors")
     (tmp_path/"tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="vit neither answers nor continues"):
-        R.load_any(str(tmp_path), R.reader_for(str(finished))[0])
+        R.load_recommender(str(tmp_path), R.reader_for(str(finished))[0])
 
 
 def test_command_and_report(finished, tmp_path, monkeypatch, capsys):
@@ -443,19 +442,18 @@ def test_lists_of_unequal_length_are_measured_one_by_one():
 
 class Loud:
     "Scores that tell what was asked: the item, in the words of template t."
-    joint, attributes = True, False
+    reader, attributes = None, False
+    def scores(self, text, at, lists): return [np.asarray(lists[r]) + np.float32(100*int(text)) for r in at]
 
 def test_a_bank_is_put_to_lists_of_unequal_length(monkeypatch):
     monkeypatch.setattr(R, "Questions", lambda reader, own, rows, text, attributes: text)
-    monkeypatch.setattr(R, "score_rows", lambda model, text, at, lists: [np.asarray(lists[r]) + 100.*int(text)
-            for r in at])
-    z = R.score_bank(Loud(), None, {}, [dict(id=t, text=t) for t in "01"], pl.DataFrame({"user": [0, 1]}),
+    z = R.score_bank(Loud(), {}, [dict(id=t, text=t) for t in "01"], pl.DataFrame({"user": [0, 1]}),
                      [[3, 1, 2], [7]], "m")
     np.testing.assert_array_equal(z, np.array([[[3, 1, 2], [7, np.nan, np.nan]],
                                                [[103, 101, 102], [107, np.nan, np.nan]]], np.float32))
-    monkeypatch.setattr(R, "score_rows", lambda model, text, at, lists: [np.full(len(lists[r]), np.nan) for r in at])
+    monkeypatch.setattr(Loud, "scores", lambda self, text, at, lists: [np.full(len(lists[r]), np.nan) for r in at])
     with pytest.raises(UserError, match="under template 0 are NaN"):
-        R.score_bank(Loud(), None, {}, [dict(id="0", text="0")], pl.DataFrame({"user": [0]}), [[3, 1, 2]])
+        R.score_bank(Loud(), {}, [dict(id="0", text="0")], pl.DataFrame({"user": [0]}), [[3, 1, 2]])
 
 
 def test_what_each_spelling_is_worth(monkeypatch):
@@ -464,7 +462,8 @@ def test_what_each_spelling_is_worth(monkeypatch):
     p = torch.tensor([[.1, .2, .3, .4], [.4, .3, .2, .1]]) # no, No, yes, Yes of two questions, the first of them bought
     monkeypatch.setattr(R, "whole_logits", lambda model, prompts: p.log())
     words = SimpleNamespace(convert_ids_to_tokens=lambda ids: ["no", "No", "yes", "Yes"])
-    found = R.spelled(SimpleNamespace(names=[0, 1, 2, 3]), words, [[1], [2]], np.array([True, False]))
+    model = SimpleNamespace(names=[0, 1, 2, 3], reader=SimpleNamespace(tokenizer=words))
+    found = R.spelled(model, [[1], [2]], np.array([True, False]))
     assert (found["no"].to_list() == ["no", "No", "all"] and found["yes"].to_list() == ["yes", "Yes", "all"]
             and found["auc"].to_list() == [1., 1., 1.])
     np.testing.assert_allclose(found["p_no"], [.25, .25, .5], atol=1e-6)
@@ -498,12 +497,13 @@ def test_a_recommender_of_ones_own_is_put_under_the_bank():
     reader, (rows, _) = tiny_reader(), shoppers(4)
     class Longest:
         attributes = False
+        def __init__(self, reader): self.reader = reader
         def scores(self, questions, at, lists):
             assert isinstance(questions, Questions)
             return [np.array([len(questions.ids(r, i)) + .1*i for i in lists[r]]) for r in at]
     bank = [dict(id=str(i), split="seen", text=text) for i, text in enumerate(
         ("A {purchase_history} B {target_item} ?", "A {purchase_history} B C D {target_item} ?"))]
-    z = R.score_bank(Longest(), reader, {}, bank, rows, [[0, 1, 2], [3, 4], [5], [6, 7]])
+    z = R.score_bank(Longest(reader), {}, bank, rows, [[0, 1, 2], [3, 4], [5], [6, 7]])
     assert z.shape == (2, 4, 3) and np.isnan(z[0, 1, 2])
     longer = z[1] - z[0]
     assert (longer[~np.isnan(longer)] > 0).all() and np.ptp(longer[~np.isnan(longer)]) < 1e-5

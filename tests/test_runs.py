@@ -495,9 +495,15 @@ STAGES = ("data", "prompts", "backbones", "attributes", "encoder", "gather", "re
     ("metrics.py", r"def means_block\(", "def means_block(_=0, *, ", set()),
     # reached by a text that another process executes
     ("idmodels.py", r"def serve\(\):", "def serve(_=0):", {"baselines"}),
+    # a kind of recommender, in the registry
+    ("recommender.py", r"joint, plain = True, True", "joint, plain = True, False", {"recommender", "study",
+                                                                                    "benchmarks", "collm"}),
+    ("p5.py", r"return 8\*len\(mask\)", "return 9*len(mask)", {"p5", "study"}),
+    ("collm.py", r'starts = "llm", "adapter"', 'starts = "llm",', {"collm"}),
     # what only looks at values, or guesses a size
     ("encoder.py", r'"held_out_users"\)', '"held_out_users", "seed")', set()),
     ("encoder.py", r"return 7\*model_bytes", "return 8*model_bytes", set()),
+    ("recommender.py", r"return 3\*model_bytes", "return 4*model_bytes", set()),
     # what changes no number is not among the parameters
     ("encoder.py", r'neutral = "processes",', "neutral = ()", {"encoder"}),
     # a default of another stage

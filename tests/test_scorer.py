@@ -13,10 +13,9 @@ from ganprompt.models import answer_logits, encode, load_model, resolve
 from ganprompt.data import load_candidates, load_sequences
 from ganprompt.encoder import reader_for
 from ganprompt.prompts import pad
-from ganprompt.recommender import (RecommenderSettings, T5Decoder, T5Ranker, find_llm, load_recommender,
-                                   new_recommender)
+from ganprompt.recommender import CausalLM, RecommenderSettings, T5Decoder, T5Ranker, find_llm
 from ganprompt.files import UserError
-from ganprompt.scorer import Questions, own_attributes, score_prompts, score_rows
+from ganprompt.scorer import Questions, load_recommender, own_attributes, score_prompts
 
 LLMS = {"llama": (tf.LlamaForCausalLM, tf.LlamaConfig, dict(num_key_value_heads=2), "q_proj,v_proj"),
         "qwen2": (tf.Qwen2ForCausalLM, tf.Qwen2Config, dict(num_key_value_heads=2), "q_proj,k_proj"),
@@ -111,10 +110,11 @@ def test_a_shared_prefix_changes_no_score(kind, shown, finished, tmp_path):
     model_class(config_class(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=1, **sizes,
                              **more)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    model = new_recommender("causal-lm", path, reader, resolve(str(tmp_path)), lora_modules=modules)
+    model = CausalLM.new(reader, {"t5": path, "llm": resolve(str(tmp_path))},
+                         RecommenderSettings(lora_modules=modules))
     for name, p in model.peft.named_parameters():
         if "lora_B" in name: torch.nn.init.normal_(p, std=.1)
-    found = score_rows(model, questions, np.arange(4), lists)
+    found = model.scores(questions, np.arange(4), lists)
     for r in range(4):
         ids, mask = padded([questions.context(r)], reader)
         with torch.inference_mode():
@@ -134,10 +134,10 @@ def test_half_precision_stays_near(shown, finished, monkeypatch):
     reader, _, questions, lists = shown
     for kind in "", ", causal-lm", ", t5-ranker":
         model = load_recommender(finished/f"recommender/ganprompt{kind}", reader)
-        full = np.concatenate(score_rows(model, questions, np.arange(5), lists))
+        full = np.concatenate(model.scores(questions, np.arange(5), lists))
         model.vectors = None
         monkeypatch.setattr(scorer, "bf16_pays", lambda: True)
-        half = np.concatenate(score_rows(model, questions, np.arange(5), lists))
+        half = np.concatenate(model.scores(questions, np.arange(5), lists))
         monkeypatch.undo()
         assert half.dtype == np.float32 and 0 < np.abs(half - full).max() < .05*max(1, np.abs(full).max())
 

@@ -10,13 +10,12 @@ from conftest import make
 from ganprompt import robustness as R, sensitivity, study as S
 from ganprompt.cli import plan_of, read_plan, studies, study_of
 from ganprompt.models import load_model
-from ganprompt.collm import load_text_lm, text_reader
 from ganprompt.encoder import reader_for, separability
 from ganprompt.gather import GatherSettings, contrast, likeness, make_gather
 from ganprompt.p5 import asker_for
 from ganprompt.files import UserError, root, write_json
 from ganprompt.runs import manifest, stage
-from ganprompt.scorer import Questions, bank_for
+from ganprompt.scorer import Prompted, Questions, bank_for, load_recommender
 from ganprompt.results import by_dataset
 from ganprompt.statistics import ends
 
@@ -80,8 +79,8 @@ def test_a_report_that_was_cut_short_asks_on(studied, monkeypatch):
         asked.append(len(lists))
         if len(asked) == 4: raise KeyboardInterrupt
         return real(lm, questions, at, lists)
-    real = R.score_rows
-    monkeypatch.setattr(R, "score_rows", counted)
+    real = Prompted.scores
+    monkeypatch.setattr(Prompted, "scores", counted)
     home = studied/"robustness/one-template"
     def report(users=6): return R.make_report(model, str(studied), users=users)
     with pytest.raises(KeyboardInterrupt): report()
@@ -239,7 +238,7 @@ def test_what_is_answered_is_kept_and_drawn(shop, tmp_path, monkeypatch):
     rows = S.pl.DataFrame({"user": range(70)})
     def tuned(run, name, *rest):
         if name == "agreement": raise UserError("no room")
-        return name, None, .5, {}
+        return name, .5, {}
     known = dict(tuned_model=tuned, score_bank=lambda model, *rest: scores[model], test_lists=lambda *p: (rows, None),
                  bank_for=lambda *p: bank, reader_for=lambda run: (None, None), backbone=lambda *p: {"pocket": True},
                  dataset_info=lambda run: {"dataset": "shop", "synthetic": False})
@@ -364,13 +363,14 @@ def test_p5_and_tallrec_rank_as_a_plain_forward_pass_does(finished, tmp_path):
     shutil.copytree(finished, run := tmp_path/"run", ignore=shutil.ignore_patterns("recommender", "encoder"))
     S.make_study(S.StudySettings(str(run), study_entries="P5,TALLRec", study_users=10, recommender_epochs=1))
     kept, (rows, lists) = read(S.keep_study(str(run), tmp_path/"kept")), R.test_lists(str(run), 10)
-    p5, tallrec = load_model(str(run/"study/p5/P5"), "t5"), load_text_lm(str(run), run/"study/tallrec", "TALLRec")
+    run_reader = reader_for(str(run))[0]
+    p5, tallrec = load_model(str(run/"study/p5"), "t5"), load_recommender(run/"study/tallrec", run_reader)
     def of_p5(prompt, item):
         return -p5(input_ids=torch.tensor([prompt]), labels=torch.tensor([item])).loss.item()*len(item)
     def of_tallrec(prompt, tail):
         no, yes = tallrec.lm(input_ids=torch.tensor([prompt + tail])).logits[0, -1, tallrec.names].tolist()
         return yes - no
-    readers = {"P5": reader_for(str(run))[0], "TALLRec": text_reader(str(run), str(run/"study/tallrec/llm"))}
+    readers = {"P5": run_reader, "TALLRec": tallrec.reader}
     texts = {"P5": asker_for(str(run), "titles", 0, readers["P5"].tokenizer, "{title_seq}").items,
              "TALLRec": tallrec.tails}
     bank = bank_for(readers["P5"])
@@ -393,8 +393,8 @@ def test_p5_and_tallrec_rank_as_a_plain_forward_pass_does(finished, tmp_path):
                                               "unknown parameter 'k'"),
                                               (lambda y: y["entries"]["GANPrompt"].update(encoder="gan"),
                                                "encoder must be one of backbone"),
-                                             (lambda y: y["entries"]["P5"].update(form="P6"),
-                                              "'P5': form must be one of TALLRec, P5"),
+                                             (lambda y: y["entries"]["P5"].update(recommender="P6"),
+                                              "'P5': recommender must be one of .*, TALLRec, P5"),
                                               (lambda y: y["entries"]["P5"].update(wordings=4),
                                                "unknown parameter 'wordings'")])
 def test_mistakes_in_the_entries(change, message, tmp_path):
