@@ -23,8 +23,8 @@ import polars as pl
 
 from .files import UserError, below, not_positive, refuse, strange, told, write_json
 from .runs import Settings, need, once, stage
-from .processes import (LARGE, device, finite, is_main, load_checkpoint, save_checkpoint, seed_all, set_threads,
-                                 side_by_side, summed)
+from .processes import (LARGE, device, finite, is_main, load_checkpoint, save_checkpoint, seed_all,
+                                 set_threads, side_by_side, summed)
 from .data import dataset_info, load_training
 from .templates import fixed_words
 from .prompts import PromptEncoder, load_templates, load_titles, make_prompts, pad

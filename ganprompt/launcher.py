@@ -462,9 +462,9 @@ def execute(
                                        stdout_file=line, stderr_file=line, km=kernel, start_timeout=600)
         except papermill.PapermillExecutionError as e:
             file.write("\n".join(e.traceback))
-            if e.ename in ("UserError", "Killed"): raise UserError(f"{chapter.stage}: {e.evalue}\n(log: {log})") from None
-            raise UserError(f"{chapter.stage}: {e.ename}: {e.evalue}\n(log: {log}; with the whole traceback: "
-                            f"{out})") from None
+            told = e.ename in ("UserError", "Killed")
+            raise UserError(f"{chapter.stage}: {'' if told else e.ename + ': '}{e.evalue}\n(log: {log}"
+                            f"{'' if told else f'; with the whole traceback: {out}'})") from None
         except RuntimeError: # the kernel has died, perhaps before it was ready
             raise UserError(f"{chapter.stage}: its process died, perhaps for lack of memory; run again to go "
                             f"on\n(log: {log})") from None

@@ -360,4 +360,5 @@ def make_p5(
         pl.DataFrame([row | {"model": name} for name, rows in curves.items() for row in rows],
                      infer_schema_length=None).write_parquet(folder/"curves.parquet")
         return merits
-    return stage(p.run, "p5", p.params, make, inputs=["data", "prompts", "backbones"], files=[root()/PROMPTS])
+    return stage(p.run, "p5", p.params, make, inputs=["data", "prompts", "backbones"],
+                 files=[root()/PROMPTS, root()/"data/templates.yaml"])

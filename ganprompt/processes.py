@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from .files import Killed, UserError, write_json
-from .runs import _making
+from .runs import being_made
 
 # look for GPUs without touching them, which would keep this process from forking
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -305,14 +305,14 @@ def _aside(functions, n, home):
     "Start a fresh process that calls some functions, one after another."
     import cloudpickle
     home.mkdir()
-    (home/"work").write_bytes(cloudpickle.dumps((functions, n, list(_making))))
+    (home/"work").write_bytes(cloudpickle.dumps((functions, n, list(being_made))))
     return subprocess.Popen([sys.executable, "-c", "import sys; from ganprompt.processes import _called_aside; "
                              "_called_aside(*sys.argv[1:])", str(home), str(os.getpid())])
 
 def _called_aside(home, parent):
     die_with(int(parent))
     home = Path(home)
-    functions, n, _making[:] = pickle.loads((home/"work").read_bytes())
+    functions, n, being_made[:] = pickle.loads((home/"work").read_bytes())
     _beside.append(n)
     try: (home/"result").write_bytes(pickle.dumps([f() for f in functions]))
     except BaseException as e:

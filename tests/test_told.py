@@ -117,9 +117,9 @@ def test_a_folder_is_meant_from_where_the_user_stands(models, monkeypatch):
         for given in f"{models.name}/{kind}", f"./{models.name}/{kind}", str(models/kind):
             assert launcher.absolute(name, given, known[name].help) == str(models/kind)
     monkeypatch.chdir(models)
-    values = launcher.resolve(chapters(), {"t5": "t5", "llm": "causal"})
+    values = launcher.chosen_values(chapters(), {"t5": "t5", "llm": "causal"})
     assert (values["t5"], values["bert"], values["llm"]) == (str(models/"t5"), "pocket", str(models/"causal"))
-    assert launcher.resolve(chapters(), {"t5": "org/t5"})["t5"] == "org/t5"
+    assert launcher.chosen_values(chapters(), {"t5": "org/t5"})["t5"] == "org/t5"
 
 
 def test_the_nearest_folder_is_named(models, monkeypatch):
@@ -255,8 +255,9 @@ def test_own_results_stay_out_of_the_repository(shop, tmp_path, monkeypatch):
     for wrong in "./none", "./robustness-none", "./benchmarks-none", "./tables-none", "./standard-none":
         assert not CliRunner().invoke(cli.cli, ["tables", wrong]).output and not (tmp_path/wrong).exists()
     done = CliRunner().invoke(cli.cli, ["tables", "./mine"])
-    assert (done.output.split() == ["mine/mine.md"] and (mine/"mine.png").exists()
-            and "mine.png" in (mine/"mine.md").read_text())
+    assert sorted(done.output.split()) == sorted(f"mine/{p.name}" for p in mine.glob("mine.*") if p.suffix != ".json")
+    assert {"mine.md", "mine.html", "mine.tex", "mine.png"} <= {p.name for p in mine.glob("mine.*")}
+    assert "mine.png" in (mine/"mine.md").read_text()
     assert before == {p: p.stat().st_mtime_ns for folder in ("figures", "data") for p in (root()/folder).rglob("*")}
 
 
