@@ -127,6 +127,7 @@ def batches(
 # %% ../nbs/09_backbones.ipynb #09-027
 EVERY = 5. # Seconds between checkpoints, or 20 times what one takes if that is more
 
+# %% ../nbs/09_backbones.ipynb #09-027v1
 def train(
     update, # (row numbers, numpy generator) -> dict of floats with the key "loss"
     parts:dict, # Name -> object with state_dict and load_state_dict: all that training changes
@@ -200,6 +201,7 @@ def adamw(
     return opt, torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min((i + 1)/warm, max(.02,
             (steps - i)/(steps - warm + 1))))
 
+# %% ../nbs/09_backbones.ipynb #09-029v1
 def descend(
     loss, # Scalar tensor
     opt, # Optimizer
@@ -286,6 +288,7 @@ def label_loss(
     "Mean cross-entropy of the labels. Logits are float32 whatever the states are."
     with narrow_head(model): return model(**inputs, labels=labels).loss
 
+# %% ../nbs/09_backbones.ipynb #09-035v1
 def t5_update(
     model, # Pocket T5, in training mode
     reader:Reader, # What there is to read
@@ -323,6 +326,7 @@ def question_tails(
     prompt = PromptEncoder(tokenizer, "{title_seq} ?", reader.titles, reader.title_tokens, 1)
     return [prompt.ids([i])[len(prompt.start):][:-len(prompt.end) or None] for i in range(len(reader.titles))]
 
+# %% ../nbs/09_backbones.ipynb #09-037v1
 @contextmanager
 def narrow_head(
     model, # Language model of transformers
@@ -341,6 +345,7 @@ def narrow_head(
         del head.forward
         if bias is not None: model.final_logits_bias = bias
 
+# %% ../nbs/09_backbones.ipynb #09-037v2
 def last_logits(
     model, # Causal language model
     mask, # 1 where a text has a token, padded on the right (n, tokens)
@@ -368,6 +373,7 @@ def check_causal(
                         "left to right here, or in a way of its own; name a causal language model, as a Llama, Qwen "
                         "or GPT-2")
 
+# %% ../nbs/09_backbones.ipynb #09-037sv1
 def causal_update(
     model, # Pocket Llama, in training mode
     reader:"Reader", # What there is to read
@@ -488,6 +494,7 @@ def most_tokens(
     titles, words = reader.texts()
     return 3000 + len({w for text in titles + words for w in (*text.split(), *re.findall(r"\w+|[^\w\s]", text))})
 
+# %% ../nbs/09_backbones.ipynb #09-043v1
 def train_pocket(
     kind:str, # "t5", "bert" or "causal"
     reader:Reader, # What there is to read

@@ -125,6 +125,7 @@ def searched(
     return {name: (about["settings"], path) for name, about in json.loads(path.read_text()).items()
             if "settings" in about}
 
+# %% ../nbs/21_baselines.ipynb #21-057v1
 def chosen_settings(
     search_run:str, # As for `searched`; empty: search
     trials:int, # Settings to try

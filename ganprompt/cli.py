@@ -235,6 +235,7 @@ def check_home(
                             f"others can get; nothing was kept. Name a folder of your own, as in --study ./{study}: "
                             "results and pages go there")
 
+# %% ../nbs/42_cli.ipynb #42-058uv1
 @cli.command()
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
 @click.option("--study", metavar="NAME", default="end_to_end",
@@ -269,6 +270,7 @@ def tables(study, data_dir, plan, runs):
     for path in kind.draw(study, out): click.echo(shown(path))
     if failed: raise UserError("\n".join(["these are missing; the rest is made:", *failed]))
 
+# %% ../nbs/42_cli.ipynb #42-058sv1
 @cli.command()
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
 def compare(runs):

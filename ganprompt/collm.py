@@ -170,6 +170,7 @@ class CoLLM(TALLRec):
         model.soft.mapping.load_state_dict(load_file(folder/"mapping.safetensors"))
         return model
 
+# %% ../nbs/23_collm.ipynb #23-n11v1
 STEPS = {"TALLRec": TALLRec, "CoLLM": CoLLM}
 KINDS |= STEPS
 

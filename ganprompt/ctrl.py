@@ -67,6 +67,7 @@ def last_states(
     items, mask = (t.to(device()) for t in pad([h[-len(model["place"].weight):] for h in histories], 0))
     return place_states(model, items)[torch.arange(len(items)), mask.sum(1) - 1]
 
+# %% ../nbs/24_ctrl.ipynb #24-008v1
 def item_scores(
     model, # From `collaborative_model`
     h, # States (n, width)
@@ -355,6 +356,7 @@ def new_model(
     return collaborative_model(len(load_titles(run)), load_sequences(run, "train")["history"].list.len().max(),
                                p.ctrl_width)
 
+# %% ../nbs/24_ctrl.ipynb #24-037v1
 def train_ctrl(
     run:str, # Run
     name:str, # One of `CTRL_MODELS`

@@ -129,6 +129,7 @@ def pick_states(
                         "folder and run `ganprompt run` again")
     return one.select("user", "version"), *(np.array(f["x"].to_list(), dtype=np.float32) for f in (one, two))
 
+# %% ../nbs/19_figures.ipynb #19-020v1
 def layout_points(
     states:pl.DataFrame, # stage, user, version, x
     users:int, # How many users to show
@@ -181,6 +182,7 @@ def caption(
             + f": {users} held-out users, {len(about['words']) + 1} versions of each history"
             + (", pocket model" if about["pocket"] else ""))
 
+# %% ../nbs/19_figures.ipynb #19-024v1
 def numbers(
     about:dict, # From `about_run`
     when:str, # "before" or "after" stage 1
@@ -298,6 +300,7 @@ def draw_couplings(
     draw_legend(fig, rows[0][0]["words"])
     return fig
 
+# %% ../nbs/19_figures.ipynb #19-031v1
 def compare_runs(
     runs:list, # Runs of one data set with the stage `figures`
 ) -> Path: # figures/coupling.png

@@ -38,6 +38,7 @@ def strange(
     return [f"{name}={v!r} is not known{near(name, v) or ';'} choose one of {', '.join(map(str, known[name]))}"
             for name in known for v in each[name] if v not in known[name]]
 
+# %% ../nbs/00_files.ipynb #00-004bv1
 def below(
     p:dict, # Parameters
     least, # Smallest number that works

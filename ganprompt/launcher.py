@@ -462,9 +462,9 @@ def execute(
                                        stdout_file=line, stderr_file=line, km=kernel, start_timeout=600)
         except papermill.PapermillExecutionError as e:
             file.write("\n".join(e.traceback))
-            told = e.ename in ("UserError", "Killed")
-            raise UserError(f"{chapter.stage}: {'' if told else e.ename + ': '}{e.evalue}\n(log: {log}"
-                            f"{'' if told else f'; with the whole traceback: {out}'})") from None
+            mistake = e.ename in ("UserError", "Killed")
+            raise UserError(f"{chapter.stage}: {'' if mistake else e.ename + ': '}{e.evalue}\n(log: {log}"
+                            f"{'' if mistake else f'; with the whole traceback: {out}'})") from None
         except RuntimeError: # the kernel has died, perhaps before it was ready
             raise UserError(f"{chapter.stage}: its process died, perhaps for lack of memory; run again to go "
                             f"on\n(log: {log})") from None

@@ -20,6 +20,7 @@ def auc_of(
     "AUC of one relevant item a list: `rank - 1 - ties` others lie above the target, `ties` beside it."
     return 1 - (rank - 1 - ties / 2) / (size - 1)
 
+# %% ../nbs/14_measures.ipynb #14-009v1
 def ranking(
     scores:list, # One sequence of scores a user, the target's first; at least two each
 ) -> dict: # `rank` i64[users] (1 is best), `ties` and `size` i64[users], `auc` f64[users]

@@ -25,6 +25,7 @@ def find_model(
     try: return Path(snapshot_download(name, local_files_only=True))
     except Exception: return None # of many kinds: no such name, no such folder, no cache
 
+# %% ../nbs/08_models.ipynb #08-007v1
 def weights(
     folder:Path, # Of a model
 )->dict[str, list[int]]: # Name -> shape of each tensor
@@ -58,6 +59,7 @@ def whole(
         raise UserError(f"the model folder {folder} is an incomplete copy: its tokenizer is missing (one of "
                         f"{', '.join(TOKENIZERS)}); copy or fetch it again")
 
+# %% ../nbs/08_models.ipynb #08-007bv1
 def nearest_folder(
     name:str, # Of a folder that there is not
 )->str: # "; did you mean ...?", or nothing
@@ -80,6 +82,7 @@ def to_fetch(
     return (download and not Path(name).expanduser().is_dir()
             and ((folder := find_model(name)) is None or bool(told(whole, folder))))
 
+# %% ../nbs/08_models.ipynb #08-007buv1
 def resolve(
     name:str, # Hub name or local folder
     download:bool=False, # Whether the hub may be asked
@@ -170,6 +173,7 @@ def on_hub(
         raise UserError(f"the model {name!r} has {size/1e9:.1f} GB, and {cache} has {free/1e9:.1f} GB free; make "
                         "room, or set HF_HOME to another disk")
 
+# %% ../nbs/08_models.ipynb #08-009dv1
 def is_here(
     name:str, # Hub name or local folder
     download:bool=False, # Whether it may be fetched later
@@ -223,6 +227,7 @@ def answers(
                             "but must be one; choose another model")
     return [i[0] for i in ids]
 
+# %% ../nbs/08_models.ipynb #08-016v1
 def spellings(
     tokenizer, # Tokenizer of a model that nobody taught how to spell its answer
     text:str="", # What the answer follows
@@ -265,6 +270,7 @@ def encode(
     "Last hidden states of the encoder."
     return model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
 
+# %% ../nbs/08_models.ipynb #08-017v1
 def cross_attention(
     layer, # T5Attention of a decoder's block, from text to states
     x, # Queries (n, m, width)
@@ -337,6 +343,7 @@ def check_t5(
         raise UserError(f"{model.config.name_or_path}: a model of type {model.config.model_type} cannot carry our "
                         "recommender; name a T5, as t5-small, google/flan-t5-base or google/mt5-small")
 
+# %% ../nbs/08_models.ipynb #08-018uv1
 def close(
     ours, own, # Logits of one vocabulary
 )->bool:

@@ -275,6 +275,7 @@ class P5(Prompted):
     def scores(self, questions, rows, lists, score="yes-no"):
         return [likelier(z) for z in super().scores(questions, rows, lists, score)]
 
+# %% ../nbs/22_p5.ipynb #22-031v1
 class P5Numbers(P5):
     "P5 on random numbers in place of titles."
     variant = "ids"
@@ -302,6 +303,7 @@ def item_texts(
                                                      make_data)/"items.parquet").sort("item")["raw_item"].to_list(),
                                                      seed))
 
+# %% ../nbs/22_p5.ipynb #22-030v1
 def asker_for(
     run:str, # Run
     variant:str, # titles or ids
@@ -324,6 +326,7 @@ def tune_variant(
     "Train a variant in P5's own prompts."
     return tune(run, name, folder/VARIANTS[name].variant, {"t5": backbone(run, "t5")["path"], "text": ""}, p)
 
+# %% ../nbs/22_p5.ipynb #22-032v1
 def run_p5(
     run:str, # Run
     name:str, # One of `VARIANTS`

@@ -138,6 +138,7 @@ def totals(
     summed([values])
     return dict(zip(terms, values.tolist()))
 
+# %% ../nbs/02_processes.ipynb #02-058v1
 def gathered(
     obj, # Anything that pickle can write
 ) -> list: # One of each process, in order; the same list in all of them
@@ -230,6 +231,7 @@ def _fresh(n, function, folder):
                     "import sys; from ganprompt.processes import _from_file; _from_file(sys.argv[1])",
                     str(folder)])
 
+# %% ../nbs/02_processes.ipynb #02-063v1
 def _from_file(folder):
     n, function, parent = pickle.loads((Path(folder)/"work").read_bytes())
     die_with(parent)
@@ -257,6 +259,7 @@ def possible(
         raise UserError(f"processes={n} is not possible{f'; there are {gpus} GPUs' if gpus else ''}: set --processes "
                         "to 1 or more, one a GPU")
 
+# %% ../nbs/02_processes.ipynb #02-064v1
 def in_processes(
     n:int, # Processes; 1: this one
     function, # Function without arguments, called in each of them
@@ -331,6 +334,7 @@ def _all_ended(functions, children):
         for child in children: child.kill(); child.wait()
     return returned, error
 
+# %% ../nbs/02_processes.ipynb #02-n10v1
 def side_by_side(
     functions:list, # Functions without arguments; what they return can be pickled
     large:bool=False, # Whether each of them uses all cores by itself

@@ -150,6 +150,7 @@ def baseline_models(
             for model, about in json.loads(path.read_text()).items():
                 yield path.parent.name, model, about, ranks.filter(model=model)
 
+# %% ../nbs/28_results.ipynb #28-019v1
 def own_models(
     run:str, # Run
 ): # (stage, model, what is known of it, its ranks) of each
@@ -182,6 +183,7 @@ def same_users(
                         f"make it again: ganprompt run --run {run} --until {stage}")
     return pl.concat(parts).select("candidates", "user", *Ranks._fields)
 
+# %% ../nbs/28_results.ipynb #28-020v1
 def entry(
     run:str, # Run
     stage:str, # The stage that made the model
@@ -284,6 +286,7 @@ def read_json(
         raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); {again(path)}") from None
     return kept
 
+# %% ../nbs/28_results.ipynb #28-025v1
 def read_entry(
     path:Path, # From `entry_path`
     arrays, # Function of the entry and its table that returns arrays by name, and raises as `check` does

@@ -76,6 +76,7 @@ def spelled(
     words = model.reader.tokenizer.convert_ids_to_tokens(model.names)
     return pl.DataFrame([*(row((words[i], words[n + i]), p[:, [i, n + i]]) for i in range(n)), row(("all", "all"), p)])
 
+# %% ../nbs/27_robustness.ipynb #27-043bv1
 def whole_logits(
     model:Untuned, # Language model
     prompts:list, # Token ids
@@ -245,6 +246,7 @@ def check_report(
     return [*([] if is_saved(p["model"]) else told(is_here, p["model"], p["download"])),
             *(told(read_templates, p["templates"]) if p["templates"] else []), *below(p, 0, "users")]
 
+# %% ../nbs/27_robustness.ipynb #27-054v1
 def score_key(
     model:str, # As in `make_report`
     home:Path, # The stage that it is a part of, if it is of a run

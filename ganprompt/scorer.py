@@ -426,6 +426,7 @@ def describe(
     where = {k: os.path.relpath(start[k], folder) for k in KINDS[kind].starts}
     write_json(Path(folder)/"model.json", {"kind": kind} | where | KINDS[kind].known(start, p))
 
+# %% ../nbs/12_scorer.ipynb #12-n09v1
 def described(
     folder:Path, # A trained recommender's
 )->dict: # kind, the folder of each model that it is built on, and settings. `UserError` for a kind that nobody knows

@@ -76,6 +76,7 @@ def ranks(
     np.put_along_axis(out, order, np.broadcast_to(np.arange(1, scores.shape[-1] + 1), scores.shape), axis=-1)
     return out
 
+# %% ../nbs/26_sensitivity.ipynb #26-020v1
 def rbo(
     a:np.ndarray, b:np.ndarray, # Ranks of the same candidates, i64[..., candidates]
     p:float=.9, # How patient the reader is
@@ -134,6 +135,7 @@ def mean_known(
     there = ~np.isnan(values)
     with np.errstate(invalid="ignore"): return np.where(there, values, 0).sum(axis=axis) / there.sum(axis=axis)
 
+# %% ../nbs/26_sensitivity.ipynb #26-031v1
 def template_table(
     scores:np.ndarray, # f[templates, users, candidates], targets first; the first template is the clean one
     bank:list, # Templates, from `read_templates`
@@ -219,6 +221,7 @@ def chance(
     return {"hit@10": float(np.mean(np.minimum(10, sizes) / sizes)), "tau": 0.,
             "rbo": float(np.mean([overlap(int(n)) for n in sizes]))}
 
+# %% ../nbs/26_sensitivity.ipynb #26-038ev1
 def verdict(
     table:pl.DataFrame, # From `template_table`
     floor:dict, # From `chance`

@@ -47,6 +47,7 @@ def line_up(
              for m in [*ORDER, "ganprompt"] if m not in there}
     return [row | dict(name=shown_as(row["model"], row["pocket"])) for row in sorted(rows.values(), key=table_order)]
 
+# %% ../nbs/29_tables.ipynb #29-059v1
 def grouped(
     rows:list, # From `line_up`
     make, # Function of a row that returns its cells after the name
@@ -74,6 +75,7 @@ def measured_block(
                  [*grouped(rows, lambda row: [seeds(row), *(cells.get((row["model"], m), "–") for m in METRICS)]),
                   [last]])
 
+# %% ../nbs/29_tables.ipynb #29-060v1
 def against_block(
     pairs:pl.DataFrame, # From `against_best`
 ) -> Block:
@@ -89,6 +91,7 @@ def against_block(
                  ["figure", "best baseline", "trainings", "baseline", "GANPrompt", "improvement (%)", "difference",
                   "excludes zero"], [rows])
 
+# %% ../nbs/29_tables.ipynb #29-060v2
 def interval_block(
     rows:list, # From `line_up`
     stats:pl.DataFrame, # From `method_figures`
@@ -140,6 +143,7 @@ def sampling_block(
     return Block("Among 99 others (uni99) and among all items (full), id models",
                  ["model", "lists", *map(label, METRICS)], [*rows, last])
 
+# %% ../nbs/29_tables.ipynb #29-064v1
 def sampling_note(
     orders:pl.DataFrame, # From `sampling_table`, of one data set
 ) -> str:
@@ -156,6 +160,7 @@ def sampling_note(
                else ("No swap is beyond noise: in none do both 95 % intervals of the difference, over trainings and "
                      "users, exclude zero.")))
 
+# %% ../nbs/29_tables.ipynb #29-064v2
 def time_block(
     rows:list, # From `line_up`
     times:pl.DataFrame, # From `time_table`, of one data set
@@ -206,6 +211,7 @@ def results_of(
     return Results(entries, rows, stats, against_best(everyone, stats), reported_figures(entries[0]["dataset"]),
                    sampling_table(entries))
 
+# %% ../nbs/29_tables.ipynb #29-066v1
 def page_of(
     r:Results, # From `results_of`
     data:dict={}, # From data.json: what failed, whether there are titles
@@ -250,6 +256,7 @@ def long_rows(
 FAMILIES = {"simple": ("#888888", "simple"), "id": (COLORS[6], "item ids"), "text": (COLORS[1], "language models"),
             "ours": (COLORS[3], "GANPrompt")}
 
+# %% ../nbs/29_tables.ipynb #29-069v1
 def plot_models(
     r:Results, # From `results_of`
 ): # A matplotlib figure
@@ -304,6 +311,7 @@ def published_rows(
     alone = [key for key in printed.select("dataset", "model").unique(maintain_order=True).rows() if key not in groups]
     return [one(*key, mine) for key, mine in groups.items()] + [reported_of(*key) for key in alone]
 
+# %% ../nbs/29_tables.ipynb #29-071v1
 def write_published(
     study:str|Path="standard", # Folder under data/results, or a path
     out:Path|None=None, # Where the page goes; figures/ by default

@@ -76,6 +76,7 @@ def escaped(words:str)->str: # Words for a template
     "Words with their braces doubled."
     return words.replace("{", "{{").replace("}", "}}")
 
+# %% ../nbs/06_templates.ipynb #06-011v1
 def put(
     text:str, # Template
     **words, # Slot -> words
@@ -110,6 +111,7 @@ def slip(
     if kind == "typo": return word[:i] + word[i + 1] + word[i] + word[i + 2:]
     return word[:i] + rng.choice(NEAR[word[i].lower()]) + word[i + 1:]
 
+# %% ../nbs/06_templates.ipynb #06-014v1
 def noisy(
     text:str, # A template or a title
     kind:str, # One of `NOISES`
@@ -133,6 +135,7 @@ def broken(
 SIGNS = "-|;/*#>~+.<[]()"
 ALPHABETS = string.ascii_lowercase, string.ascii_uppercase, string.ascii_letters, string.ascii_letters + SIGNS
 
+# %% ../nbs/06_templates.ipynb #06-015bv1
 def nonsense(
     words:list[str], # Known words
     n:int, # Templates wanted
