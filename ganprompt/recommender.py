@@ -701,13 +701,14 @@ def make_recommender(
         starts = {"no-stage-1": about["path"], "ganprompt": str(encoder/"model")}
         names = {name if KINDS[kind].plain else f"{name}, {kind}": (kind, {"t5": path, "llm": lm})
                  for kind in kinds for name, path in starts.items()}
-        at = sample_rows(load_sequences(run, "test")["user"], p.test_users, 0) # the same users for every seed
-        def tuned(name, kind, start):
-            curves = pl.DataFrame(tune(run, kind, folder/name, start, p)["curves"], infer_schema_length=None)
-            return curves, score_lists(run, folder/name, p.candidates, at, p.score, p.processes, keep=folder/".scores")
         large = p.processes > 1 or is_large(about["path"], *[lm]*bool(lm))
-        curves, scored = zip(*side_by_side([partial(tuned, name, *start) for name, start in names.items()], large))
-        pl.concat(scored).write_parquet(folder/"scores.parquet")
+        tuned = side_by_side([partial(tune, run, kind, folder/name, start, p)
+                              for name, (kind, start) in names.items()], large)
+        curves = [pl.DataFrame(t["curves"], infer_schema_length=None) for t in tuned]
+        at = sample_rows(load_sequences(run, "test")["user"], p.test_users, 0) # the same users for every seed
+        pl.concat(side_by_side([partial(score_lists, run, folder/name, p.candidates, at, p.score, p.processes,
+                                        keep=folder/".scores") for name in names], large)
+                  ).write_parquet(folder/"scores.parquet")
         table = pl.concat(curves, how="diagonal")
         table.write_parquet(folder/"curves.parquet")
         plot_curves(table, ["loss", "valid_auc"]).savefig(folder/"curves.png", dpi=110)

@@ -49,9 +49,9 @@ def test_an_error_in_the_second_recommender_keeps_the_first_and_its_scores(finis
     kinds = dict(recommender="t5-ranker,causal-lm", llm=str(llm))
     with pytest.raises(UserError, match="nan"): make(run, "recommender", shop, **kinds, lora_rank=4)
     with pytest.raises(KeyboardInterrupt): make(run, "recommender", shop, **kinds)
-    folder = make(run, "recommender", shop, **kinds)
     assert trained == ["no-stage-1, t5-ranker", "ganprompt, t5-ranker", "no-stage-1, causal-lm",
                        "no-stage-1, causal-lm", "ganprompt, causal-lm"]
+    folder = make(run, "recommender", shop, **kinds)
     chunks = math.ceil(len(load_sequences(str(run), "test"))/50) # of each model
     assert len(trained) == 5 and scored == ["T5Ranker"]*2*chunks + ["CausalLM"]*(2*chunks + 1)
     found, whole = (pl.read_parquet(f/"scores.parquet").filter(pl.col("model").is_in(trained[:2]))
