@@ -19,21 +19,19 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from .models import answers, encode
-from .backbones import adamw, descend
-from .data import load_candidates, load_sequences
-from .encoder import make_encoder, reader_for
-from .prompts import pad
-from .recommender import (CausalLM, T5Decoder, T5Ranker, add_adapters, freeze_encoder, load_recommender,
-                                   rec_loss, uncached_logits)
 from .files import (UserError, below, listed, pages_folder, refuse, results_folder, root, run_folder, strange,
                              write_json)
-from .runs import (STUDIES, Settings, Study, complete, device_words, manifest, need, once, stage,
-                            versions)
+from .runs import STUDIES, Settings, Study, complete, device_words, manifest, need, once, stage, versions
 from .processes import device, seed_all
+from .data import load_candidates, load_sequences
+from .prompts import pad
+from .models import answers, encode
+from .backbones import adamw, descend
+from .encoder import make_encoder, reader_for
+from .scorer import (Questions, States, bf16_pays, fast_math, load_recommender, own_attributes,
+                              score_contexts, score_prompts, scores_of, token_batches)
+from .recommender import CausalLM, T5Decoder, T5Ranker, add_adapters, freeze_encoder, rec_loss, uncached_logits
 from .statistics import median_ratios
-from .scorer import (Questions, States, bf16_pays, fast_math, own_attributes, score_contexts, score_prompts,
-                              scores_of, token_batches)
 
 # %% ../nbs/40_benchmarks.ipynb #40-007
 def in_turn(

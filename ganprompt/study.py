@@ -29,8 +29,8 @@ from .models import resolve
 from .backbones import backbone, model_bytes
 from .attributes import make_attributes
 from .encoder import EncoderSettings, reader_for, tune_encoder
-from .scorer import bank_for, blanked, load_recommender, own_attributes, tune
-from .recommender import KINDS, RecommenderSettings, find_llm, on_encoder
+from .scorer import KINDS, bank_for, blanked, load_recommender, own_attributes, tune
+from .recommender import RecommenderSettings, find_llm, on_encoder
 from .measures import data_name, figures_of, label, ranking
 from .statistics import ahead, drawn_cps, ends, redrawn, scope
 from .pages import Block, Page, short, spread, to_md, write_page

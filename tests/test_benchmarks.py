@@ -3,10 +3,10 @@ import json
 
 import pytest
 
+from ganprompt.files import UserError
 from ganprompt.benchmarks import (BenchmarksSettings, bench_data, draw_benchmarks, keep_benchmarks, make_benchmarks,
                                   plot_benchmarks)
-from ganprompt.launcher import chapters
-from ganprompt.files import UserError
+from ganprompt.jobs import chapters
 
 
 def test_pandas_and_ours_keep_the_same_rows(tmp_path):

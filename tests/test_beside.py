@@ -9,9 +9,10 @@ from test_cli import notebook
 
 from ganprompt import launcher, processes
 from ganprompt.files import Killed, UserError
-from ganprompt.launcher import chapters, launch, resolve, waits_for
-from ganprompt.processes import beside, side_by_side
 from ganprompt.runs import complete, manifest
+from ganprompt.processes import beside, side_by_side
+from ganprompt.jobs import chapters, chosen_values
+from ganprompt.launcher import launch, waits_for
 
 
 def meeting():
@@ -45,7 +46,7 @@ def write_toys(nbs, left=LEFT, right=RIGHT, first="pass"):
 
 def go(toys, run):
     console = Console(file=io.StringIO(), force_terminal=False, width=200)
-    try: launch(toys, resolve(toys, {"run": str(run)}), console)
+    try: launch(toys, chosen_values(toys, {"run": str(run)}), console)
     finally: said = [line.split()[:2] for line in console.file.getvalue().splitlines() if "new run" not in line]
     return said
 
@@ -135,10 +136,10 @@ def test_an_interrupted_launch_leaves_no_kernel(tmp_path):
     write_toys(tmp_path/"nbs", left="time.sleep(60)", right="time.sleep(60)")
     code = f"""
 from pathlib import Path
-from ganprompt import launcher
+from ganprompt import jobs, launcher
 launcher.cores = lambda: 2
-toys = launcher.chapters(Path({str(tmp_path/"nbs")!r}))
-launcher.launch(toys, launcher.resolve(toys, {{"run": {str(tmp_path/"run")!r}}}))"""
+toys = jobs.chapters(Path({str(tmp_path/"nbs")!r}))
+launcher.launch(toys, jobs.chosen_values(toys, {{"run": {str(tmp_path/"run")!r}}}))"""
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     working, until = [tmp_path/f"run/{name}.partial/kernel" for name in ("left", "right")], time.time() + 60
     while not all(p.exists() and p.read_text() for p in working) and time.time() < until: time.sleep(.1)

@@ -8,11 +8,12 @@ import yaml
 from click.testing import CliRunner
 from rich.console import Console
 
-from ganprompt.launcher import (ask_run, chapters, chosen_values, convert, launch, parameters, read_chapter,
-                                read_parameters, stage_call, upstream)
-from ganprompt.cli import chosen_chapters, cli, main, read_plan
-from ganprompt.files import root, UserError, write_json
+from ganprompt.files import UserError, root, write_json
 from ganprompt.runs import complete, manifest, stage
+from ganprompt.jobs import (ask_run, chapters, chosen_values, convert, parameters, read_chapter, read_parameters,
+                            stage_call, upstream)
+from ganprompt.launcher import launch
+from ganprompt.cli import chosen_chapters, cli, main, read_plan
 
 TRAIN = '''
 import os, time
@@ -174,6 +175,7 @@ def test_killed_launcher_goes_on_and_then_rests(tmp_path):
     go(tmp_path/"nbs", tmp_path/"calm")
     code = f'''
 from pathlib import Path
+from ganprompt.jobs import *
 from ganprompt.launcher import *
 nbs = chapters(Path({str(tmp_path/"nbs")!r}))
 launch(nbs, chosen_values(nbs, {{"run": {str(tmp_path/"killed")!r}, "pause": ".5", "steps": "30"}}))'''

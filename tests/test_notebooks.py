@@ -7,8 +7,8 @@ import pytest
 from papermill.inspection import inspect_notebook
 
 from ganprompt.files import root
-from ganprompt.launcher import chapters, read_parameters
 from ganprompt.runs import Settings, settings_of
+from ganprompt.jobs import chapters, read_parameters
 
 NOTEBOOKS = sorted((root()/"nbs").glob("*.ipynb"))
 CHAPTERS = [p for p in NOTEBOOKS if p.name[0].isdigit()]

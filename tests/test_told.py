@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ganprompt import cli, launcher
-from ganprompt.models import find_model, is_model, nearest_folder, of_kind, resolve
-from ganprompt.backbones import bert_tokenizer, pocket_model, t5_tokenizer
-from ganprompt.launcher import ask_first, chapters, parameters
-from ganprompt.cli import main
-from ganprompt.recommender import POCKET_LINEAR, add_adapters, linear_layers, lora_faults
+from ganprompt import cli, jobs, launcher
 from ganprompt.files import UserError, root, told
 from ganprompt.runs import settings_of
+from ganprompt.models import find_model, is_model, nearest_folder, of_kind, resolve
+from ganprompt.backbones import bert_tokenizer, pocket_model, t5_tokenizer
+from ganprompt.recommender import POCKET_LINEAR, add_adapters, linear_layers, lora_faults
+from ganprompt.jobs import ask_first, chapters, parameters
+from ganprompt.cli import main
 
 DEFAULTS = {name: p.default for name, p in parameters(chapters()).items()}
 ANY = {"rating", "alpha", "beta", "gamma"} # numbers that may be negative
@@ -115,11 +115,11 @@ def test_a_folder_is_meant_from_where_the_user_stands(models, monkeypatch):
     known = parameters(chapters())
     for name, kind in ("t5", "t5"), ("bert", "bert"), ("llm", "causal"):
         for given in f"{models.name}/{kind}", f"./{models.name}/{kind}", str(models/kind):
-            assert launcher.absolute(name, given, known[name].help) == str(models/kind)
+            assert jobs.absolute(name, given, known[name].help) == str(models/kind)
     monkeypatch.chdir(models)
-    values = launcher.chosen_values(chapters(), {"t5": "t5", "llm": "causal"})
+    values = jobs.chosen_values(chapters(), {"t5": "t5", "llm": "causal"})
     assert (values["t5"], values["bert"], values["llm"]) == (str(models/"t5"), "pocket", str(models/"causal"))
-    assert launcher.chosen_values(chapters(), {"t5": "org/t5"})["t5"] == "org/t5"
+    assert jobs.chosen_values(chapters(), {"t5": "org/t5"})["t5"] == "org/t5"
 
 
 def test_the_nearest_folder_is_named(models, monkeypatch):
@@ -193,7 +193,7 @@ def test_all_linear_layers_but_the_last_get_adapters(models):
 def test_the_disk_is_looked_at(tmp_path, monkeypatch, models):
     values = DEFAULTS | {"run": str(tmp_path/"deep/run"), "dataset": "demo"}
     ask_first(chapters()[:8], values)
-    monkeypatch.setattr(launcher.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e8))
+    monkeypatch.setattr(jobs.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e8))
     with pytest.raises(UserError, match=r"the run will write about 0\.\d GB, and .* has 0\.1 GB free; .*--run"):
         ask_first(chapters()[:8], values)
     assert not list(tmp_path.iterdir())
