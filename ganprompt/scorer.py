@@ -231,7 +231,7 @@ class Recommender(Protocol):
     )->list[dict]: ... # A row a step, with loss; the last one of an epoch has valid_auc. What was best is saved
 
     def scores(self,
-        questions:Questions, # What is asked; `ids` and `context` give a row's words
+        questions, # `Questions`: what is asked; `ids` and `context` give a row's words
         rows:np.ndarray, # Rows to score
         lists:list, # Candidates of each row of the questions
         score:str="yes-no", # yes-no, the log-odds of yes; or vocab, its log-probability in the whole vocabulary
