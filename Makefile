@@ -18,7 +18,7 @@ same = @echo "$(firstword $(notdir $(1)))"; before=$$($(STATE)); $(1) >/dev/null
 
 # Chapters and tests run side by side, each on half of the cores; the chapters, which end first, take the tests LATE along.
 HALF := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 1 ? n/2 : 1)))
-LATE := tests/test_processes.py
+LATE := tests/test_processes.py tests/test_pipeline.py
 
 .PHONY: demo test chapters tests readme mutants busy soak
 demo: .venv/.demo-stamp
@@ -33,10 +33,10 @@ test: .venv/.dev-stamp
 
 chapters:
 	$(BIN)/nbdev-test --n-workers 1 --do-print --cell-timeout 3600
-	$(BIN)/pytest $(LATE)
+	$(BIN)/pytest --durations=12 $(LATE)
 
 tests:
-	$(BIN)/pytest $(LATE:%=--ignore=%)
+	$(BIN)/pytest --durations=25 $(LATE:%=--ignore=%)
 
 readme: .venv/.dev-stamp
 	$(README)
