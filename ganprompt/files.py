@@ -9,6 +9,7 @@ __all__ = ['UserError', 'Killed', 'listed', 'strange', 'below', 'not_positive', 
 # %% ../nbs/00_files.ipynb #00-n04
 import difflib, fcntl, json, math, os, time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import ganprompt
@@ -109,11 +110,14 @@ def run_folder(
 def write_json(
     path:str|Path, # Where
     obj, # Anything that `json` can write; paths become text
+    dense:bool=False, # Of a dictionary, a line for each key and no more; half the size where many files are kept
 ):
     "Write a JSON file in one step."
-    path = Path(path)
+    path, said = Path(path), partial(json.dumps, default=str, ensure_ascii=False)
     half = path.with_name(path.name + ".half")
-    half.write_text(json.dumps(obj, indent=1, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = ("{\n" + ",\n".join(f"{said(k)}: {said(v, separators=(',', ':'))}" for k, v in obj.items()) + "\n}" if dense
+            else said(obj, indent=1))
+    half.write_text(text + "\n", encoding="utf-8")
     half.replace(path)
 
 # %% ../nbs/00_files.ipynb #00-021

@@ -124,7 +124,7 @@ def write_entry(
     small = table.drop(constant).with_columns(pl.col(pl.Int64).cast(pl.Int32))
     small.write_parquet(half, compression="zstd", compression_level=22, statistics=False)
     ranks = half.rename(ranks_path(path, content := sha256(half)))
-    write_json(path, without_folders(e) | {"constant": constant, "ranks_digest": content})
+    write_json(path, without_folders(e) | {"constant": constant, "ranks_digest": content}, dense=True)
     for old in set(path.parent.glob(f"{path.stem}.*.parquet")) - {ranks}: old.unlink()
     return path
 

@@ -300,6 +300,15 @@ def test_non_finite_loss(loss):
     with pytest.raises(UserError, match="stage 2, step 7; lower the learning rate"): finite(loss, "stage 2, step 7")
 
 
+def test_a_dense_file_holds_the_same(tmp_path):
+    about = {"model": "P5, \u00e0 la carte", "lists": {"a": [1, 2.5, None]}, "ours": True, "at": Path("x")}
+    for dense in False, True: write_json(tmp_path/f"{dense}.json", about, dense)
+    plain, dense = ((tmp_path/f"{d}.json").read_text(encoding="utf-8") for d in (False, True))
+    assert json.loads(plain) == json.loads(dense) == about | {"at": "x"}
+    assert dense.splitlines() == ["{", '"model": "P5, \u00e0 la carte",', '"lists": {"a":[1,2.5,null]},',
+                                  '"ours": true,', '"at": "x"', "}"]
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     "A workspace of the test's own, so that its run `demo` may be made."

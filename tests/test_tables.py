@@ -508,7 +508,7 @@ def test_a_kill_leaves_the_old_entry_or_the_new_one(hand, monkeypatch, step):
 
 def test_a_first_entry_that_was_cut_short_is_not_there(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        def dies(*args): raise Kill
+        def dies(*args, **more): raise Kill
         m.setattr(K, "write_json", dies)
         with pytest.raises(Kill): put(tmp_path, "HGN", 0, "1 2")
     assert K.lacking(tmp_path, "beauty", 0, ["HGN"]) == ["HGN"]
