@@ -25,7 +25,7 @@ from .templates import parsed, put, read_templates, slots
 from .prompts import pad
 from .files import UserError, root, write_json
 from .runs import Settings, need, once
-from .processes import beside, device, gathered, shard
+from .processes import beside, carried, device, gathered, shard
 
 # %% ../nbs/12_scorer.ipynb #12-007
 BLANK = "<extra_id_0>" # T5's first sentinel: something is missing here
@@ -409,6 +409,7 @@ class Untuned(Prompted):
 
 # %% ../nbs/12_scorer.ipynb #12-n09
 KINDS = {"untuned": Untuned} # name -> class; each chapter adds its own
+carried.append(("ganprompt.scorer", "KINDS"))
 
 def is_saved(
     name:str, # Folder or hub name

@@ -147,3 +147,20 @@ launcher.launch(toys, jobs.chosen_values(toys, {{"run": {str(tmp_path/"run")!r}}
     process.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in process.communicate(timeout=30)[1]
     assert not [k for k in kernels if Path(f"/proc/{k}").exists()]
+
+
+def test_a_fresh_process_knows_the_recommenders_of_a_notebook():
+    "What a notebook's own cells have put into the registry is no module's, and travels with the work."
+    code = """
+from ganprompt import scorer
+from ganprompt.processes import side_by_side
+import ganprompt.processes as P
+P.cores = lambda: 2
+class Mine: pass
+scorer.KINDS["mine"] = Mine
+def look():
+    from ganprompt.scorer import KINDS
+    return KINDS["mine"].__name__
+print(*side_by_side([look, look]))"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert said.stdout.split() == ["Mine", "Mine"], said.stderr[-500:]
