@@ -223,7 +223,7 @@ def _fork(n, function, folder):
         if killers: (folder/"killed").write_text(signal.Signals(min(killers)).name)
     except SignalException as e: signal.raise_signal(e.sigval)
 
-carried = [] # (module, name) of each dictionary that a fresh process gets as it is here: registries, which chapters fill
+carried = [] # (module, name) of each registry; a fresh process gets it as it is here
 
 def _luggage(): return [(m, name, dict(getattr(importlib.import_module(m), name))) for m, name in carried]
 
