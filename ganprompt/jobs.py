@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PASSING', 'Parameter', 'read_parameters', 'Chapter', 'call_in', 'job_cells', 'read_chapter', 'chapters', 'parameters',
            'convert', 'unknown', 'compose_yaml', 'read_config', 'read_preset', 'absolute', 'recall', 'note_run',
-           'chosen_values', 'ask_first', 'stage_call', 'upstream', 'ask_run']
+           'chosen_values', 'stage_settings', 'ask_first', 'stage_call', 'upstream', 'ask_run']
 
 # %% ../nbs/41_jobs.ipynb #41-n04
 import ast, difflib, importlib, io, json, os, re, shutil, tokenize
@@ -247,13 +247,18 @@ def chosen_values(
     return values | recall(run, chapters) | chosen | {"run": run}
 
 # %% ../nbs/41_jobs.ipynb #41-027c
+def stage_settings(
+    stage:str, # Name of a stage
+) -> type: # Class of its settings
+    "What the stage's module wants to be told."
+    return settings_of(getattr(importlib.import_module(f"ganprompt.{stage}"), f"make_{stage}"))
+
 def ask_first(
     chapters, # `Chapter`s that are about to run
     values:dict, # Name → value, for every parameter
 ):
     "Raise one `UserError` that says everything that cannot work."
-    def asked(c): return settings_of(getattr(importlib.import_module(f"ganprompt.{c.stage}"), f"make_{c.stage}"))
-    mine = [(c, asked(c).of(values)) for c in chapters if c.path.parent == root()/"nbs"]
+    mine = [(c, stage_settings(c.stage).of(values)) for c in chapters if c.path.parent == root()/"nbs"]
     refuse([fault for _, p in mine for fault in p.check()])
     folder = run_folder(values["run"])
     # 2e7: notebooks and pictures

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from .files import UserError, lock, refuse, root, run_folder, workspace, write_json
 from .processes import cores
-from .runs import fresh, manifest, settings_of, stale
-from .jobs import Chapter, PASSING, ask_first, ask_run, job_cells, note_run, upstream
+from .runs import fresh, manifest, stale
+from .jobs import Chapter, PASSING, ask_first, ask_run, job_cells, note_run, stage_settings, upstream
 
 # %% ../nbs/42_launcher.ipynb #42-n09
 def waits_for(
@@ -59,8 +59,7 @@ def import_early(
     stage:str, # Stage
 ):
     "Import what a stage will need. What cannot be imported now is left to the stage, which says so."
-    make = getattr(importlib.import_module(f"ganprompt.{stage}"), f"make_{stage}")
-    for name in settings_of(make)().imports():
+    for name in stage_settings(stage)().imports():
         with suppress(Exception): importlib.import_module(name)
 
 def start_kernel(

@@ -223,27 +223,42 @@ def _fork(n, function, folder):
         if killers: (folder/"killed").write_text(signal.Signals(min(killers)).name)
     except SignalException as e: signal.raise_signal(e.sigval)
 
+# %% ../nbs/02_processes.ipynb #02-n13
 carried = [] # (module, name) of each registry; a fresh process gets it as it is here
 
-def _luggage(): return [(m, name, dict(getattr(importlib.import_module(m), name))) for m, name in carried]
+def _pack(folder, *work):
+    "Write down what a fresh process has to do."
+    import cloudpickle
+    registries = [(m, name, dict(getattr(importlib.import_module(m), name))) for m, name in carried]
+    (folder/"work").write_bytes(cloudpickle.dumps((registries, work)))
 
-def _unpack(luggage):
-    for m, name, entries in luggage: getattr(importlib.import_module(m), name).update(entries)
+def _unpack(folder):
+    "Read it, in the fresh process."
+    registries, work = pickle.loads((folder/"work").read_bytes())
+    for m, name, entries in registries: getattr(importlib.import_module(m), name).update(entries)
+    return work
 
+@contextmanager
+def _noted(folder):
+    "Write down what goes wrong in a fresh process, and end it."
+    try: yield
+    except BaseException as e:
+        _note(e, folder/"error-0.json")
+        sys.exit(1)
+
+# %% ../nbs/02_processes.ipynb #02-063v1
 def _fresh(n, function, folder):
     "Fork them from a fresh process, which has touched no GPU."
-    import cloudpickle
-    (folder/"work").write_bytes(cloudpickle.dumps((n, function, os.getpid(), _luggage())))
+    _pack(folder, n, function, os.getpid())
     subprocess.run([sys.executable, "-c",
                     "import sys; from ganprompt.processes import _from_file; _from_file(sys.argv[1])",
                     str(folder)])
 
-# %% ../nbs/02_processes.ipynb #02-063v1
 def _from_file(folder):
-    n, function, parent, luggage = pickle.loads((Path(folder)/"work").read_bytes())
-    _unpack(luggage)
+    folder = Path(folder)
+    with _noted(folder): n, function, parent = _unpack(folder)
     die_with(parent)
-    _fork(n, function, Path(folder))
+    _fork(n, function, folder)
 
 # %% ../nbs/02_processes.ipynb #02-064
 def _outcome(folder, instead="set --processes 1"):
@@ -314,22 +329,18 @@ def beside() -> int: # 1: this one alone
 # %% ../nbs/02_processes.ipynb #02-n09
 def _aside(functions, n, home):
     "Start a fresh process that calls some functions, one after another."
-    import cloudpickle
     home.mkdir()
-    (home/"work").write_bytes(cloudpickle.dumps((functions, n, list(being_made), _luggage())))
+    _pack(home, functions, n, list(being_made))
     return subprocess.Popen([sys.executable, "-c", "import sys; from ganprompt.processes import _called_aside; "
                              "_called_aside(*sys.argv[1:])", str(home), str(os.getpid())])
 
 def _called_aside(home, parent):
     die_with(int(parent))
     home = Path(home)
-    functions, n, being_made[:], luggage = pickle.loads((home/"work").read_bytes())
-    _unpack(luggage)
-    _beside.append(n)
-    try: (home/"result").write_bytes(pickle.dumps([f() for f in functions]))
-    except BaseException as e:
-        _note(e, home/"error-0.json")
-        sys.exit(1)
+    with _noted(home):
+        functions, n, being_made[:] = _unpack(home)
+        _beside.append(n)
+        (home/"result").write_bytes(pickle.dumps([f() for f in functions]))
 
 # %% ../nbs/02_processes.ipynb #02-n10
 def _all_ended(functions, children):

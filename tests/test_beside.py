@@ -1,5 +1,6 @@
 "Side by side: stages that do not need each other, and the parts of a stage; with the numbers of one after another."
 import inspect, io, os, shutil, signal, subprocess, sys, time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,7 @@ def test_a_kernel_that_dies_while_it_waits_is_replaced(two, tmp_path, monkeypatc
 def test_an_interrupted_launch_leaves_no_kernel(tmp_path):
     write_toys(tmp_path/"nbs", left="time.sleep(60)", right="time.sleep(60)")
     code = f"""
+from functools import partial
 from pathlib import Path
 from ganprompt import jobs, launcher
 launcher.cores = lambda: 2
@@ -164,3 +166,16 @@ def look():
 print(*side_by_side([look, look]))"""
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert said.stdout.split() == ["Mine", "Mine"], said.stderr[-500:]
+
+
+class Unreadable:
+    "Written down, but not read again."
+    def __reduce__(self): return int, ("no number",)
+
+@pytest.mark.parametrize("together", [lambda work: side_by_side([work, work]),
+                                      lambda work: processes.in_processes(2, work)])
+def test_work_that_a_fresh_process_cannot_read_is_told(together, monkeypatch):
+    "By its error, and not as a process that died for lack of memory."
+    monkeypatch.setattr(processes, "cores", lambda: 2)
+    monkeypatch.setattr(processes, "_fork", processes._fresh) # as where there are GPUs
+    with pytest.raises(RuntimeError, match="invalid literal"): together(partial(str, Unreadable()))
