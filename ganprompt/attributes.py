@@ -153,8 +153,8 @@ def choices(
     best = {way: [words[i] for i in o[:k]] for way, o in order.items()}
     table = pl.DataFrame({"word": words, **{way: v for way, (v, _) in voted.items()},
                           "mean_probability": np.exp(logp).mean(0), "purchases": purchases})
-    return table, {way: {"words": w, "found": None if known is None else len(known & set(w))} for way,
-                   w in best.items()}
+    return table, {way: {"words": w, "found": None if known is None else len(known & set(w))}
+                   for way, w in best.items()}
 
 # %% ../nbs/10_attributes.ipynb #10-026
 def plot_counts(

@@ -158,8 +158,8 @@ def train(
         if i == len(order) - 1 and after_epoch and after_epoch(epoch, curves): break
         if is_main() and time.time() - last > every:
             began = time.time()
-            save_checkpoint(folder, step + 1, {"curves": curves, "parts": {k: p.state_dict() for k,
-                    p in parts.items()}})
+            save_checkpoint(folder, step + 1, {"curves": curves, "parts": {k: p.state_dict()
+                    for k, p in parts.items()}})
             last, every = time.time(), max(every, 20*(time.time() - began))
     return curves
 
@@ -240,8 +240,8 @@ class Reader:
         "A prompt encoder for a template; `ends`, if set, stand around its prompts (None: the tokenizer's own)."
         prompt = PromptEncoder(self.tokenizer, text, self.titles, self.title_tokens, self.history_items,
                                dataset_item=self.noun)
-        prompt.start, prompt.end = (own if given is None else given for own,
-                                    given in zip((prompt.start, prompt.end), self.ends))
+        prompt.start, prompt.end = (own if given is None else given
+                                    for own, given in zip((prompt.start, prompt.end), self.ends))
         return prompt
 
     def histories(self, rows, rng):

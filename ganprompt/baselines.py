@@ -33,8 +33,8 @@ def finish(
     "Write ranks.parquet and models.json. `UserError` if all models failed."
     ranks = [r for r in ranks if r is not None]
     if not ranks:
-        raise UserError("no model could be trained: " + "; ".join(f"{name}: {about['failed']}" for name,
-                                                                  about in models.items()))
+        raise UserError("no model could be trained: " + "; ".join(f"{name}: {about['failed']}"
+                                                                  for name, about in models.items()))
     table = pl.concat(ranks)
     table.write_parquet(Path(folder)/"ranks.parquet")
     write_json(Path(folder)/"models.json", models)
@@ -138,8 +138,8 @@ def chosen_settings(
                         "add settings")
     if not search_run: return {name: m["settings"][:trials] for name, m in models.items()}, {}
     found = {name: f for name, f in searched(search_run).items() if name in models}
-    return {name: [settings] for name, (settings, _) in found.items()}, {name: path for name,
-            (_, path) in found.items()}
+    return {name: [settings] for name, (settings, _) in found.items()}, {name: path
+            for name, (_, path) in found.items()}
 
 # %% ../nbs/21_baselines.ipynb #21-058
 def named(

@@ -233,8 +233,8 @@ def generate_scores(
     for at in range(0, len(prompts), batch):
         ids, mask = (t.to(device()) for t in pad(prompts[at:at + batch], bench.pad_id))
         if length:
-            ids, mask = (torch.nn.functional.pad(t, (0, length - t.shape[1]), value=v) for t,
-                         v in ((ids, bench.pad_id), (mask, 0)))
+            ids, mask = (torch.nn.functional.pad(t, (0, length - t.shape[1]), value=v)
+                         for t, v in ((ids, bench.pad_id), (mask, 0)))
         with torch.inference_mode(), fast_math():
             made = bench.t5.generate(input_ids=ids, attention_mask=mask, max_new_tokens=1, do_sample=False,
                                      output_logits=True, return_dict_in_generate=True)
@@ -339,8 +339,8 @@ AXES = "users", "candidates", "tokens of a prompt", "parameters of the encoder"
 def bench_growth(bench, repeats, folder):
     "Times and exponents along four axes."
     found = {axis: grow(axis, bench, folder) for axis in AXES}
-    return {axis: {"sizes": sizes, "seconds": seconds, "exponent": exponent(sizes, seconds)} for axis,
-            (sizes, seconds) in found.items()}
+    return {axis: {"sizes": sizes, "seconds": seconds, "exponent": exponent(sizes, seconds)}
+            for axis, (sizes, seconds) in found.items()}
 
 # %% ../nbs/40_benchmarks.ipynb #40-030
 def peak_of(
@@ -591,8 +591,8 @@ def make_benchmarks(
                  "threads": torch.get_num_threads(), "versions": versions()}
         write_json(folder/"benchmarks.json", about | {"parts": found})
         plot_benchmarks(about | {"parts": found}).savefig(folder/"benchmarks.png", dpi=110, metadata={"Software": None})
-        return {f"{part}, {other}": ratio for part, of in found.items() for other,
-                ratio in of.get("ratios", {}).items()}
+        return {f"{part}, {other}": ratio for part, of in found.items()
+                for other, ratio in of.get("ratios", {}).items()}
     # without one, that part says what it lacks
     inputs = ["data", "prompts", "backbones", "attributes", "encoder",
               *(["recommender"] if "catalogue" in parts and complete(run_folder(run)/"recommender") else [])]

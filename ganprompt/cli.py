@@ -160,8 +160,8 @@ def read_plan(
                  for s in ([name] if isinstance(name, str) else name)]
         for stage in named + [n for s in plan["stages"].values() for n in s["needs"]]:
             if stage not in known: raise UserError(f"{path}: there is no stage {stage!r}; there are {', '.join(known)}")
-        datasets = {dataset: {stage: m for name in names for stage, m in models(name).items()} for dataset,
-                    names in plan["datasets"].items()}
+        datasets = {dataset: {stage: m for name in names for stage, m in models(name).items()}
+                    for dataset, names in plan["datasets"].items()}
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: not a plan; it needs seeds, datasets, and stages with needs and models, as "
                         "data/tables.yaml has") from None

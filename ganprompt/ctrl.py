@@ -333,8 +333,8 @@ def step_1(
     found = {"before": similarities(aligner, shown)}
     curves = train_aligner(aligner, load_sequences(run, "train"), folder, p)
     found["after"] = similarities(aligner, shown)
-    rows = [pl.DataFrame({"moment": moment, "text": i, "sample": range(len(row)), "similarity": row}) for moment,
-            s in found.items() for i, row in enumerate(s)]
+    rows = [pl.DataFrame({"moment": moment, "text": i, "sample": range(len(row)), "similarity": row})
+            for moment, s in found.items() for i, row in enumerate(s)]
     pl.concat(rows).write_parquet(folder/"similarity.parquet")
     plot_alignment({moment: s[:40, :40] for moment, s in found.items()}).savefig(folder/"alignment.png", dpi=110)
     weights = sum(w.numel() for w in aligner.t5.encoder.parameters())
@@ -374,8 +374,8 @@ def train_ctrl(
     once(work, None, make)
     curves, model = pl.read_parquet(work/"curves.parquet"), load_ctrl(work/"model.safetensors").to(device())
     trained, rows = time.time(), sample_rows(load_sequences(run, "test")["user"], p.test_users, 0)
-    frames = [rank_rows(name, users, kind, z) for kind in ("uni99", "full") for users,
-              z in [score_run(run, model, "test", rows, kind)]]
+    frames = [rank_rows(name, users, kind, z) for kind in ("uni99", "full")
+              for users, z in [score_run(run, model, "test", rows, kind)]]
     t5 = backbone(run, "t5") if aligned else {"pocket": False, "name": None}
     return frames, {"pocket": t5["pocket"], "backbone": t5["name"],
                     "settings": {k: v for k, v in p.params.items() if aligned or k not in STEP_1}, "search": [],
@@ -393,7 +393,7 @@ def make_ctrl(
     backbone(p.run, "t5")
     def make(folder):
         models = {}
-        frames = [attempt(models, name, family, lambda: train_ctrl(p.run, name, folder, p), folder) for name,
-                  family in CTRL_MODELS.items()]
+        frames = [attempt(models, name, family, lambda: train_ctrl(p.run, name, folder, p), folder)
+                  for name, family in CTRL_MODELS.items()]
         return finish(folder, frames, models)
     return stage(p.run, "ctrl", p.params, make, inputs=["data", "prompts", "backbones"])

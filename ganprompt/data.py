@@ -150,8 +150,8 @@ def prepare(
     "Cut, number the ids, make the sequences. Nothing here depends on the order of users in the file."
     kept, aside = cut_reviews(reviews, core, cut)
     users, items = (kept[c].unique().cast(pl.String).sort() for c in ("user", "item"))
-    ids = {c: pl.DataFrame({c: s.cast(kept[c].dtype), "id": np.arange(len(s), dtype=np.int32)}) for c,
-           s in (("user", users), ("item", items))}
+    ids = {c: pl.DataFrame({c: s.cast(kept[c].dtype), "id": np.arange(len(s), dtype=np.int32)})
+           for c, s in (("user", users), ("item", items))}
     df = pl.concat([kept, aside])
     for c in ids: df = df.join(ids[c], on=c, maintain_order="left").drop(c).rename({"id": c})
     df = df.sort("user", maintain_order=True).with_columns(position=pl.int_range(pl.len(), dtype=pl.Int32).over("user"))
@@ -416,8 +416,8 @@ def load_candidates(
     users = rows["user"].to_numpy()
     if name != "full": return users, [np.asarray(x, np.int32) for x in rows["items"].to_list()]
     items = np.arange(pl.scan_parquet(folder/"items.parquet").select(pl.len()).collect().item(), dtype=np.int32)
-    return users, [np.r_[t, np.delete(items, [t, *exclude])].astype(np.int32) for t,
-                   exclude in zip(rows["target"], rows["exclude"].to_list())]
+    return users, [np.r_[t, np.delete(items, [t, *exclude])].astype(np.int32)
+                   for t, exclude in zip(rows["target"], rows["exclude"].to_list())]
 
 # %% ../nbs/05_data.ipynb #05-081b
 @patch(as_prop=True)

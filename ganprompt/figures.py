@@ -168,8 +168,8 @@ def draw_legend(
 ):
     "Names of the versions below the panels."
     from matplotlib.lines import Line2D
-    keys = [Line2D([], [], ls="", color=COLORS[i % 8], marker=MARKERS[i % 8], label=name) for i,
-            name in enumerate(["plain", *words])]
+    keys = [Line2D([], [], ls="", color=COLORS[i % 8], marker=MARKERS[i % 8], label=name)
+            for i, name in enumerate(["plain", *words])]
     fig.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=9, frameon=False, handletextpad=.1,
                columnspacing=1.5)
 
@@ -266,11 +266,11 @@ def make_figures(
     def make(folder):
         points = layout_points(pl.read_parquet(states), p.figure_users, p.seed, folder / ".layouts")
         points.write_parquet(folder / "points.parquet")
-        rows = [(about_run(p.run), points)] + [(about_run(other), pl.read_parquet(file)) for other,
-                                             file in zip(others, files)]
+        rows = [(about_run(p.run), points)] + [(about_run(other), pl.read_parquet(file))
+                                             for other, file in zip(others, files)]
         save_figure(draw_figure3(rows), folder / "figure3.png", folder / "figure3.pdf")
-        return {f"{key} {when}": value for when, row in rows[0][0]["separability"].items() for key,
-                value in row.items()}
+        return {f"{key} {when}": value for when, row in rows[0][0]["separability"].items()
+                for key, value in row.items()}
     return stage(p.run, "figures", p.params, make,
                  inputs=("data", "backbones", "attributes", "encoder"), files=files)
 

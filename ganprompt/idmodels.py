@@ -511,8 +511,8 @@ def rank_all(
 )->pl.DataFrame: # Rows of `rank_rows`
     "Ranks of the test rows, on both lists."
     exams = {candidates: sampled(run, "test", candidates, wanted) for candidates in ("uni99", "full")}
-    return pl.concat([rank_rows(name, rows["user"], candidates, scores(rows, lists)) for candidates,
-                      (rows, lists) in exams.items()])
+    return pl.concat([rank_rows(name, rows["user"], candidates, scores(rows, lists))
+                      for candidates, (rows, lists) in exams.items()])
 
 # %% ../nbs/20_idmodels.ipynb #20-050
 def train_model(
@@ -530,8 +530,8 @@ def train_model(
     rank_all(job["name"], job["run"], job["test_users"], scores).write_parquet(f"{job['name']}.parquet")
     if job["recbole"] == "BPR":
         tables = {"user": net.user_embedding, "item": net.item_embedding}
-        save_file({k: table.weight.detach().cpu().numpy()[their_ids(dataset, f"{k}_id")] for k,
-                   table in tables.items()}, f"{job['name']}.safetensors")
+        save_file({k: table.weight.detach().cpu().numpy()[their_ids(dataset, f"{k}_id")]
+                   for k, table in tables.items()}, f"{job['name']}.safetensors")
     spent = {"search": trained - start - seconds[at], "train": seconds[at], "score": time.time() - trained}
     about = dict(pocket=False, backbone=None, settings=job["settings"][at], search=tried, valid=valid,
                  valid_metric=VALID_METRIC, parameters=sum(p.numel() for p in net.parameters()), seconds=spent)

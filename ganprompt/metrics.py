@@ -50,8 +50,8 @@ def collect_scores(
         mine = (part.join(places, on=["user", "row"], how="left").sort("place") if "row" in found.columns
                 else part.with_columns(place=None))
         order = mine["place"] if order is None else order
-        if mine["place"].has_nulls() or not mine["place"].equals(order) or any(len(s) != len(items[i]) for s,
-                i in zip(mine["scores"], order)):
+        if mine["place"].has_nulls() or not mine["place"].equals(order) or any(len(s) != len(items[i])
+                for s, i in zip(mine["scores"], order)):
             raise UserError(f"{model}: the scores in {folder} do not fit the {name} lists; delete that folder and run "
                             "`ganprompt run` again")
         scores[model] = [np.asarray(s) for s in mine["scores"]]
@@ -75,9 +75,9 @@ def standing(
         size = spread([mean, low, high], True) if way == 2 else spread([abs(mean), *sorted((abs(low), abs(high)))])
         return (f"{('above', 'below', 'within the noise of')[way]} "
                 f"{other}{' (' if way == 2 else ' by '}{size}{')' * (way == 2)}: {TRIVIAL[other][way]}")
-    return [f"{model}'s {label(metric)} lies " + "; ".join(part(other, *ends[metric]) for other,
-                                                           ends in others.items()) + "." for model,
-                                                           others in pairs.items()]
+    return [f"{model}'s {label(metric)} lies " + "; ".join(part(other, *ends[metric])
+                                                           for other, ends in others.items()) + "."
+                                                           for model, others in pairs.items()]
 
 # %% ../nbs/18_metrics.ipynb #18-054
 def notes(
@@ -122,8 +122,8 @@ def long_table(
     result:dict, # The content of table.json
 ) -> pl.DataFrame: # metric, model, measured, low, high, reported, reported_model, reported_mark
     "The table with one figure a line: measured and reported in columns of their own."
-    ours = [dict(metric=m, model=model, measured=v[m][0], low=v[m][1], high=v[m][2]) for model,
-            v in result["metrics"].items() for m in METRICS]
+    ours = [dict(metric=m, model=model, measured=v[m][0], low=v[m][1], high=v[m][2])
+            for model, v in result["metrics"].items() for m in METRICS]
     theirs = [dict(metric=m, model=model.lower(), reported=v[m][0], reported_model=v[m][1], reported_mark=v[m][2])
               for model, v in result["reported"].items() for m in METRICS]
     keys = ["metric", "model"]
@@ -266,8 +266,8 @@ def entries(
     "Every kept figure of a study, one a line; the interval is over users, for that training."
     return pl.DataFrame([dict(group=record["group"], entry=record["entry"], seed=record["seed"], model=model, metric=m,
                               value=value, low=low, high=high)
-                         for record in records for model, row in record["metrics"].items() for m,
-                         (value, low, high) in row.items()])
+                         for record in records for model, row in record["metrics"].items()
+                         for m, (value, low, high) in row.items()])
 
 # %% ../nbs/18_metrics.ipynb #18-071
 def means_block(

@@ -44,8 +44,8 @@ class Asker:
     ):
         about = ({"prompts": {"": text}, "ask": ""} if text
                  else yaml.safe_load((root()/PROMPTS).read_text(encoding="utf-8")))
-        prompts = {name: PromptEncoder(tokenizer, text, texts, title_tokens, history_items) for name,
-                   text in about["prompts"].items()}
+        prompts = {name: PromptEncoder(tokenizer, text, texts, title_tokens, history_items)
+                   for name, text in about["prompts"].items()}
         self.prompts, self.chosen, self.pad_id = list(prompts.values()), prompts[about["ask"]], tokenizer.pad_token_id
         self.items = [t + self.chosen.end for t in self.chosen.titles]
 

@@ -132,8 +132,8 @@ def titles_table(
         raise UserError(f"the data set {info['dataset']!r} has no item titles, and a text model reads nothing else; "
                         f"{how}; "
                         "without titles, use a model that reads item ids")
-    marked = [bool(t and (TAG.search(html.unescape(html.unescape(t))) or not clean)) for t,
-              clean in zip(items["title"], titles)]
+    marked = [bool(t and (TAG.search(html.unescape(html.unescape(t))) or not clean))
+              for t, clean in zip(items["title"], titles)]
     return pl.DataFrame({"item": items["item"], "title": [t or UNKNOWN for t in titles], "cleaned": marked})
 
 # %% ../nbs/07_prompts.ipynb #07-053

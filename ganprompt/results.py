@@ -214,8 +214,8 @@ def keep_data(
     path = entry_path(study, info["dataset"], "data", 0).with_name("data.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(path.read_text())["failed"] if path.exists() else []
-    now = [dict(model=model, seed=manifest(run, stage)["seed"], kept_from=mine, why=about["failed"]) for stage, model,
-           about in failed]
+    now = [dict(model=model, seed=manifest(run, stage)["seed"], kept_from=mine, why=about["failed"])
+           for stage, model, about in failed]
     write_json(path, without_folders(dict(dataset=info["dataset"], synthetic=info["synthetic"],
                                           titles=info["has_titles"],
                                           table1=pl.read_csv(run_folder(run) / "data/table1.csv").to_dicts(),

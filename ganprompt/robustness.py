@@ -52,8 +52,8 @@ def score_bank(
             raise UserError(f"{say or 'the model'}: scores under template {about['id']} are NaN; its training has "
                             "diverged, lower its learning rate")
         return out
-    return np.stack([kept(keep / f"{t}.npy", partial(under, about)) if keep else under(about) for t,
-                     about in enumerate(tqdm(bank, desc=say or "templates", mininterval=5, ncols=90))])
+    return np.stack([kept(keep / f"{t}.npy", partial(under, about)) if keep else under(about)
+                     for t, about in enumerate(tqdm(bank, desc=say or "templates", mininterval=5, ncols=90))])
 
 # %% ../nbs/27_robustness.ipynb #27-043b
 def spelled(
@@ -170,8 +170,8 @@ def split_block(
     rest = "flips", "tau", "rbo", "drop", "pss", "posix"
     def row(name, m):
         defined = " / ".join(short(m["hit@10"][k]) for k in ("max", "min", "cps"))
-        return [name, str(m["templates"]), *(spread(sure[name][k]) for k in shown), defined,
-                *(spread(sure[name][k]) for k in rest)]
+        return [name, str(m["templates"]), *(spread(sure[name][k])
+                for k in shown), defined, *(spread(sure[name][k]) for k in rest)]
     head = ["templates", "number", *shown.values(), "max / min / CPS as defined", *rest]
     return Block("By split", head, [[row(name, m) for name, m in measured.items() if name != "clean"]])
 

@@ -654,8 +654,8 @@ class Run:
     def __str__(self): return str(self.folder)
 
     def __repr__(self):
-        return f"Run {self.folder.name}: " + (", ".join(f"{s} (out of date: {why})" if why else s for s,
-                                                        why in self.stages.items()) or "no stage yet")
+        return f"Run {self.folder.name}: " + (", ".join(f"{s} (out of date: {why})" if why else s
+                                                        for s, why in self.stages.items()) or "no stage yet")
 
     @property
     def stages(self) -> dict: # Stage -> why it is out of date; empty if it is not

@@ -174,8 +174,8 @@ def measure_bank(
         others, whole = [t for t in at if t], sorted({0, *at})   # against the clean template, and with it
         found = {m: over_templates(v[at].mean(axis=1)) | dict(drop=drop_rate(v[others].mean(axis=1), v[0].mean()),
                                                               pss=float(pss(v[whole]).mean()),
-                                                              held_out=held_out(v[at], users)) for m,
-                                                              v in figures.items()}
+                                                              held_out=held_out(v[at], users))
+                                                              for m, v in figures.items()}
         mean = {k: float(mean_known(v[[t - 1 for t in others]])) for k, v in dict(flips=flipped, **order).items()}
         return found | mean | dict(posix=float(posix(odds[whole]).mean()), templates=len(at))
     return (dict(clean={m: float(v[0].mean()) for m, v in figures.items()})

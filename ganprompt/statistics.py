@@ -159,8 +159,8 @@ def against_best(
     ends = [[*found[row["baseline"]][:, METRICS.index(row["metric"])].tolist(), len(gaps[row["baseline"]])]
             for row in pairs.iter_rows(named=True)]
     gain = pl.when(pl.col("theirs") > 0).then(100 * (pl.col("mean") / pl.col("theirs") - 1))
-    return pairs.with_columns(improvement=gain, **{c: pl.Series([e[i] for e in ends], dtype=pl.Int64 if c
-                                                                == "trainings" else pl.Float64)
+    return pairs.with_columns(improvement=gain, **{c: pl.Series([e[i] for e in ends], dtype=pl.Int64
+                                                                if c == "trainings" else pl.Float64)
                                                      for i, c in enumerate(("difference", "low", "high", "trainings"))})
 
 # %% ../nbs/15_statistics.ipynb #15-n15

@@ -329,8 +329,8 @@ def make_study(
                                                         f"{p.study_recommender}, {dataset_info(run)['dataset']}, "
                                                         f"{len(test_lists(run, p.study_users)[0])} users")),
                                                         encoding="utf-8")
-        return {f"{name} {k}": v for name, about in found.items() if "failed" not in about for k,
-                v in (("clean hit@10", about["measured"]["clean"]["hit@10"]),
+        return {f"{name} {k}": v for name, about in found.items() if "failed" not in about
+                for k, v in (("clean hit@10", about["measured"]["clean"]["hit@10"]),
                       ("unseen cps", about["measured"]["unseen"]["hit@10"]["cps"]))}
     return stage(run, "study", p.params, make, inputs=["data", "prompts", "backbones", "attributes"],
                  grows=["study_entries"], given=asked,
@@ -516,8 +516,8 @@ def study_page(
                         ["entry", *map(str, range(1, len(worst[0])))], [worst]))
     if apart := separated(mine):
         blocks.append(Block("Versions of held-out histories after stage 1: how far apart",
-                            ["entry", *SEPARABILITY.values()], [[[name, *map(short, x.values())] for name,
-                                                                 x in apart.items()]]))
+                            ["entry", *SEPARABILITY.values()], [[[name, *map(short, x.values())]
+                                                                 for name, x in apart.items()]]))
     rows = [dict(dataset=first["dataset"], entry=name, trainings=len(seeds[name]), statistic=s,
                  **dict(zip(("value", "low", "high"), level(s, name).tolist()))) for name in seeds for s in draws]
     return Page(f"{title} on {data_name(first)}", study_notes(mine, seeds), blocks), pl.DataFrame(rows)
@@ -599,8 +599,8 @@ def in_words(
 )->str: # The same with its slots in words
     "A template for people."
     pieces = string.Formatter().parse(text)
-    return "".join(before + ("" if name is None else WORDS[name].format(spec and f":{spec}")) for before, name, spec,
-                   _ in pieces)
+    return "".join(before + ("" if name is None else WORDS[name].format(spec and f":{spec}"))
+                   for before, name, spec, _ in pieces)
 
 # %% ../nbs/30_study.ipynb #30-020du
 def plot_figure1(

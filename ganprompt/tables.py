@@ -183,8 +183,8 @@ def missing_notes(
     seeds = {row["model"]: row["seeds"] for row in rows}
     broken = [f for f in data.get("failed", []) if f["seed"] not in seeds.get(f["model"], [])]
     absent = [shown_as(m) for m, s in seeds.items() if not s and m not in {f["model"] for f in broken}]
-    partly = [f"{shown_as(m)}: {', '.join(map(str, sorted(set(everything) - set(s))))}" for m, s in seeds.items() if s
-              and s != everything]
+    partly = [f"{shown_as(m)}: {', '.join(map(str, sorted(set(everything) - set(s))))}" for m, s in seeds.items()
+              if s and s != everything]
     why = "" if data.get("titles",
                          True) else " The items have no titles, and these models read titles or words of them."
     return ([f"No entry on uni99 lists: {', '.join(absent)}.{why}"] if absent
@@ -276,8 +276,8 @@ def plot_models(
         ax.set_title(label(metric), fontsize=10); ax.grid(axis="x", alpha=.3); ax.tick_params(labelsize=8)
     axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows]); axes[0].set_ylim(len(rows) - .4, -.6)
     there = {row["family"] for row in rows}
-    keys = [plt.Line2D([], [], ls="", marker="o", color=color, label=name) for family,
-            (color, name) in FAMILIES.items() if family in there]
+    keys = [plt.Line2D([], [], ls="", marker="o", color=color, label=name)
+            for family, (color, name) in FAMILIES.items() if family in there]
     fig.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=8, frameon=False)
     fig.suptitle(f"{data_name(first)}: {first['users']} users, uni99; a ring for each seed, dots with 95 % intervals "
                  "over trainings and users (of one training: over users)", fontsize=9)

@@ -262,8 +262,8 @@ def test_every_place_foretells_the_next_item_once(kind, monkeypatch):
                                                                  torch.tensor([1., 0.]), reduction="sum"))
     loss, wanted = net.train().calculate_loss(batch), torch.stack(losses).mean()
     assert torch.isclose(loss, wanted)
-    assert torch.allclose(*(torch.autograd.grad(x, m.item_embedding.weight)[0][1:] for x,
-                            m in ((loss, net), (wanted, plain))), atol=1e-6)
+    assert torch.allclose(*(torch.autograd.grad(x, m.item_embedding.weight)[0][1:]
+                            for x, m in ((loss, net), (wanted, plain))), atol=1e-6)
     assert net.eval()(batch["seen"], batch["length"]).shape == (2, 4) # scoring still looks at the last place
 
 

@@ -159,8 +159,8 @@ def test_ranks_are_those_of_the_saved_model(trained):
         z = ctrl.catalogue_scores(ctrl.load_ctrl(folder/name/"model.safetensors"),
                                   load_sequences(str(run), "test")["history"].to_list())
         assert kept["user"].to_list() == list(users) and kept["size"].to_list() == [len(items) for items in lists]
-        assert kept["rank"].to_list() == [1 + int((row[items[1:]] >= row[items[0]]).sum()) for row,
-                                          items in zip(z, lists)]
+        assert kept["rank"].to_list() == [1 + int((row[items[1:]] >= row[items[0]]).sum())
+                                          for row, items in zip(z, lists)]
 
 
 def test_both_models_beat_chance_beyond_their_intervals(trained):

@@ -66,13 +66,13 @@ def test_core_and_leave_one_out_agree_with_plain_python(demo):
         if (u, i) in kept: wanted.setdefault(u, []).append(i)
     users, items = (pl.read_parquet(f"{demo}/data/{f}.parquet") for f in ("users", "items"))
     for split, back in (("test", 1), ("valid", 2)):
-        found = {users["raw_user"][u]: ([items["raw_item"][i] for i in h], items["raw_item"][t]) for u, _, h, t,
-                 _ in load_sequences(demo, split).rows()}
+        found = {users["raw_user"][u]: ([items["raw_item"][i] for i in h], items["raw_item"][t])
+                 for u, _, h, t, _ in load_sequences(demo, split).rows()}
         assert found == {u: (x[:-back][-10:], x[-back]) for u, x in wanted.items()}
     train = sorted((u, [*h, t]) for u, _, h, t, _ in load_sequences(demo, "train").rows())
     number = {raw: n for n, raw in enumerate(items["raw_item"])}
-    assert train == sorted((n, [number[i] for i in wanted[u][max(0, p - 10):p + 1]]) for n,
-                           u in enumerate(users["raw_user"]) for p in range(3, len(wanted[u]) - 2))
+    assert train == sorted((n, [number[i] for i in wanted[u][max(0, p - 10):p + 1]])
+                           for n, u in enumerate(users["raw_user"]) for p in range(3, len(wanted[u]) - 2))
 
 
 def test_holdout_first_brings_back_last_items():
@@ -118,8 +118,8 @@ def test_long_histories_in_parts(tmp_path):
 def test_who_has_everything_is_not_ranked(tmp_path):
     """A user who has bought the whole catalogue: there is nothing to rank the target against. The others stay, with
     shorter lists."""
-    lines = [f"u{u},i{i},5,{100*u + k}" for u in range(6) for k,
-             i in enumerate(range(8) if not u else [(u + j) % 8 for j in range(6)])]
+    lines = [f"u{u},i{i},5,{100*u + k}" for u in range(6)
+             for k, i in enumerate(range(8) if not u else [(u + j) % 8 for j in range(6)])]
     (tmp_path/"small.csv").write_text("\n".join(["user,item,rating,time", *lines]))
     make_data(DataSettings(str(tmp_path/"r"), dataset=str(tmp_path/"small.csv"), core=2))
     names = pl.read_parquet(tmp_path/"r/data/users.parquet")["raw_user"].to_list()
@@ -132,8 +132,8 @@ def test_who_has_everything_is_not_ranked(tmp_path):
 # --- candidates
 
 def test_candidates_hold_the_target_once_and_nothing_seen(demo):
-    seen = {u: set(x) for u,
-            x in pl.read_parquet(f"{demo}/data/interactions.parquet").group_by("user").agg("item").rows()}
+    seen = {u: set(x)
+            for u, x in pl.read_parquet(f"{demo}/data/interactions.parquet").group_by("user").agg("item").rows()}
     for name in ("uni99", "pop99", "full"):
         users, lists = load_candidates(demo, name, "valid")
         assert [c[0] for c in lists] == load_sequences(demo, "valid")["target"].to_list()
@@ -316,8 +316,8 @@ class Home(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def home(monkeypatch):
-    Home.files = {f"{kind}_Baby{five}.json.gz": (DEMO/f"{kind}_Demo{five}.json.gz").read_bytes() for kind,
-                  five in (("reviews", "_5"), ("meta", ""))}
+    Home.files = {f"{kind}_Baby{five}.json.gz": (DEMO/f"{kind}_Demo{five}.json.gz").read_bytes()
+                  for kind, five in (("reviews", "_5"), ("meta", ""))}
     Home.cut, Home.asked = None, []
     monkeypatch.setattr(data.time, "sleep", lambda s: None)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Home)

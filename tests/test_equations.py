@@ -383,8 +383,8 @@ def test_what_may_have_been_trained_on_counts_as_seen(tmp_path):
     "Another bank that repeats a seen template of ours, an unseen one, and the run's own."
     ours = [t for t in read_templates(root()/"data/templates.yaml") if t["task"] == "recommendation"]
     seen, unseen = (next(t["text"] for t in ours if (t["split"] == "seen") == wanted) for wanted in (True, False))
-    other = [dict(id=f"t{i}", task="recommendation", group="mine", split="unseen-paraphrase", text=text) for i,
-             text in enumerate((unseen, seen, PLAIN))]
+    other = [dict(id=f"t{i}", task="recommendation", group="mine", split="unseen-paraphrase", text=text)
+             for i, text in enumerate((unseen, seen, PLAIN))]
     (path := tmp_path/"bank.yaml").write_text(yaml.safe_dump(other))
     bank = bank_for(SimpleNamespace(templates={"recommendation": PLAIN}), str(path))
     assert [(t["text"], t["split"]) for t in bank] == [(PLAIN, "seen"), (unseen, "unseen-paraphrase"), (seen, "seen")]

@@ -195,8 +195,8 @@ def test_where_a_prefix_is_shared_it_changes_nothing(kind):
     with torch.no_grad():
         embeds = model.get_input_embeddings()(ids)
         whole = answer_whole(model, embeds, before, owner, tails, mask, [5, 9])
-        own = torch.stack([model(torch.cat([ids[o, :before[o].sum()], t[:m.sum()]])[None]).logits[0, -1, [5, 9]] for o,
-                           t, m in zip(owner, tails, mask)])
+        own = torch.stack([model(torch.cat([ids[o, :before[o].sum()], t[:m.sum()]])[None]).logits[0, -1, [5, 9]]
+                           for o, t, m in zip(owner, tails, mask)])
         torch.testing.assert_close(whole, own, atol=1e-5, rtol=1e-4)
         if room := prefix_room(model):
             torch.testing.assert_close(answer_tails(model, read_prefix(model, embeds, before), owner, tails, mask,

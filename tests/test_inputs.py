@@ -90,11 +90,11 @@ def test_json_lines(encoding, tmp_path):
 
 def test_json_lines_of_the_2023_release(tmp_path):
     "Its names are known, its title is the review's, and those of the items stand in another file."
-    rows = [dict(rating=float(r), title="fine", text="ok", asin="z", parent_asin=i, user_id=u, timestamp=1000*t) for u,
-            i, r, t, _ in ROWS]
+    rows = [dict(rating=float(r), title="fine", text="ok", asin="z", parent_asin=i, user_id=u, timestamp=1000*t)
+            for u, i, r, t, _ in ROWS]
     (tmp_path/"own.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path/"meta.jsonl").write_text("".join(json.dumps({"title": t, "parent_asin": i}) + "\n" for i,
-                                               t in zip(IDS, TITLES)))
+    (tmp_path/"meta.jsonl").write_text("".join(json.dumps({"title": t, "parent_asin": i}) + "\n"
+                                               for i, t in zip(IDS, TITLES)))
     assert read(tmp_path/"own.jsonl")[:2] == (WANTED[0], {})
     assert read(tmp_path/"own.jsonl", items_file=str(tmp_path/"meta.jsonl"))[:2] == WANTED
 

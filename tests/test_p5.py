@@ -48,8 +48,8 @@ def renumbered(run, to, order):
 def read_in_training(run, asker):
     "Every text that training on a run can read: all prompts of each row, and its answer."
     rows = load_sequences(run, "train")
-    return [([p.ids(h) for p in asker.prompts], asker.items[t]) for h,
-            t in zip(rows["history"].to_list(), rows["target"])]
+    return [([p.ids(h) for p in asker.prompts], asker.items[t])
+            for h, t in zip(rows["history"].to_list(), rows["target"])]
 
 
 @pytest.mark.parametrize("gated", ["relu", "gated-gelu"])
@@ -78,8 +78,8 @@ def test_likelihoods_are_those_of_transformers(gated):
 def test_scores_of_a_run_are_those_of_one_question_at_a_time(variant, finished):
     run = str(finished)
     model, _, asker = fresh(run, variant)
-    rows, lists = load_sequences(run, "test")["history"][:9].to_list(), [x[:n] for x,
-            n in zip(load_candidates(run, "uni99")[1], (100, 3, 20, 100, 7, 50, 2, 99, 100))]
+    rows, lists = load_sequences(run, "test")["history"][:9].to_list(), [x[:n]
+            for x, n in zip(load_candidates(run, "uni99")[1], (100, 3, 20, 100, 7, 50, 2, 99, 100))]
     found = score_items(model, asker, rows, lists, budget=1000)
     for r in range(9):
         assert found[r].shape == (len(lists[r]),)
@@ -116,8 +116,8 @@ def test_numbers_are_the_names_and_the_seed():
 def test_a_number_is_its_pieces_and_every_word_of_a_prompt_one_token(finished):
     model, tokenizer, asker = fresh(str(finished), "ids")
     text, titles = item_texts(str(finished), "ids", 0), load_titles(str(finished))
-    assert all(tokenizer.convert_ids_to_tokens(item) == [f"<{t[1:3]}>", f"<{t[5:7]}>", "</s>"] for item,
-               t in zip(asker.items, text))
+    assert all(tokenizer.convert_ids_to_tokens(item) == [f"<{t[1:3]}>", f"<{t[5:7]}>", "</s>"]
+               for item, t in zip(asker.items, text))
     assert len(asker.ask([0, 1,
                           2])) == len(("Here is the purchase history list of the user : try to recommend next item to "
                                        "the user").split()) + 3*2 + 2 + 1

@@ -77,8 +77,8 @@ def test_stage_2_in_two_processes_from_papermill(finished, tmp_path):
     assert manifest(run, "recommender")["metrics"]["processes"] == 2
     one, two = (pl.read_parquet(r/"recommender/scores.parquet") for r in (finished, run))
     assert one.select("model", "user").equals(two.select("model", "user"))
-    both = one.with_columns(largest=np.array([np.abs(np.subtract(a, b)).max() for a,
-                                              b in zip(one["scores"].to_list(), two["scores"].to_list())]))
+    both = one.with_columns(largest=np.array([np.abs(np.subtract(a, b)).max()
+                                              for a, b in zip(one["scores"].to_list(), two["scores"].to_list())]))
     print("largest differences of scores:", dict(both.group_by("model").agg(pl.col("largest").max()).rows()))
     losses = [pl.read_parquet(r/"recommender/curves.parquet").sort("model", "step")["loss"].to_numpy()
               for r in (finished, run)]

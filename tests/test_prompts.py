@@ -75,8 +75,8 @@ def test_pieces_equal_whole_text(tokenizer, attribute):
 QUESTIONS, FRESH = [t for t in BANK if t["task"]
                     == "recommendation"], read_templates(root()/"data/templates-fresh.yaml")
 
-LINES = [{"id": f"lines-{i + 1}", "text": text} for i,
-         text in enumerate(["Bought: {purchase_history} \n {target_item} ?",
+LINES = [{"id": f"lines-{i + 1}", "text": text}
+         for i, text in enumerate(["Bought: {purchase_history} \n {target_item} ?",
                             "Bought: {purchase_history:sep=\n} next {target_item} ?",
                             "\nBought: {purchase_history} next\n\n {target_item} ?\n"])]
 BRACED = [{"id": f"braces-{i + 1}", "text": text} for i, text in enumerate([
