@@ -66,14 +66,14 @@ def mill(chapter, run, out):
 
 def test_stage_1_in_two_processes_from_papermill(ready, finished, tmp_path):
     run = copy(ready, tmp_path/"mill")
-    mill("11_encoder", run, tmp_path/"out.ipynb")
+    mill("12_encoder", run, tmp_path/"out.ipynb")
     assert_same(run, finished)
 
 
 def test_stage_2_in_two_processes_from_papermill(finished, tmp_path):
     run = copy(finished, tmp_path/"mill")
     shutil.rmtree(run/"recommender")
-    mill("13_recommender", run, tmp_path/"out.ipynb")
+    mill("14_recommender", run, tmp_path/"out.ipynb")
     assert manifest(run, "recommender")["metrics"]["processes"] == 2
     one, two = (pl.read_parquet(r/"recommender/scores.parquet") for r in (finished, run))
     assert one.select("model", "user").equals(two.select("model", "user"))
