@@ -331,14 +331,12 @@ def question_tails(
 def narrow_head(
     model, # Language model of transformers
     rows=slice(None), # Rows of the output matrix to compute
-    last=None, # The one position of each text to compute them at (n,); all if there is none
+    at:tuple=(), # Row and position of each place to compute them at, (k,) each; all if there are none
 ):
     """A context in which the model's own forward pass computes these logits only, in float32; all else it does to
-    them, as scaling or capping, it goes on doing."""
-    import torch
+    them, as scaling or capping, it goes on doing. With `at`, they come as one text (1, k, rows)."""
     head, bias = model.get_output_embeddings(), getattr(model, "final_logits_bias", None)
-    def at(h): return h if last is None else h[torch.arange(len(h), device=h.device), last].unsqueeze(1)
-    head.forward = lambda h: head_rows(head, at(h), rows)
+    head.forward = lambda h: head_rows(head, h[at].unsqueeze(0) if at else h, rows)
     if bias is not None: model.final_logits_bias = bias[:, rows].float()
     try: yield
     finally:
@@ -353,7 +351,9 @@ def last_logits(
     **inputs, # The texts as the model takes them: input_ids or inputs_embeds, attention_mask, ...
 ): # (n, rows) float32
     "What follows the last token of each text."
-    with narrow_head(model, rows, mask.sum(1) - 1): return model(**inputs).logits[:, 0]
+    import torch
+    at = torch.arange(len(mask), device=mask.device), mask.sum(1) - 1
+    with narrow_head(model, rows, at): return model(**inputs).logits[0]
 
 # %% ../nbs/09_backbones.ipynb #09-037s
 def check_causal(

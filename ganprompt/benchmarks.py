@@ -274,7 +274,8 @@ def bench_prefix(bench, repeats, folder, users=1, n=100):
     # the encoder's part is the same for both, and kept
     with torch.inference_mode(): states = encode(bench.t5, ids, mask)
     owner, flat = np.repeat(np.arange(users), n), items.ravel()
-    lengths = np.array([len(contexts[o]) for o in owner]) + model.tail_lengths[flat]
+    tails = np.array([len(model.tails[i]) for i in flat])
+    lengths = np.array([len(contexts[o]) for o in owner]) + tails
     def shared():
         with torch.inference_mode(), fast_math():
             found["shared"] = model.answer(model.read(states, mask), items, model.names).flatten(0, 1).float()
@@ -286,7 +287,7 @@ def bench_prefix(bench, repeats, folder, users=1, n=100):
                                                      model.names).float()
     times = in_turn({"history read for each candidate": alone, "shared prefix": shared}, repeats)
     return {"seconds": times, "ratios": median_ratios(times, "shared prefix"), "candidates": n,
-            "prefix_tokens": len(contexts[0]), "tail_tokens": float(model.tail_lengths[flat].mean()),
+            "prefix_tokens": len(contexts[0]), "tail_tokens": float(tails.mean()),
             "largest_difference": float((found["shared"] - found["alone"]).abs().max()),
             "spread": float(found["shared"].std())}
 

@@ -23,9 +23,10 @@ from .prompts import pad
 from .models import answers, load_tokenizer, resolve
 from .backbones import Reader, backbone, plot_curves, question_tails
 from .encoder import reader_for
-from .scorer import KINDS, Questions, load_recommender, tune, weight_files, with_tokenizer
+from .engine import shares_prefix
+from .scorer import Continued, KINDS, Questions, load_recommender, tune, weight_files, with_tokenizer
 from .recommender import (CausalLM, RecommenderSettings, add_adapters, find_llm, llm_faults, load_llm,
-                                   prefix_room, sample_rows, save_adapters, to_learn_from, tune_on_states)
+                                   sample_rows, save_adapters, to_learn_from, tune_on_states)
 from .idmodels import attempt, rank_rows
 from .baselines import finish, make_baselines
 
@@ -96,13 +97,10 @@ class TALLRec(CausalLM):
         self.peft, self.lm, self.module = lm, lm.get_base_model(), lm
         self.reader, self.text, self.pad_id = reader, text, reader.tokenizer.pad_token_id or 0
         self.names, self.tails = answers(reader.tokenizer, "?"), question_tails(reader, reader.tokenizer)
-        self.tail_pad, self.room = self.pad_id, prefix_room(self.lm)
-        self.tail_lengths = np.array([len(t) for t in self.tails])
+        self.shares = shares_prefix(self.lm)
 
-    @property
-    def device(self): return self.lm.device
     def states(self, ids, mask): return self.lm.get_input_embeddings()(ids)
-    def read(self, states, mask): return self.remember(states, mask)
+    def read(self, states, mask): return Continued.read(self, states, mask)
     def questions(self, rows):
         "What is asked in training."
         return Questions(self.reader, {}, rows, self.text, attributes=False)
@@ -144,7 +142,6 @@ class CoLLM(TALLRec):
         self.lm.set_input_embeddings(self.soft)
         first = self.soft.end + len(vectors) - len(self.tails)
         self.tails = [[first + i, *tail] for i, tail in enumerate(self.tails)]
-        self.tail_lengths = np.array([len(t) for t in self.tails])
 
     def context(self, questions, row):
         return questions.context(row) + [self.soft.end + questions.rows["user"][int(row)]]

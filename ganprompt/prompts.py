@@ -9,6 +9,7 @@ __all__ = ['title_ids', 'PromptEncoder', 'pad', 'titles_table', 'choose', 'templ
 # %% ../nbs/07_prompts.ipynb #07-n02
 import html, re
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from fastcore.basics import patch
 from .files import UserError, refuse, root, told
 from .runs import Run, Settings, need, stage
 from .data import dataset_info, make_data
-from .templates import (FOCUS, HISTORY, SLOTS, TAG, UNKNOWN, clean_title, parsed, put, read_templates,
-                                 sequence, slots, styled)
+from .templates import (FOCUS, HISTORY, SLOTS, TAG, UNKNOWN, WRITTEN, clean_title, parsed, put,
+                                 read_templates, sequence, slots, styled)
 
 # %% ../nbs/07_prompts.ipynb #07-032
 def _ends(tokenizer)->tuple[list[int], list[int]]: # Ids before, ids after
@@ -38,9 +39,14 @@ def title_ids(
     o:dict, # Options of its slot
     most:int, # Tokens kept of a title
 )->list[list[int]]: # Token ids of each title, none of them special
-    "Titles as a slot wants them, as tokens."
+    "Titles as a slot wants them, as tokens; templates that want them alike share one list."
+    written = tuple((k, o[k]) for k in WRITTEN if k in o)
+    return _title_ids(tokenizer, len(tokenizer), tuple(titles), gap, written, most)
+
+@lru_cache(64)
+def _title_ids(tokenizer, words, titles, gap, o, most):
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    ids = tokenizer([gap + styled(t, o) for t in titles], add_special_tokens=False).input_ids if len(titles) else []
+    ids = tokenizer([gap + styled(t, dict(o)) for t in titles], add_special_tokens=False).input_ids if titles else []
     return [[i for i in t if i not in special][:most] for t in ids]
 
 # %% ../nbs/07_prompts.ipynb #07-034
@@ -67,8 +73,7 @@ class PromptEncoder:
         self.listing, self.lists = next((o for name, o in style.items() if name in HISTORY), {}), {}
         self.titles = title_ids(tokenizer, titles, self.gap, self.listing, title_tokens)
         target = style.get("target_item", {})
-        same = all(target.get(k) == self.listing.get(k) for k in ("case", "noise", "cut"))
-        self.targets = self.titles if same else title_ids(tokenizer, titles, self.gap, target, title_tokens)
+        self.targets = title_ids(tokenizer, titles, self.gap, target, title_tokens)
 
     def _raw(self, text): return self.tokenizer(text, add_special_tokens=False).input_ids
     def _tok(self, text): return self._raw(self.gap + text)
@@ -89,23 +94,40 @@ class PromptEncoder:
             self.lists[n] = [p if p.__class__ is int else self._tok(p) for p in sequence(n, self.listing)]
         return self.lists[n]
 
+    def around(self,
+        history, # Item ids, oldest first
+        attribute:str|None=None, # Attribute word, or the mask token
+    )->list[list[int]]: # Token ids before the candidate, after it, and so on; one list where the template has none
+        "One prompt but for the candidate. ValueError if the template has a slot without a value."
+        out = [list(self.start)]
+        for piece in self.focus if attribute else self.plan:
+            if piece.__class__ is list: out[-1] += piece
+            elif piece in HISTORY:
+                kept = history[-self.history_items:]
+                for part in self._list(len(kept)): out[-1] += self.titles[kept[part]] if part.__class__ is int else part
+            elif piece == "target_item": out.append([])
+            elif piece == "attribute" and attribute:
+                out[-1] += self.words.get(attribute) or self.words.setdefault(attribute, self._tok(attribute))
+            else: raise ValueError(f"no value for slot {piece}")
+        out[-1] += self.end
+        return out
+
     def ids(self,
         history, # Item ids, oldest first
         target:int|None=None, # Candidate item
         attribute:str|None=None, # Attribute word, or the mask token
     )->list[int]: # Token ids with the tokeniser's own ends
         "One prompt. ValueError if the template has a slot without a value."
-        out = list(self.start)
-        for piece in self.focus if attribute else self.plan:
-            if piece.__class__ is list: out += piece
-            elif piece in HISTORY:
-                kept = history[-self.history_items:]
-                for part in self._list(len(kept)): out += self.titles[kept[part]] if part.__class__ is int else part
-            elif piece == "target_item" and target is not None: out += self.targets[target]
-            elif piece == "attribute" and attribute:
-                out += self.words.get(attribute) or self.words.setdefault(attribute, self._tok(attribute))
-            else: raise ValueError(f"no value for slot {piece}")
-        return out + self.end
+        out, *rest = self.around(history, attribute)
+        if rest and target is None: raise ValueError("no value for slot target_item")
+        return out + self.about(target, rest)
+
+    def about(self,
+        target:int|None, # Candidate item
+        rest:list[list[int]], # What `around` gives after the first
+    )->list[int]: # Token ids
+        "What a prompt says from its candidate on."
+        return [i for words in rest for part in (self.targets[target], words) for i in part]
 
 # %% ../nbs/07_prompts.ipynb #07-036
 def pad(

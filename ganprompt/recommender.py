@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'POCKET_LINEAR', 'SCORES', 'LISTS', 'OnEncoder', 'freeze_encoder', 'T5Decoder', 'T5Ranker', 'projection',
-           'in_four_bits', 'load_llm', 'read_prefix', 'answer_tails', 'answer_whole', 'window', 'prefix_room',
-           'CausalLM', 'add_adapters', 'save_adapters', 'linear_layers', 'lora_faults', 'llm_faults', 'uncached_logits',
-           'Trained', 'Best', 'rec_loss', 'list_auc', 'divergence', 'Reworded', 'worded', 'logits_at', 'training_items',
-           'to_learn_from', 'RecommenderSettings', 'tune_on_states', 'sample_rows', 'kept_states', 'score_lists',
-           'find_llm', 'wordings_faults', 'on_encoder', 'make_recommender']
+           'in_four_bits', 'load_llm', 'CausalLM', 'add_adapters', 'save_adapters', 'linear_layers', 'lora_faults',
+           'llm_faults', 'uncached_logits', 'Trained', 'Best', 'rec_loss', 'list_auc', 'divergence', 'Reworded',
+           'worded', 'logits_at', 'training_items', 'to_learn_from', 'RecommenderSettings', 'tune_on_states',
+           'sample_rows', 'kept_states', 'score_lists', 'find_llm', 'wordings_faults', 'on_encoder', 'make_recommender']
 
 # %% ../nbs/14_recommender.ipynb #14-004
 import json, math
@@ -20,12 +19,13 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import polars as pl
 
-from .models import (answer_logits, answers, check_t5, close, encode, first_step, is_large, load_model,
+from .models import (answer_logits, answers, check_t5, encode, first_step, is_large, load_model,
                               load_tokenizer, resolve, t5_logits, to_fetch, weights)
-from .backbones import (BackbonesSettings, Reader, adamw, backbone, check_causal, descend, last_logits,
+from .backbones import (BackbonesSettings, Reader, adamw, backbone, check_causal, descend,
                                  model_bytes, model_faults, negatives, plot_curves, question_tails, train,
                                  train_pocket)
 from .data import load_candidates, load_sequences, load_training
+from .engine import answer_whole, shares_prefix, token_batches
 from .encoder import make_encoder, pool, reader_for
 from .templates import nonsense as templates_of_nonsense, read_templates
 from .prompts import pad
@@ -35,8 +35,9 @@ from .files import UserError, below, listed, not_positive, refuse, root, strange
 from .runs import Run, Settings, kept, need, stage
 from .processes import (device, gathered, in_processes, is_main, part, possible, seed_all, shard, side_by_side,
                                  totals)
-from .scorer import (KINDS, Prompted, Questions, States, bank_for, fast_math, load_recommender, own_attributes,
-                              scores_of, square, token_batches, tune, wanted)
+from .scorer import (Continued, KINDS, Prompted, Questions, States, bank_for, fast_math, halved,
+                              load_recommender, own_attributes,
+                              scores_of, square, tune, wanted)
 
 # %% ../nbs/14_recommender.ipynb #14-n11
 class OnEncoder(Prompted):
@@ -166,7 +167,7 @@ def load_llm(
 ): # Frozen model
     "A causal language model. `UserError` if it is none, or if 4 bits are asked for where they cannot be had."
     import transformers as tf
-    if not four_bit: model = load_model(folder, "causal")
+    if not four_bit: model = halved(load_model(folder, "causal"))
     else:
         in_four_bits()
         bits = tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
@@ -175,78 +176,8 @@ def load_llm(
     check_causal(model)
     return model.requires_grad_(False)
 
-# %% ../nbs/14_recommender.ipynb #14-015
-def read_prefix(
-    lm, # Causal language model
-    embeds, # Input embeddings (n, tokens, width)
-    mask, # 1 where there is a token, padded on the right (n, tokens)
-): # (keys and values of each layer, mask)
-    "What a causal model makes of the part that all candidates share."
-    body = getattr(lm, lm.base_model_prefix)
-    cache = body(inputs_embeds=embeds, attention_mask=mask, use_cache=True).past_key_values
-    return [(layer.keys, layer.values) for layer in cache.layers], mask
-
-def answer_tails(
-    lm, # Causal language model
-    memory, # From `read_prefix`
-    owner, # Which prefix each tail follows (m,)
-    ids, mask, # Token ids of the tails, padded on the right, and 1 where there is a token (m, tokens)
-    rows, # Rows of the output matrix
-): # (m, rows)
-    "Logits after the last token of each tail."
-    import torch
-    from transformers import DynamicCache
-    layers, before = memory
-    cache = DynamicCache([(k[owner], v[owner]) for k, v in layers])
-    places = before.sum(1)[owner, None] + torch.arange(ids.shape[1], device=ids.device)
-    return last_logits(lm, mask, rows, input_ids=ids, attention_mask=torch.cat([before[owner], mask], 1),
-                       position_ids=places, past_key_values=cache)
-
-def answer_whole(
-    lm, # Causal language model
-    embeds, before, # Input embeddings of the prefixes, and 1 where there is a token
-    owner, ids, mask, rows, # As in `answer_tails`
-): # (m, rows)
-    "The same with each text read from its first token to its last."
-    import torch
-    tails = lm.get_input_embeddings()(ids)
-    texts = [torch.cat([embeds[o, :n], t[:m]]) for o, n, t, m in zip(owner.tolist(), before.sum(1)[owner].tolist(),
-            tails, mask.sum(1).tolist())]
-    lengths = torch.tensor([len(t) for t in texts], device=mask.device)
-    x = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-    seen = (torch.arange(x.shape[1], device=x.device) < lengths[:, None]).long()
-    return last_logits(lm, seen, rows, inputs_embeds=x, attention_mask=seen)
-
-# %% ../nbs/14_recommender.ipynb #14-015b
-def window(
-    config, # Of a causal language model
-)->float: # Tokens; infinite if every layer sees all
-    "How far back the layer with the shortest sight looks."
-    about = config.get_text_config()
-    if set(getattr(about, "layer_types", None) or [""]) == {"full_attention"}: return math.inf
-    return min((w for k in ("sliding_window", "attention_chunk_size", "window_size") if (w := getattr(about, k, None))),
-               default=math.inf)
-
-def prefix_room(
-    lm, # Causal language model
-)->float: # Tokens, candidate included; 0 if it cannot be shared at all
-    "How long a text may be for its prefix to be read once for all candidates."
-    import torch
-    words = lm.get_input_embeddings()
-    n, dev = words.weight.shape[0]//2, words.weight.device
-    ids, owner = n - torch.arange(1, 6, device=dev).repeat(2, 1)%n, torch.tensor([0, 1, 1], device=dev)
-    before, mask = torch.tensor([[1]*5, [1, 1, 0, 0, 0]], device=dev), torch.tensor([[1, 1], [1, 1], [1, 0]],
-            device=dev)
-    with torch.inference_mode():
-        embeds, tails = words(ids), (owner, ids[owner, :2], mask, slice(None))
-        whole = answer_whole(lm, embeds, before, *tails)
-        try: same = close(answer_tails(lm, read_prefix(lm, embeds, before), *tails), whole)
-        # a model without such a past
-        except (AttributeError, IndexError, TypeError, ValueError, RuntimeError): same = False
-    return window(lm.config) if same else 0
-
 # %% ../nbs/14_recommender.ipynb #14-016
-class CausalLM(OnEncoder):
+class CausalLM(Continued, OnEncoder):
     "The recommender of sections 3.3 and 3.4.2: projected encoder states before a causal language model with LoRA."
     starts = "t5", "llm"
     decided_by = *OnEncoder.decided_by, "lora_rank", "lora_modules", "four_bit"
@@ -260,8 +191,7 @@ class CausalLM(OnEncoder):
         self.t5, self.peft, self.lm, self.reader = t5.requires_grad_(False), lm, lm.get_base_model(), reader
         self.pad_id = reader.tokenizer.pad_token_id
         self.names, self.tails = answers(tokenizer, "?"), question_tails(reader, tokenizer)
-        self.tail_lengths, self.tail_pad = np.array([len(t) for t in self.tails]), tokenizer.pad_token_id or 0
-        self.room = prefix_room(self.lm)
+        self.shares = shares_prefix(self.lm)
         self.module = torch.nn.ModuleDict({"projection": projection(t5.config.d_model, self.lm), "lm": lm})
         self.module.to(t5.device)
 
@@ -285,27 +215,10 @@ class CausalLM(OnEncoder):
         out.module["projection"].load_state_dict(load_file(folder/"projection.safetensors"))
         return out
 
+    def states(self, ids, mask): return encode(self.t5, ids, mask)
     def read(self, states, mask):
         "Keys and values of the projected states."
-        return self.remember(self.module["projection"](states).to(self.lm.dtype), mask)
-
-    def remember(self, embeds, mask):
-        "The prefix as `answer` goes on from it: read, or as it is if it cannot be shared."
-        shared = mask.shape[1] + self.tail_lengths.max() <= self.room
-        return read_prefix(self.lm, embeds, mask) if shared else (embeds, mask)
-
-    def cost(self, mask):
-        "What one more candidate for each prompt costs, in tokens: a copy of the keys and values, and its title."
-        return len(mask)*(mask.shape[1] + int(self.tail_lengths.max()))
-
-    def answer(self, memory, items, rows):
-        "Logits (n, m, rows) of m items for each of n prompts."
-        import torch
-        ids, mask = (t.to(self.device) for t in pad([self.tails[i] for i in items.ravel()], self.tail_pad))
-        owner = torch.arange(len(items), device=ids.device).repeat_interleave(items.shape[1])
-        known = (answer_tails(self.lm, memory, owner, ids, mask, rows) if isinstance(memory[0], list)
-                 else answer_whole(self.lm, *memory, owner, ids, mask, rows))
-        return known.view(*items.shape, -1)
+        return super().read(self.module["projection"](states).to(self.lm.dtype), mask)
 
     def save(self, folder):
         "Write adapters and projection as safetensors."
@@ -383,10 +296,8 @@ def uncached_logits(
 ): # (n, rows)
     """What `CausalLM` would answer if it read the history anew for every candidate: the reference that the shared
     prefix is measured against."""
-    import torch
-    ids, used = (t.to(mask.device) for t in pad([model.tails[i] for i in items], model.tail_pad))
     prefix = model.module["projection"](states).to(model.lm.dtype)
-    return answer_whole(model.lm, prefix, mask, torch.arange(len(items), device=mask.device), ids, used, rows)
+    return answer_whole(model.lm, prefix, mask, np.arange(len(items)), [model.tails[i] for i in items], rows)
 
 # %% ../nbs/14_recommender.ipynb #14-024
 class Trained:

@@ -83,7 +83,7 @@ def whole_logits(
 ): # float32 (prompts, vocabulary)
     "Logits of everything that could come next."
     ids, mask = (t.to(model.device) for t in pad(prompts, model.pad_id))
-    return model.answer(model.read(model.states(ids, mask), mask), None, slice(None))[:, 0].float()
+    return model.whole(ids, mask, slice(None)).float()
 
 # %% ../nbs/38_robustness.ipynb #38-047
 PALETTE = ["#000000", "#0173b2", "#de8f05", "#029e73", "#cc78bc", "#d55e00", "#949494"]   # colour-blind safe

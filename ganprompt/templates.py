@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TAGS', 'TAG', 'SCRIPT', 'CODE', 'SLOTS', 'TEMPLATE_FIELDS', 'SPLITS', 'HISTORY', 'UNKNOWN', 'NOISES', 'CASES', 'ANY',
-           'OPTIONS', 'KEYS', 'SLIP_RATE', 'NEAR', 'SIGNS', 'ALPHABETS', 'BRACES', 'FOCUS', 'clean_title', 'options',
-           'parsed', 'slots', 'escaped', 'put', 'fixed_words', 'slip', 'noisy', 'broken', 'nonsense', 'read_templates',
-           'styled', 'sequence', 'render']
+           'WRITTEN', 'OPTIONS', 'KEYS', 'SLIP_RATE', 'NEAR', 'SIGNS', 'ALPHABETS', 'BRACES', 'FOCUS', 'clean_title',
+           'options', 'parsed', 'slots', 'escaped', 'put', 'fixed_words', 'slip', 'noisy', 'broken', 'nonsense',
+           'read_templates', 'styled', 'sequence', 'render']
 
 # %% ../nbs/06_templates.ipynb #06-n04
 import html, math, random, re, string
@@ -47,9 +47,10 @@ SPLITS = "seen", "unseen-paraphrase", "unseen-format", "attack"
 HISTORY, UNKNOWN = ("purchase_history", "title_seq"), "unknown item"
 NOISES, CASES = ("drop", "typo", "keyboard"), ("lower", "upper", "title")
 ANY = None # any text
-_LIST = {"sep": ANY, "mark": ANY, "order": ("newest",), "case": CASES, "noise": NOISES, "cut": ANY, "inject": ANY}
+WRITTEN = {"case": CASES, "noise": NOISES, "cut": ANY} # what is done to a title
+_LIST = WRITTEN | {"sep": ANY, "mark": ANY, "order": ("newest",), "inject": ANY}
 # slot -> option -> values
-OPTIONS = {"purchase_history": _LIST, "title_seq": _LIST, "target_item": {"case": CASES, "noise": NOISES, "cut": ANY},
+OPTIONS = {"purchase_history": _LIST, "title_seq": _LIST, "target_item": WRITTEN,
            "attribute": {"wrong": ("",)}}
 
 # %% ../nbs/06_templates.ipynb #06-011

@@ -15,7 +15,7 @@ from ganprompt.prompts import pad
 from ganprompt.recommender import RecommenderSettings, training_items
 from ganprompt.files import UserError, run_folder
 from ganprompt.runs import stage
-from ganprompt.scorer import described, load_recommender, score_contexts
+from ganprompt.scorer import described, load_recommender, score_tails
 
 SMALL = dict(recommender_epochs=2, recommender_batch=16, recommender_lr=.005, valid_users=40)
 
@@ -59,7 +59,8 @@ def untrained(run):
     return CoLLM.new(reader_for(str(run))[0], about, RecommenderSettings.of(about))
 
 
-def scores(model, rows, items): return score_contexts(model, Texts(model, rows).prompts, items)
+def scores(model, rows, items):
+    return np.stack(score_tails(model, Texts(model, rows).prompts, [[model.tails[i] for i in row] for row in items]))
 
 
 def test_step_2_moves_the_mapping_and_nothing_else(done):

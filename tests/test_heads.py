@@ -12,7 +12,7 @@ from ganprompt.models import (answer_logits, answers, check_t5, encode, follows,
 from ganprompt.backbones import check_causal, label_loss, last_logits, negatives
 from ganprompt.encoder import js
 from ganprompt.p5 import log_likelihood
-from ganprompt.recommender import answer_tails, answer_whole, prefix_room, read_prefix, window
+from ganprompt.engine import answer_tails, answer_whole, lay_out, pack, read_prefix, shares_prefix, sight
 from ganprompt.files import UserError
 from ganprompt.scorer import scores_of
 
@@ -37,7 +37,8 @@ CAUSAL = {
     "bloom": (tf.BloomConfig, dict(vocab_size=N, hidden_size=16, n_layer=2, n_head=2)),
     "mpt": (tf.MptConfig, dict(vocab_size=N, d_model=16, n_layers=2, n_heads=2)),
     "mamba": (tf.MambaConfig, dict(vocab_size=N, hidden_size=16, num_hidden_layers=2, state_size=4)),
-    "biogpt": (tf.BioGptConfig, SMALL)}
+    "biogpt": (tf.BioGptConfig, SMALL), "olmo2": (tf.Olmo2Config, SMALL), "starcoder2": (tf.Starcoder2Config, SMALL),
+    "smollm3": (tf.SmolLM3Config, SMALL), "stablelm": (tf.StableLmConfig, SMALL)}
 T5 = dict(vocab_size=N, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)
 SEQ2SEQ = {"t5": (tf.T5Config, T5), "t5 v1.1": (tf.T5Config, T5 | dict(feed_forward_proj="gated-gelu",
         tie_word_embeddings=False)), "mt5": (tf.MT5Config, T5), "umt5": (tf.UMT5Config, T5)}
@@ -164,44 +165,68 @@ def test_a_head_with_adapters_is_whole():
 WINDOWS = {"mistral": dict(sliding_window=6), "phi3": dict(sliding_window=6), "gemma2": dict(sliding_window=6),
            "gemma3": dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
            "qwen2": dict(use_sliding_window=True, sliding_window=6, max_window_layers=1),
-           "gpt_neo": dict(window_size=6)}
+           "starcoder2": dict(sliding_window=6), "gpt_neo": dict(window_size=6)}
+WHOLE = "mamba", "mpt", "bloom", "gpt_neo" # they count by places in the row, or keep no keys
+TAILS = [[7, 8], [9, 30, 31], [5], [10, 11, 12, 13], [3, 4], [20], [21, 22]]
+OWNER = np.array([0, 0, 0, 1, 1, 2, 2])
 
-@pytest.mark.parametrize("kind", WINDOWS)
-def test_a_prefix_longer_than_the_window_is_read_whole(kind):
-    """Prefixes of different lengths on both sides of the window: through the recommender's own two ways, against
-    plain forward passes."""
-    from ganprompt.recommender import CausalLM
-    model, owner = random_model(kind, **WINDOWS[kind]), torch.tensor([0, 0, 1, 1])
-    assert window(model.config) == 6 and window(random_model("llama").config) == math.inf
-    lm = CausalLM.__new__(CausalLM)
-    lm.lm, lm.tails, lm.tail_lengths, lm.tail_pad, lm.room = model, [[7, 8],
-            [9, 30, 31]], np.array([2, 3]), 0, prefix_room(model)
-    lm.t5 = model # for its device
-    for lengths in [9, 4], [3, 2]:
-        ids, mask = texts(lengths)
-        with torch.no_grad():
-            memory = lm.remember(model.get_input_embeddings()(ids), mask)
-            found = lm.answer(memory, np.array([[0, 1], [0, 1]]), [5, 9]).flatten(0, 1)
-            own = torch.stack([model(torch.tensor([ids[o, :lengths[o]].tolist() + lm.tails[i]])).logits[0, -1, [5, 9]]
-                               for o, i in zip(owner, [0, 1, 0, 1])])
-        torch.testing.assert_close(found, own, atol=1e-5, rtol=1e-4)
-        assert isinstance(memory[0], list) == (sum(lengths) == 5 and lm.room == 6)
-
-
-@pytest.mark.parametrize("kind", CAUSAL)
-def test_where_a_prefix_is_shared_it_changes_nothing(kind):
-    model, (ids, before), (tails, mask), owner = random_model(kind), texts([9, 4]), texts([3, 2, 3],
-            1), torch.tensor([0, 0, 1])
+@pytest.mark.parametrize("longest", [4, 100])
+@pytest.mark.parametrize("kind,more", [*((kind, {}) for kind in CAUSAL), *WINDOWS.items()])
+def test_a_shared_prefix_changes_nothing(kind, more, longest):
+    """Prefixes of three lengths, on both sides of a window, one of them empty; tails in one row and in several:
+    against plain forward passes over each text alone."""
+    model, (ids, before) = random_model(kind, **more), texts([9, 4, 1])
+    before[2] = 0
     with torch.no_grad():
+        own = torch.stack([model(torch.tensor([ids[o, :before[o].sum()].tolist() + t])).logits[0, -1, [5, 9]]
+                           for o, t in zip(OWNER, TAILS)])
         embeds = model.get_input_embeddings()(ids)
-        whole = answer_whole(model, embeds, before, owner, tails, mask, [5, 9])
-        own = torch.stack([model(torch.cat([ids[o, :before[o].sum()], t[:m.sum()]])[None]).logits[0, -1, [5, 9]]
-                           for o, t, m in zip(owner, tails, mask)])
-        torch.testing.assert_close(whole, own, atol=1e-5, rtol=1e-4)
-        if room := prefix_room(model):
-            torch.testing.assert_close(answer_tails(model, read_prefix(model, embeds, before), owner, tails, mask,
-                                                    [5, 9]), own, atol=1e-5, rtol=1e-4)
-    assert room or kind in ("mamba", "mpt", "gpt_neo"), kind
+        torch.testing.assert_close(answer_whole(model, embeds, before, OWNER, TAILS, [5, 9]), own, atol=1e-5, rtol=1e-4)
+        assert shares_prefix(model) == (kind not in WHOLE)
+        if kind in WHOLE: return
+        found = answer_tails(model, read_prefix(model, embeds, before), OWNER, TAILS, [5, 9], longest)
+    torch.testing.assert_close(found, own, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_flow_through_a_shared_prefix():
+    "Of a loss over all tails, to the weights and to the prefix, against plain forward passes."
+    model, (ids, before) = random_model("llama"), texts([9, 4, 2])
+    def gradients(run):
+        embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model.zero_grad(); run(embeds).sum().backward()
+        return [p.grad.clone() for p in model.parameters()], embeds.grad*before[..., None]
+    (ours, at), (own, there) = (gradients(f) for f in (
+        lambda x: answer_tails(model, read_prefix(model, x, before), OWNER, TAILS, [5, 9], 4).square(),
+        lambda x: answer_whole(model, x, before, OWNER, TAILS, [5, 9]).square()))
+    torch.testing.assert_close(at, there, atol=1e-4, rtol=1e-3)
+    for a, b in zip(ours, own): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_every_tail_lies_in_a_row_of_its_prefix():
+    rng = np.random.default_rng(0)
+    owner, lengths = np.arange(5).repeat([40, 1, 7, 100, 2]), rng.integers(1, 12, 150)
+    row = lay_out(owner, lengths, 64)
+    assert (np.diff(row) >= 0).all() and all(len(set(owner[row == r])) == 1 for r in set(row))
+    tokens = np.bincount(row, lengths)
+    assert tokens.max() < 64 + 12 and np.array_equal(np.unique(row), np.arange(row.max() + 1))
+    for o in range(5): # no more rows than the tokens need, and they are filled alike
+        mine = tokens[np.unique(row[owner == o])]
+        assert len(mine) == math.ceil(mine.sum()/64) and np.ptp(mine) <= 2*12
+    rows = pack(owner, [np.arange(n) + 100*i for i, n in enumerate(lengths)], 64)
+    for i, n in enumerate(lengths):
+        at = rows.tokens[1] == i
+        assert rows.tokens[0][at].tolist() == (np.arange(n) + 100*i).tolist()
+        assert rows.tokens[2][at].tolist() == list(range(n))
+        assert rows.tokens[0][tuple(rows.ends[:, i])] == 100*i + n - 1 and rows.owner[rows.ends[0, i]] == owner[i]
+
+
+def test_sight_by_hand():
+    "Two tails, ab and c, after a prefix of two of three tokens."
+    tail, place, before = torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1, 0]]), torch.tensor([[1, 1, 0]])
+    seen = sight(tail, place, before)[0, 0].int().tolist()
+    assert seen == [[1, 1, 0, 1, 0, 0], [1, 1, 0, 1, 1, 0], [1, 1, 0, 0, 0, 1]]
+    assert sight(tail, place, before, 2)[0, 0].int().tolist() == [[0, 1, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0],
+                                                                  [0, 1, 0, 0, 0, 1]]
 
 
 def byte_level(words):

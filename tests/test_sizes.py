@@ -11,7 +11,8 @@ from test_equations import world # noqa: F401 a fixture
 from ganprompt import scorer
 from ganprompt.templates import read_templates
 from ganprompt.files import root
-from ganprompt.scorer import States, bank_for, place, score_contexts, scores_of, token_batches
+from ganprompt.engine import token_batches
+from ganprompt.scorer import States, bank_for, place, score_contexts, scores_of
 
 
 def test_batches_by_hand():
