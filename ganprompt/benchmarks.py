@@ -29,7 +29,8 @@ from .models import answers, encode
 from .backbones import adamw, descend
 from .encoder import make_encoder, reader_for
 from .scorer import (Questions, States, bf16_pays, fast_math, load_recommender, own_attributes,
-                              score_contexts, score_prompts, scores_of, token_batches)
+                              score_prompts, scores_of)
+from .engine import token_batches
 from .recommender import CausalLM, T5Decoder, T5Ranker, add_adapters, freeze_encoder, rec_loss, uncached_logits
 from .statistics import median_ratios
 
@@ -321,9 +322,9 @@ def grow(axis, bench, folder):
         sizes = [2, 4, 8, 16]
         return sizes, [best_of(lambda: score_prompts(bench.decoder, bench.pairs(n, 8))) for n in sizes]
     if axis == "candidates":
-        sizes, model, contexts = [25, 50, 100, 200, 400], random_causal(bench.size, bench.t5,
-                bench.reader), [bench.questions.context(0)]
-        return sizes, [best_of(lambda: score_contexts(model, contexts, bench.candidates(1, n))) for n in sizes]
+        sizes, model = [25, 50, 100, 200, 400], random_causal(bench.size, bench.t5, bench.reader)
+        def ask(n): model.scores(bench.questions, np.arange(1), list(bench.candidates(1, n)))
+        return sizes, [best_of(lambda: ask(n)) for n in sizes]
     if axis == "tokens of a prompt": # as a longer history makes it
         sizes = [32, 64, 128, 256]
         prompts = [[rng.integers(5, len(bench.reader.tokenizer), n).tolist() for _ in range(32)] for n in sizes]

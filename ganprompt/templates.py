@@ -48,7 +48,7 @@ HISTORY, UNKNOWN = ("purchase_history", "title_seq"), "unknown item"
 NOISES, CASES = ("drop", "typo", "keyboard"), ("lower", "upper", "title")
 ANY = None # any text
 WRITTEN = {"case": CASES, "noise": NOISES, "cut": ANY} # what is done to a title
-_LIST = WRITTEN | {"sep": ANY, "mark": ANY, "order": ("newest",), "inject": ANY}
+_LIST = {"sep": ANY, "mark": ANY, "order": ("newest",), **WRITTEN, "inject": ANY}
 # slot -> option -> values
 OPTIONS = {"purchase_history": _LIST, "title_seq": _LIST, "target_item": WRITTEN,
            "attribute": {"wrong": ("",)}}
