@@ -3,6 +3,7 @@
 # make readme  README.md from nbs/index.ipynb
 # make mutants plant faults in the modules that compute and count those that tests and chapters notice (an hour or two)
 # make busy    the demo on idle cores and beside busy processes, timed and compared (ten minutes or more)
+# make gpu     what a GPU has to show, measured in parts with the Python and torch of the machine (eight minutes; MODELS=folder)
 # make soak    kill the demo again and again, and compare what it ends with with a run left alone (an hour or two; SMALL=1: less)
 # Needs Python 3.11 or later; another interpreter: make demo PYTHON=/path/to/python
 
@@ -20,7 +21,7 @@ same = @echo "$(firstword $(notdir $(1)))"; before=$$($(STATE)); $(1) >/dev/null
 HALF := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 1 ? n/2 : 1)))
 LATE := tests/test_processes.py tests/test_pipeline.py
 
-.PHONY: demo test chapters tests readme mutants busy soak
+.PHONY: demo test chapters tests readme mutants busy soak gpu
 demo: .venv/.demo-stamp
 	$(BIN)/ganprompt run
 
@@ -46,6 +47,9 @@ mutants: .venv/.dev-stamp
 
 busy: .venv/.demo-stamp
 	$(BIN)/python tests/busy.py
+
+gpu: # in no environment of its own: the machine's torch is the one that knows its GPU
+	PYTHONPATH=. $(PYTHON) -c "from ganprompt.gpu import gpu_command; gpu_command()" $(if $(MODELS),--models $(MODELS)) $(GPU)
 
 soak: .venv/.dev-stamp
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --out runs/soak $(if $(SMALL),--small) $(SOAK)

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ganprompt.backbones import Reader
+from ganprompt.gpu import useful_operations
 from ganprompt.engine import ROW, answer_tails, read_prefix, stretches, token_batches, token_budget
 from ganprompt.scorer import Questions, UntunedCausal, score_tails
 
@@ -79,14 +80,6 @@ def test_sixty_shoppers_take_two_forward_passes(untuned, monkeypatch):
     for a, b in zip(few, z): np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def useful(lm, prefix, tail, n):
-    "Operations of one prefix and n tails: two for each weight and token, and attention to what a token sees."
-    about, body = lm.config, sum(p.numel() for name, p in lm.model.named_parameters() if p.dim() == 2
-                                 and "embed" not in name)
-    seen = prefix*(prefix + 1)/2 + n*sum(prefix + i for i in range(1, tail + 1))
-    return 2*body*(prefix + n*tail) + 4*about.hidden_size*about.num_hidden_layers*seen
-
-
 @pytest.mark.parametrize("prefix, tail, n, backward", [(170, 9, 100, False), (60, 12, 100, False), (170, 9, 5, True)])
 def test_what_is_computed_counts(prefix, tail, n, backward):
     "Operations done against useful ones in two layers of SmolLM2's size, by torch's own count, attention included."
@@ -98,7 +91,8 @@ def test_what_is_computed_counts(prefix, tail, n, backward):
         z = answer_tails(lm, read_prefix(lm, embeds, mask), np.zeros(n, int), [[5]*tail]*n, [5, 9])
         if backward: z.sum().backward()
     # of the last layer the prefix's keys and values alone reach the loss: there is less to go back through
-    assert 1 - .3*backward <= counted.get_total_flops()/(1 + 2*backward)/useful(lm, prefix, tail, n) < 1.3
+    useful = useful_operations(lm, [[5]*prefix], [[[5]*tail]*n])
+    assert 1 - .3*backward <= counted.get_total_flops()/(1 + 2*backward)/useful < 1.3
 
 
 def test_budgets_by_hand(monkeypatch):
