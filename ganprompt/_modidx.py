@@ -1087,6 +1087,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ganprompt.titles.by_frequency': ('titles.html#by_frequency', 'ganprompt/titles.py'),
                                   'ganprompt.titles.catalogue_scores': ('titles.html#catalogue_scores', 'ganprompt/titles.py'),
                                   'ganprompt.titles.causal_model': ('titles.html#causal_model', 'ganprompt/titles.py'),
+                                  'ganprompt.titles.item_update': ('titles.html#item_update', 'ganprompt/titles.py'),
                                   'ganprompt.titles.item_vectors': ('titles.html#item_vectors', 'ganprompt/titles.py'),
                                   'ganprompt.titles.kept_vectors': ('titles.html#kept_vectors', 'ganprompt/titles.py'),
                                   'ganprompt.titles.learn': ('titles.html#learn', 'ganprompt/titles.py'),

@@ -79,7 +79,7 @@ def test_the_loss_by_hand():
     seen = torch.tensor([[1, 2, 6], [0, 0, 0], [3, 3, 0]])
     found = T.next_item_loss(net, seen, torch.tensor([3, 1, 2]), torch.tensor(nexts)).item()
     text, linear, table = (x.detach().numpy() for x in (net.items.text, net.items.linear, net.items.table))
-    v, losses = (text @ linear + table)/8, []
+    v, losses = text @ linear + table, []
     for history, last in zip(histories, nexts):
         states = net.causal(torch.tensor(v[history])[None], torch.tensor([len(history)]))[0].detach().numpy()
         for h, item in zip(states, [*history[1:], last]):
@@ -128,7 +128,7 @@ def test_titles_beat_popularity_on_the_demo(tmp_path):
     run = str(tmp_path/"demo")
     make_data(DataSettings(run)); make_prompts(PromptsSettings(run))
     make_titles(TitlesSettings(run, vectors="text", title_encoder=encoder(tmp_path/"lm", load_titles(run)),
-                               titles_lr=.003, titles_epochs=12))
+                               titles_epochs=12))
     bought, (_, lists) = load_training(run), load_candidates(run, "uni99")
     popular = COUNTED["popularity"](bought, len(load_titles(run)))
     hits = np.mean([sum(popular(None, x) >= popular(None, x[:1])) <= 10 for x in lists])
