@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'WIDTH', 'LAYERS', 'HEADS', 'START', 'VECTORS', 'text_encoder', 'title_vectors', 'whiten', 'item_vectors',
-           'causal_model', 'next_item_loss', 'new_net', 'catalogue_scores', 'TitlesSettings', 'reading_model',
+           'causal_model', 'next_item_loss', 'new_net', 'listed_scores', 'TitlesSettings', 'reading_model',
            'kept_vectors', 'item_update', 'learn', 'ItemSequence', 'tune_vectors', 'run_vectors', 'make_titles',
            'by_frequency']
 
@@ -152,7 +152,7 @@ def new_net(
     return net.to(device())
 
 # %% ../nbs/32_titles.ipynb #32-027
-def catalogue_scores(
+def listed_scores(
     causal, # From `causal_model`
     vectors, # Of all items (items, width)
     histories:list, # Items of each, oldest first
@@ -247,7 +247,7 @@ def learn(
     best = Best(trained := Trained(net), p.titles_patience)
     def after_epoch(epoch, curves):
         net.eval()
-        scores = catalogue_scores(net.causal, net.items().detach(), exam[0]["history"].to_list(), exam[1])
+        scores = listed_scores(net.causal, net.items().detach(), exam[0]["history"].to_list(), exam[1])
         curves[-1] |= {"valid_ndcg": ndcg(scores), "valid_auc": list_auc(scores)}
         return best.stop(curves[-1]["valid_ndcg"])
     curves = train(item_update(net, rows, opt, schedule), dict(model=trained, opt=opt, schedule=schedule, best=best),
@@ -285,7 +285,7 @@ class ItemSequence(Recommender):
 
     def ranked(self, rows, lists):
         "Scores of rows' lists."
-        return catalogue_scores(self.causal, self.vectors, rows["history"].to_list(), lists)
+        return listed_scores(self.causal, self.vectors, rows["history"].to_list(), lists)
     def scores(self, questions, rows, lists, score="yes-no"):
         return self.ranked(questions.rows[rows], [lists[r] for r in rows])
 

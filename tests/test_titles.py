@@ -63,13 +63,13 @@ def test_a_history_among_longer_ones_is_read_as_alone():
     torch.manual_seed(0)
     net, vectors = T.causal_model(6).eval(), torch.randn(20, T.WIDTH)
     histories, all_items = [[3], [1, 2, 5, 7, 9, 11], [4, 4, 0]], [np.arange(20)]
-    together = T.catalogue_scores(net, vectors, histories, all_items*3)
+    together = T.listed_scores(net, vectors, histories, all_items*3)
     for history, z in zip(histories, together):
-        assert np.allclose(T.catalogue_scores(net, vectors, [history], all_items)[0], z, atol=1e-5)
-    cut = T.catalogue_scores(net, vectors, [[8, 8, *histories[1]]], all_items)[0] # only the last six are read
+        assert np.allclose(T.listed_scores(net, vectors, [history], all_items)[0], z, atol=1e-5)
+    cut = T.listed_scores(net, vectors, [[8, 8, *histories[1]]], all_items)[0] # only the last six are read
     assert np.allclose(cut, together[1], atol=1e-5)
     net.place.weight.data[:-1] += 1 + torch.randn(5, T.WIDTH)
-    assert np.allclose(T.catalogue_scores(net, vectors, [[3]], all_items)[0], together[0], atol=1e-5)
+    assert np.allclose(T.listed_scores(net, vectors, [[3]], all_items)[0], together[0], atol=1e-5)
 
 
 def test_the_loss_by_hand():
@@ -178,9 +178,9 @@ def test_names_of_items_mean_nothing_to_titles(small, tmp_path):
     text, order = torch.randn(n, 8), np.random.default_rng(0).permutation(n)
     torch.manual_seed(0)
     net = T.new_net(n, 5, text, False, 0.).eval()
-    before = T.catalogue_scores(net.causal, net.items().detach(), [[0, 3, 2]], [np.arange(n)])[0]
+    before = T.listed_scores(net.causal, net.items().detach(), [[0, 3, 2]], [np.arange(n)])[0]
     net.items.text = text[np.argsort(order)]
-    after = T.catalogue_scores(net.causal, net.items().detach(), [order[[0, 3, 2]].tolist()], [order])[0]
+    after = T.listed_scores(net.causal, net.items().detach(), [order[[0, 3, 2]].tolist()], [order])[0]
     assert np.allclose(before, after, atol=1e-5)
 
 
@@ -188,9 +188,9 @@ def test_an_item_has_one_score(small):
     torch.manual_seed(0)
     net, vectors = T.causal_model(5).eval(), torch.randn(30, T.WIDTH)
     rng, histories = np.random.default_rng(0), [[1, 2], [3], [9, 8, 7]]
-    whole = T.catalogue_scores(net, vectors, histories, [np.arange(30)]*3)
+    whole = T.listed_scores(net, vectors, histories, [np.arange(30)]*3)
     lists = [rng.permutation(30)[:k] for k in (30, 7, 2)]
-    for z, items, found in zip(whole, lists, T.catalogue_scores(net, vectors, histories, lists)):
+    for z, items, found in zip(whole, lists, T.listed_scores(net, vectors, histories, lists)):
         assert np.array_equal(z[items], found) and np.exp(z).mean() == pytest.approx(1, abs=1e-5)
 
 
