@@ -9,7 +9,7 @@ __all__ = ['LONGEST', 'WIDTH', 'LAYERS', 'HEADS', 'START', 'VECTORS', 'text_enco
            'by_frequency']
 
 # %% ../nbs/32_titles.ipynb #32-004
-import dataclasses, math, time
+import dataclasses, json, math, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -325,7 +325,7 @@ def run_vectors(
     model = ItemSequence.load(folder/vectors, {}, None)
     ranks = rank_all(VECTORS[vectors], p.run, p.test_users, model.ranked)
     about = {"pocket": False, "backbone": None} if vectors == "id" else {
-        "pocket": not p.title_encoder and backbone(p.run, "t5")["pocket"],
+        "pocket": json.loads((Path(reading_model(p))/"config.json").read_text()).get("pocket", False),
         "backbone": p.title_encoder or backbone(p.run, "t5")["name"]}
     weights = sum(w.numel() for w in [*model.causal.parameters(), model.vectors])
     return [ranks], about | {

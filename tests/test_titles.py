@@ -134,7 +134,8 @@ def test_titles_beat_popularity_on_the_demo(tmp_path):
     hits = np.mean([sum(popular(None, x) >= popular(None, x[:1])) <= 10 for x in lists])
     found = mean_figures(ranks(run))["Sequence (titles)"]
     assert found["hit@10"] > hits + .05 and .7 < found["auc"] < 1
-    assert set(ranks(run)["candidates"]) == {"uni99", "full"} and about(run)["Sequence (titles)"]["family"] == "text"
+    said = about(run)["Sequence (titles)"]
+    assert set(ranks(run)["candidates"]) == {"uni99", "full"} and said["family"] == "text" and said["pocket"]
 
 
 def test_killed_and_resumed_is_as_uninterrupted(small, tmp_path, monkeypatch):
