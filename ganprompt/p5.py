@@ -298,10 +298,10 @@ def item_texts(
     seed:int, # Seed of the numbers
 )->list[str]: # Index is the item
     "What the items are called."
-    if variant == "titles": return load_titles(run)
-    return spell(random_numbers(pl.read_parquet(need(run, "data",
-                                                     make_data)/"items.parquet").sort("item")["raw_item"].to_list(),
-                                                     seed))
+    if variant == "ids":
+        items = pl.read_parquet(need(run, "data", make_data)/"items.parquet").sort("item")
+        return spell(random_numbers(items["raw_item"].to_list(), seed))
+    return load_titles(run)
 
 # %% ../nbs/33_p5.ipynb #33-030v1
 def asker_for(
@@ -313,8 +313,8 @@ def asker_for(
 )->Asker:
     "The run's items under one name or another; numbers are never cut."
     about = backbone(run, "t5")
-    return Asker(tokenizer, item_texts(run, variant, seed), about["title_tokens"] if variant == "titles"
-                 else len(PIECES), about["history_items"], text)
+    return Asker(tokenizer, item_texts(run, variant, seed), len(PIECES) if variant == "ids" else about["title_tokens"],
+                 about["history_items"], text)
 
 # %% ../nbs/33_p5.ipynb #33-032
 def tune_variant(

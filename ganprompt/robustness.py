@@ -28,6 +28,7 @@ from .encoder import reader_for
 from .scorer import Questions, Recommender, Untuned, bank_for, is_saved, load_recommender, own_attributes
 from .recommender import sample_rows
 from . import collm, p5 # noqa: F401, whose recommenders are among those that can be opened
+from .titles import ItemSequence # noqa: F401, likewise
 from .measures import label, ranking
 from .pages import Block, Cell, Page, block_of, picture, short, spread, to_html
 from .sensitivity import agreement, bank_intervals, chance, measure_bank, template_table, unpadded, verdict

@@ -214,6 +214,7 @@ class Recommender(Protocol):
     plain = False # whether the models of chapter 14 do without its name in theirs
     starts = "t5", # the models that it is built on: t5, llm or adapter
     decided_by = () # settings that its weights depend on
+    settings = None # class of its settings; None: those of chapter 14
 
     @classmethod
     def check(cls, p): return [] # A sentence for each of the settings that cannot work

@@ -36,6 +36,7 @@ from .statistics import ahead, drawn_cps, ends, redrawn, scope
 from .pages import Block, Page, short, spread, to_md, write_page
 from .figures import save_figure
 from .idmodels import short_message
+from .titles import ItemSequence
 from .p5 import P5, PROMPTS
 from .collm import TALLRec
 from .gather import GatherSettings, tune_gather
@@ -45,7 +46,8 @@ from .results import (Ranks, by_dataset, entry_path, owned, owners_of, per_owner
                                write_entry)
 
 # %% ../nbs/41_study.ipynb #41-008
-FORMS = TALLRec, P5 # recommenders that have no stage 1; they are trained in the words of the clean template
+# recommenders that have no stage 1; they are trained in the words of the clean template, or in none
+FORMS = TALLRec, P5, ItemSequence
 # the two forms of stage 1
 FIRST = {"spread": (EncoderSettings, tune_encoder), "gather": (GatherSettings, tune_gather)}
 
@@ -73,7 +75,8 @@ def read_entries(
     kinds = {name: kind for name, kind in KINDS.items() if kind.on_encoder or kind in FORMS}
     for name, values in entries.items():
         one_of(name, values, "recommender", ["", *kinds])
-        kind, stage_2 = kinds.get(values.get("recommender")), names(RecommenderSettings)
+        kind = kinds.get(values.get("recommender"))
+        stage_2 = names(kind and kind.settings or RecommenderSettings)
         if kind in FORMS: check("entries", name, values, ["recommender", *(k for k in stage_2 if k in kind.decided_by)])
         else:
             check("entries", name, values, ["encoder", "tuned", *stage_2])
@@ -144,9 +147,10 @@ def tuned_model(
 ): # (recommender, validation AUC or None, stage 1's figures of merit)
     "An entry's recommender."
     encoders, entries = read_entries()
-    e, q = entries[name], RecommenderSettings.of(vars(p))
-    q = dataclasses.replace(q, **{k: v for k, v in e.items() if k not in ("encoder", "tuned", "recommender")})
+    e = entries[name]
     encoder, kind = e.get("encoder", "backbone"), e.get("recommender", p.study_recommender)
+    own = {k: v for k, v in e.items() if k not in ("encoder", "tuned", "recommender")}
+    q = (KINDS[kind].settings or RecommenderSettings).of(vars(p) | own)
     path, merits = encoder_for(run, encoder, encoders[encoder], folder/"encoders", p.seed)
     if not e["tuned"]: return load_recommender(path, reader), None, merits
     start = {"t5": path, "llm": find_llm(run, q, folder/"llm") if "llm" in KINDS[kind].starts else "",

@@ -17,7 +17,7 @@ def test_pandas_and_ours_keep_the_same_rows(tmp_path):
 
 def test_benchmarks_run_on_demand_only():
     assert ([c.stage for c in chapters() if c.on_demand]
-            == ["baselines", "p5", "collm", "ctrl", "gather", "study", "benchmarks"])
+            == ["baselines", "titles", "p5", "collm", "ctrl", "gather", "study", "benchmarks"])
 
 
 @pytest.mark.parametrize("bad, said", [(dict(bench_size="huge"), "bench_size='huge'.*t5-small"),

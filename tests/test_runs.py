@@ -493,7 +493,7 @@ def package(tmp_path, monkeypatch):
 
 
 STAGES = ("data", "prompts", "backbones", "attributes", "encoder", "gather", "recommender", "metrics", "baselines",
-          "p5", "collm", "ctrl", "figures", "benchmarks", "study")
+          "titles", "p5", "collm", "ctrl", "figures", "benchmarks", "study")
 
 @pytest.mark.parametrize("file, old, new, wanted", [
     ("recommender.py", r"\ndef rec_loss\(", "\n# in other words\ndef rec_loss(", set()),

@@ -212,7 +212,7 @@ def test_help_lists_the_stages():
     from click.testing import CliRunner
     page = " ".join(CliRunner().invoke(cli.cli, ["run", "--help"]).output.split())
     assert "made in this order data, prompts, backbones, attributes, encoder, recommender, metrics, figures" in page
-    assert "made on demand" in page and "baselines, p5, collm, ctrl, gather, study, benchmarks" in page
+    assert "made on demand" in page and "baselines, titles, p5, collm, ctrl, gather, study, benchmarks" in page
 
 
 
