@@ -13,6 +13,8 @@ from ganprompt.templates import read_templates
 from ganprompt.files import UserError, root
 
 RNG = np.random.default_rng(0)
+BANK = [dict(id=split, group=split, split=split, text="{purchase_history} {target_item} ?")
+        for split in ("seen", "attack")]
 
 
 def test_the_bank_starts_with_the_runs_own_template(finished):
@@ -240,10 +242,37 @@ def test_figure1_shows_one_of_each_group():
     scores = np.zeros((3, 2, 4)); scores[:, 1] = [[4, 3, 2, 1], [1, 2, 3, 4], [4, 3, 2, 1]]; scores[:, 0] = [9, 8, 7, 6]
     bank = [t for t in read_templates(root()/"data/templates.yaml")
             if t["id"] in ("paper-recommendation", "s-para-1", "s-para-2")]
-    table = R.figure1(scores, bank, pl.DataFrame({"user": [0, 1], "history": [[0], [1]]}), [[0, 1, 2, 3]]*2,
+    table = R.figure1(scores, bank, pl.DataFrame({"user": [0, 1], "history": [[0], [3, 2, 3, 0, 1]]}), [[0, 1, 2, 3]]*2,
                       ["A", "B", "C", "D"])
     assert (table["group"].to_list() == ["paper", "paraphrase"] and table["1."].to_list() == ["A", "D"]
             and table["rank of the target"].to_list() == [1, 4])
+    assert "history: A , B does" in table["prompt"][0] # the two last
+
+
+def test_the_columns_of_every_template():
+    table = S.template_table(RNG.normal(size=(2, 5, 12)), BANK)
+    head = R.template_block(table, S.bank_intervals(RNG.normal(size=(2, 5, 12)), BANK, range(5), resamples=10)[1]).head
+    assert head == ["id", "group", "split", "HR@10", "flips", "tau", "rbo", "drop", "NDCG@10", "AUC"]
+
+
+def test_a_report_says_how_often_a_model_says_yes_under_its_own_template(monkeypatch, tmp_path):
+    "To what was bought: to one of three users here. An even chance is a no, as for flips."
+    z = np.array([[[1., 5, 6], [0., 5, 6], [-1., 5, 6]], [[1., 5, 6], [1., 5, 6], [-1., 5, 6]]])
+    rows = pl.DataFrame({"user": [4, 7, 9], "history": [[0], [1], [2]]})
+    model = SimpleNamespace(reader=SimpleNamespace(ends=(None, None)))
+    found = dict(check_report=[], is_saved=False, need=None, own_attributes={}, bank_for=BANK, load_recommender=model,
+                 reader_for=(SimpleNamespace(titles=list("ABC")), ""), test_lists=(rows, [[0, 1, 2]]*3),
+                 score_key="key", dataset_info={"dataset": "toy", "synthetic": True})
+    for name, value in found.items(): monkeypatch.setattr(R, name, lambda *args, value=value: value)
+    def score_bank(*args):
+        args[-1].mkdir(parents=True)
+        return z
+    monkeypatch.setattr(R, "score_bank", score_bank)
+    page = R.make_report("some/model", str(tmp_path/"run"))
+    about = json.loads(page.with_suffix(".json").read_text())
+    assert page == tmp_path/"run/robustness/model/report.html" and not (page.parent/".scores").exists()
+    assert about["yes"] == pytest.approx(1/3) and "says yes to 33% of the targets" in page.read_text()
+    assert 0 <= about["seconds"] < 600 and about["users"] == 3
 
 
 class Loud:
