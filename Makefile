@@ -17,9 +17,9 @@ same = @echo "$(firstword $(notdir $(1)))"; before=$$($(STATE)); $(1) >/dev/null
 	[ "$$before" = "$$after" ] || { echo "out of sync, and now corrected; look at the difference and commit it"; exit 1; }
 
 # Chapters and tests run side by side, each on half of the cores; the chapters, which end first, take the tests LATE
-# along, and what these and the others both need is made once, in a folder that they share.
+# along. A run that these and the others both need is made once, in a folder that they share.
 HALF := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 1 ? n/2 : 1)))
-LATE := tests/test_processes.py tests/test_pipeline.py
+LATE := tests/test_processes.py
 
 .PHONY: demo test chapters tests readme mutants busy soak
 demo: .venv/.demo-stamp
