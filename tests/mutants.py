@@ -6,7 +6,7 @@ It is caught if a test that needs no trained run fails on it, or a cell of the m
 run; what is left is put to the tests that
 train a small run first (--quick leaves them out: they take a minute or two a mutant).
 tests/survivors.yaml says of those that were looked at why nothing fails."""
-import argparse, ast, copy, io, json, os, random, resource, signal, sys, tempfile, time
+import argparse, ast, copy, importlib, io, json, os, random, resource, signal, sys, tempfile, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
@@ -25,6 +25,12 @@ TRAINED = {"encoder": ["models"], "scorer": ["scorer"], "recommender": ["scorer"
            "robustness": ["robustness"], "study": ["study"]}
 # what the tests' trained run is made without: one serves all their mutants
 AFTER = "gather", "robustness", "study"
+# imported once for all forks
+HEAVY = ("pytest", "polars", "torch", "peft", "accelerate", "scipy.stats", "sklearn.metrics", "sklearn.neighbors",
+         "sklearn.linear_model", "sklearn.feature_extraction.text", "matplotlib.pyplot", "ir_measures", "nbformat",
+         "rich.console", *(f"transformers.models.{name}" for name in ("auto.tokenization_auto", "t5.modeling_t5",
+         "t5.tokenization_t5", "bert.modeling_bert", "bert.tokenization_bert", "llama.modeling_llama",
+         "qwen2.modeling_qwen2", "gpt2.modeling_gpt2")))
 # what makes pictures and text is looked at, not asserted
 SHOWN = "plot", "draw", "picture", "caption", "notes", "write", "page", "html", "markdown", "render_", "label", "colour"
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
@@ -187,7 +193,7 @@ def main():
     ask.add_argument("--quick", action="store_true", help="only tests that need no trained run")
     a = ask.parse_args()
     sys.path.insert(0, str(ROOT/"tests"))
-    import torch, scipy.stats, sklearn.metrics, transformers, pytest # noqa: F401 shared by all forks
+    for name in HEAVY: importlib.import_module(name)
     known, counts, left = yaml.safe_load((ROOT/"tests/survivors.yaml").read_text()) or {}, {}, []
     home = tempfile.TemporaryDirectory()
     for module in a.modules.split(","):
