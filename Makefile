@@ -17,9 +17,10 @@ STATE := find nbs ganprompt README.md -type f ! -path '*/.*' ! -path '*/__pycach
 same = @echo "$(firstword $(notdir $(1)))"; before=$$($(STATE)); $(1) >/dev/null || exit 1; after=$$($(STATE)); \
 	[ "$$before" = "$$after" ] || { echo "out of sync, and now corrected; look at the difference and commit it"; exit 1; }
 
-# Chapters and tests run side by side, each on half of the cores; the chapters, which end first, take the tests LATE along.
+# Chapters and tests run side by side, each on half of the cores; the chapters, which end first, take the tests LATE
+# along. A run that these and the others both need is made once, in a folder that they share.
 HALF := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 1 ? n/2 : 1)))
-LATE := tests/test_processes.py tests/test_pipeline.py
+LATE := tests/test_processes.py
 
 .PHONY: demo test chapters tests readme mutants busy soak gpu
 demo: .venv/.demo-stamp
@@ -30,7 +31,8 @@ test: .venv/.dev-stamp
 	$(call same,$(BIN)/nbdev-clean)
 	$(call same,$(README))
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=$(HALF) $(MAKE) -j2 chapters tests
+	home=$$(mktemp -d); trap "rm -r $$home" EXIT; \
+		TESTS_SHARE=$$home OMP_NUM_THREADS=$(HALF) $(MAKE) -j2 chapters tests
 
 chapters:
 	$(BIN)/nbdev-test --n-workers 1 --do-print --cell-timeout 3600

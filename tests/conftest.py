@@ -1,10 +1,10 @@
 "A shop of eighty shoppers, cut out of the demo, on which a whole pipeline takes seconds."
-import ast, csv, gzip, json, os, shutil, subprocess, sys
+import ast, csv, gzip, json, multiprocessing, os, shutil
 from pathlib import Path
 
 import pytest
 
-from ganprompt.files import root
+from ganprompt.files import lock, root
 from ganprompt.runs import replacing, settings_of
 
 
@@ -23,8 +23,15 @@ def write_shop(path):
     return path
 
 
+# A folder that several pytests share, so that the finished run is made once for all of them; unset: everyone's own
+SHARED = os.environ.get("TESTS_SHARE")
+
+
 @pytest.fixture(scope="session")
-def shop(tmp_path_factory): return write_shop(tmp_path_factory.mktemp("shop")/"shop.csv")
+def shop(tmp_path_factory):
+    home = Path(SHARED or tmp_path_factory.mktemp("shop"))
+    with lock(str(home), "shop", wait=60):
+        return path if (path := home/"shop.csv").exists() else write_shop(path)
 
 
 SMALL = dict(core=2, pocket_width=32, pocket_layers=1, pocket_epochs=1, bert_epochs=1, k=3, encoder_batch=16,
@@ -42,19 +49,52 @@ def make(run, last, shop, **more):
         if stage.__name__ == f"make_{last}": return folder
 
 
-def start(run, last, shop, every=10, stderr=subprocess.DEVNULL, **more):
-    """`make` in a process of its own, as the launcher does: libraries loaded by other tests change the last digits
-    of sums."""
-    code = ("import sys; sys.path.insert(0, {!r}); from conftest import make; from ganprompt import backbones; "
-            "backbones.EVERY = {}; make({!r}, {!r}, {!r}, **{!r})")
-    return subprocess.Popen([sys.executable, "-c", code.format(str(Path(__file__).parent), every, str(run), last,
-                                                               str(shop), more)], stderr=stderr)
+STAGES = "data", "prompts", "backbones", "attributes", "encoder", "recommender"
+warm = multiprocessing.get_context("forkserver")
+warm.set_forkserver_preload(["__main__", "conftest", *(f"ganprompt.{stage}" for stage in STAGES), "polars", "torch",
+                             "peft", "sklearn.neighbors", *(f"transformers.models.{name}" for name in (
+                                 "auto.tokenization_auto", "t5.modeling_t5", "bert.modeling_bert",
+                                 "llama.modeling_llama"))])
+
+
+class Apart(warm.Process):
+    """A process that is forked from one in which no test has run, and which has loaded what the stages need, once for
+    all of them. Libraries that other tests have loaded would change the last digits of sums."""
+    def __init__(self, function, *args): super().__init__(target=self.silently, args=(function, *args))
+
+    @staticmethod
+    def silently(function, *args):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        function(*args)
+
+    def poll(self): return self.exitcode
+
+    def wait(self):
+        self.join()
+        return self.exitcode
+
+
+def begin(function, *args):
+    process = Apart(function, *args)
+    process.start()
+    return process
+
+
+def keep_every(seconds, run, last, shop, more):
+    from ganprompt import backbones
+    backbones.EVERY = seconds
+    make(run, last, shop, **more)
+
+
+def start(run, last, shop, every=10, **more):
+    "`make` in a process of its own, with a checkpoint every so many seconds."
+    return begin(keep_every, every, str(run), last, str(shop), more)
 
 
 @pytest.fixture(scope="session")
 def finished(shop, tmp_path_factory):
-    "A run that went through undisturbed; a copy of the one in FINISHED_RUN, where that is set."
-    run = tmp_path_factory.mktemp("runs")/"whole"
-    if "FINISHED_RUN" in os.environ: return shutil.copytree(os.environ["FINISHED_RUN"], run)
-    assert start(run, "recommender", shop).wait() == 0
-    return run
+    "A run that went through undisturbed."
+    whole, run = shop.parent/"whole", tmp_path_factory.mktemp("runs")/"whole"
+    with lock(str(shop.parent), "whole", wait=900):
+        if not (whole/"recommender").exists(): assert start(whole, "recommender", shop).wait() == 0
+    return shutil.copytree(whole, run)

@@ -6,7 +6,7 @@ It is caught if a test that needs no trained run fails on it, or a cell of the m
 run; what is left is put to the tests that
 train a small run first (--quick leaves them out: they take a minute or two a mutant).
 tests/survivors.yaml says of those that were looked at why nothing fails."""
-import argparse, ast, copy, io, json, os, random, signal, sys, tempfile, time
+import argparse, ast, copy, importlib, io, json, os, random, resource, signal, sys, tempfile, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
@@ -18,19 +18,26 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = {"templates": ["prompts"], "prompts": ["prompts", "equations"], "encoder": ["equations"],
          "scorer": ["sizes", "equations", "scorer", "heads"],
          "recommender": ["equations", "scorer", "models", "heads", "told"], "gather": ["equations", "study"],
-         "measures": ["metrics", "equations"], "statistics": ["metrics", "robustness"], "metrics": ["metrics"],
-         "sensitivity": ["robustness"], "robustness": ["robustness"], "study": ["study"]}
+         "measures": ["metrics", "equations"], "statistics": ["statistics", "metrics", "sensitivity"],
+         "metrics": ["metrics"], "sensitivity": ["sensitivity"], "robustness": ["robustness"], "study": ["study"]}
 # the same, with a trained run
 TRAINED = {"encoder": ["models"], "scorer": ["scorer"], "recommender": ["scorer", "models"], "gather": ["study"],
            "robustness": ["robustness"], "study": ["study"]}
-# what the tests' trained run is made without: for their mutants one is made, and copied
+# what the tests' trained run is made without: one serves all their mutants
 AFTER = "gather", "robustness", "study"
+# imported once for all forks
+HEAVY = ("pytest", "polars", "torch", "peft", "accelerate", "scipy.stats", "sklearn.metrics", "sklearn.neighbors",
+         "sklearn.linear_model", "sklearn.feature_extraction.text", "matplotlib.pyplot", "ir_measures", "nbformat",
+         "rich.console", *(f"transformers.models.{name}" for name in ("auto.tokenization_auto", "t5.modeling_t5",
+         "t5.tokenization_t5", "bert.modeling_bert", "bert.tokenization_bert", "llama.modeling_llama",
+         "qwen2.modeling_qwen2", "gpt2.modeling_gpt2")))
 # what makes pictures and text is looked at, not asserted
 SHOWN = "plot", "draw", "picture", "caption", "notes", "write", "page", "html", "markdown", "render_", "label", "colour"
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
          ast.Pow: ast.Mult,
          ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
-SECONDS = {False: 120, True: 1200} # a mutant that runs longer is caught: it never ends
+# a mutant that computes longer, or is at it for ten times as long, is caught: it never ends
+SECONDS = {False: 120, True: 1200}
 
 
 def texts(node):
@@ -161,27 +168,20 @@ def in_fork(module, source, expected, trained=False):
             try:
                 os.chdir(folder)
                 os.setpgid(0, 0)
+                resource.setrlimit(resource.RLIMIT_CPU, (SECONDS[trained],)*2)
                 sys.dont_write_bytecode = True
                 sys.path.insert(0, folder)
                 os.environ["PYTHONPATH"] = folder
                 answer = noticed(module, expected, trained)
             except BaseException as e: answer = f"{type(e).__name__} at import"
             Path(folder, "answer").write_text(answer); os._exit(0)
-        end = time.time() + SECONDS[trained]
+        end = time.time() + 10*SECONDS[trained]
         while time.time() < end:
             if os.waitpid(pid, os.WNOHANG)[0]:
                 return Path(folder, "answer").read_text() if Path(folder, "answer").exists() else "the process died"
             time.sleep(.05)
         os.killpg(pid, signal.SIGKILL); os.waitpid(pid, 0)
-        return f"not done after {SECONDS[trained]} s"
-
-
-def trained_run(folder):
-    "The tests' trained run, made once."
-    from conftest import start, write_shop
-    if not (folder/"whole").exists() and start(folder/"whole", "recommender", write_shop(folder/"shop.csv")).wait():
-        sys.exit("the tests' trained run fails")
-    return str(folder/"whole")
+        return f"not done after {10*SECONDS[trained]} s"
 
 
 def main():
@@ -193,7 +193,7 @@ def main():
     ask.add_argument("--quick", action="store_true", help="only tests that need no trained run")
     a = ask.parse_args()
     sys.path.insert(0, str(ROOT/"tests"))
-    import torch, scipy.stats, sklearn.metrics, transformers, pytest # noqa: F401 shared by all forks
+    for name in HEAVY: importlib.import_module(name)
     known, counts, left = yaml.safe_load((ROOT/"tests/survivors.yaml").read_text()) or {}, {}, []
     home = tempfile.TemporaryDirectory()
     for module in a.modules.split(","):
@@ -201,8 +201,8 @@ def main():
         drawn = sorted(random.Random(f"{a.seed} {module}").sample(every, min(a.each, len(every))), key=lambda m: m[1])
         whole = in_fork(module, (ROOT/f"ganprompt/{module}.py").read_text(), None)
         if not whole.startswith("["): sys.exit(f"{module}: tests or chapter fail as they are: {whole}")
-        if module in AFTER and not a.quick: os.environ["FINISHED_RUN"] = trained_run(Path(home.name))
-        else: os.environ.pop("FINISHED_RUN", "")
+        if module in AFTER: os.environ["TESTS_SHARE"] = home.name
+        else: os.environ.pop("TESTS_SHARE", "")
         def put(m):
             return (in_fork(module, m[2], json.loads(whole))
                     or ("" if a.quick or module not in TRAINED else in_fork(module, m[2], None, True)))

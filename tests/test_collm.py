@@ -1,10 +1,11 @@
 "TALLRec and CoLLM: what is trained and what is not, what a score is, what neither may see."
-import json, os, shutil, signal, subprocess, sys, time
+import json, os, shutil, signal, time
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from conftest import begin
 from safetensors.torch import load_file, save_file
 
 from ganprompt import collm
@@ -31,11 +32,15 @@ def give_vectors(run, width=8):
     return stage(run, "baselines", {}, make, inputs=["data"])
 
 
+def keep_always(run):
+    from ganprompt import backbones
+    backbones.EVERY = 0
+    make_collm(CollmSettings(run, **SMALL))
+
+
 def start(run):
     "The stage in a process of its own, with a checkpoint at every step."
-    code = ("from ganprompt import backbones; backbones.EVERY = 0; from ganprompt.collm import CollmSettings, "
-            "make_collm; make_collm(CollmSettings({!r}, **{!r}))")
-    return subprocess.Popen([sys.executable, "-c", code.format(str(run), SMALL)], stderr=subprocess.DEVNULL)
+    return begin(keep_always, str(run))
 
 
 @pytest.fixture(scope="module")

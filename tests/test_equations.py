@@ -12,7 +12,7 @@ import yaml
 from scipy.spatial.distance import jensenshannon
 
 from ganprompt.backbones import Reader, adamw, pocket_model, t5_tokenizer
-from ganprompt import encoder, recommender
+from ganprompt import encoder, gather, recommender
 from ganprompt.encoder import (COUPLINGS, EncoderSettings, Versions, adversarial_update, cosine, discriminator, js,
                                pool, separability, split_users, total, version_loss, version_states)
 from ganprompt.gather import GatherSettings, contrast, gather_update
@@ -508,3 +508,24 @@ def test_gathering_computes_its_loss(world):
         said, tokens = said - np.log(softmax(z)[np.arange(len(labels)), labels]).sum(), tokens + len(labels)
     wanted = dict(lm=said/tokens, same=same, next=following, loss=said/tokens + .5*same + 2*following)
     for name, value in wanted.items(): assert got[name] == pytest.approx(value, abs=2e-4), name
+
+
+def test_gathering_in_one_wording_has_only_the_next_item(world):
+    "There is no other wording that a history could be the same in."
+    (reader, model), (rows, _) = world, shoppers(5)
+    opt, schedule = adamw(model.parameters(), 0., 10, "adam")
+    update = gather_update(model, reader, asked(reader, rows, (PLAIN,)), rows["target"].to_numpy(), opt, schedule,
+                           GatherSettings(gather_wordings=1, gather_same=.5))
+    got = update(np.arange(5), np.random.default_rng(0))
+    assert got["same"] == 0 and got["loss"] == pytest.approx(got["lm"] + got["next"], abs=1e-5)
+
+
+def test_histories_are_looked_for_in_paraphrases_that_were_not_seen(world, monkeypatch):
+    "Against the run's own words: a seen template and an attack are not among them."
+    (reader, model), (rows, _) = world, shoppers(5)
+    texts = PLAIN, "A {purchase_history} B {target_item} ?", OTHER, "{purchase_history} {target_item} now ?"
+    bank = [dict(text=t, split=s) for t, s in zip(texts, ("seen", "seen", "unseen-paraphrase", "attack"))]
+    monkeypatch.setattr(gather, "load_sequences", lambda run, part: {"valid": rows}[part])
+    monkeypatch.setattr(gather, "bank_for", lambda reader: bank)
+    alone = [[states_alone(model, q.context(r)).mean(0) for r in range(5)] for q in asked(reader, rows, (PLAIN, OTHER))]
+    assert gather.likeness_of(model, "run", reader) == pytest.approx(gather.likeness(np.array(alone)), abs=1e-5)

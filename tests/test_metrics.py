@@ -5,7 +5,6 @@ import ir_measures
 import numpy as np
 import polars as pl
 import pytest
-import scipy.stats
 from ir_measures import RR, Success, nDCG
 from sklearn.metrics import roc_auc_score
 
@@ -50,64 +49,9 @@ def test_lists_that_cannot_be_ranked(lists, words):
     with pytest.raises(UserError, match=words): G.ranking(lists)
 
 
-def test_interval_holds_the_truth_95_times_in_100():
-    rng = np.random.default_rng(0)
-    ends = [S.bootstrap(rng.normal(size=(80, 1)), 400, seed).ravel() for seed in range(300)]
-    assert .90 < np.mean([low < 0 < high for _, low, high in ends]) < .98
-
-
-def test_a_method_has_students_interval_over_its_trainings():
-    "By hand, and against scipy where trainings are all the noise."
-    each = np.array([[.30, .1], [.34, .1], [.41, .1]])
-    mean, low, high = S.student(each, np.array([0., .02]))
-    theirs = scipy.stats.t.interval(.95, 2, each[:, 0].mean(), scipy.stats.sem(each[:, 0]))
-    np.testing.assert_allclose([low[0], high[0]], theirs)
-    np.testing.assert_allclose([mean[1], low[1], high[1]], [.1, .1 - 1.96*.02, .1 + 1.96*.02])
-    both = S.student(each[:, :1], np.array([.02]))
-    assert (both[2] - both[0])[0] == pytest.approx((((theirs[1] - theirs[0])/2)**2 + (1.96*.02)**2)**.5)
-
-
-def test_one_training_has_an_interval_over_users_and_says_so():
-    x = np.random.default_rng(0).normal(size=(1, 50, 2))
-    np.testing.assert_array_equal(S.interval(x), S.bootstrap(x[0]))
-    draws = np.r_[.5, np.arange(101)/100]
-    # percentiles of 0, .01, … 1
-    for one in (draws, draws[:, None]): assert S.ends(one) == pytest.approx([.5, .025, .975])
-    assert S.scope(1) == "over users, for one training: they say nothing of the method"
-    assert (S.scope(3, "users and templates") == "over 3 trainings, users and templates (a claim wants 5 trainings)"
-            and S.scope(5) == "over 5 trainings and users")
-
-
-STATISTICS = {"mean": lambda m: m.mean(-1), "q05": lambda m: np.quantile(m, .05, axis=-1),
-              "CPS": lambda m: m.max(-1)*(1 - m.max(-1) + m.mean(-1))}
-
-
-@pytest.mark.parametrize("trainings", [3, 5, 10])
-@pytest.mark.parametrize("by_training, by_user, by_template", [(.03, 0, 0), (0, .4, 0), (.02, .3, .03)])
-def test_a_methods_interval_holds_the_truth_95_times_in_100(trainings, by_training, by_user, by_template, studies=700,
-                                                            templates=20, users=50):
-    """Of figures over templates too. The truth of a figure is its mean over banks of as many templates, without the
-    noise of trainings and users."""
-    rng = np.random.default_rng(trainings)
-    banks = .4 + by_template*rng.normal(size=(20000, templates))
-    found = {f"{i}": .4 + by_training*rng.normal(size=(trainings, 1, 1))
-             + by_template*rng.normal(size=(1, templates, 1)) + by_user*rng.normal(size=(1, 1, users))
-             for i in range(studies)}
-    for name, statistic in STATISTICS.items():
-        truth, held = statistic(banks).mean(), [S.ends(draws) for draws in S.redrawn(found, statistic, 100).values()]
-        assert np.mean([low < truth < high for _, low, high in held]) > .93, name
-    if (by_user, trainings) == (0, 3): # the old way, kept as the reason: three trainings drawn again from themselves
-        lots = rng.integers(3, size=(400, 3))
-        drawn = np.array([x[:, 0, 0][lots].mean(axis=1) for x in found.values()])
-        low, high = np.quantile(drawn, [.025, .975], axis=1)
-        assert np.mean((low < .4) & (.4 < high)) < .80
-
-
-def test_the_interval_of_a_method_is_no_shorter_than_that_of_its_trainings_or_of_its_users():
-    rng = np.random.default_rng(1)
-    each, error = rng.normal(size=(3, 500)), rng.uniform(0, 2, 500)
-    both, alone = (np.diff(S.student(each, e)[1:], axis=0)[0] for e in (error, 0*error))
-    assert (both >= alone).all() and (both >= 2*1.96*error).all()
+def test_a_data_set_that_was_made_up_says_so():
+    assert G.data_name({"dataset": "demo", "synthetic": True}) == "Demo (synthetic)"
+    assert G.data_name({"dataset": "beauty", "synthetic": False}) == "Beauty"
 
 
 def test_paired_difference_needs_the_same_users():
@@ -210,22 +154,6 @@ def test_two_rows_a_user_by_hand():
     assert d["mrr"][0] == pytest.approx((1/3 - 1/4)/6) and d["hit@10"] == [0, 0, 0]
     with pytest.raises(UserError, match="different users"):
         S.difference(pl.concat([a, b.with_columns(pl.col("row") + 1)]), "a", "b")
-
-
-def test_a_user_is_drawn_with_all_lists():
-    "Against a slow loop over users, and against lists taken for people: twice the same list is no news."
-    rng = np.random.default_rng(3)
-    users = np.repeat(np.arange(40), rng.integers(1, 4, 40))
-    values = rng.random((40, 2))[users] + .05*rng.random((len(users), 2))
-    draws, again = [], np.random.default_rng(5)
-    for _ in range(300):
-        drawn = again.integers(40, size=40)
-        draws.append(np.concatenate([values[users == u] for u in drawn]).mean(0))
-    found = S.bootstrap(values, 300, 5, users)
-    np.testing.assert_allclose(found, [values.mean(0), *np.quantile(draws, [.025, .975], axis=0)], atol=1e-12)
-    alone = S.bootstrap(values, 300, 5)
-    assert ((found[2] - found[1]) > 1.15*(alone[2] - alone[1])).all()
-    np.testing.assert_array_equal(S.bootstrap(values, 300, 5, np.arange(len(values))), alone)
 
 
 def test_scores_are_joined_by_their_sequence(shop, tmp_path):

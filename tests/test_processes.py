@@ -54,12 +54,12 @@ def test_stage_1_in_two_processes(ready, finished, shop, tmp_path):
     assert_same(run, finished)
 
 
-def mill(chapter, run, out):
+def mill(chapter, run, out, **more):
     "Execute a chapter with two processes, as papermill does."
     import papermill
     notebook = root()/f"nbs/{chapter}.ipynb"
     values = ({k: v for k, v in SMALL.items() if k in papermill.inspect_notebook(str(notebook))}
-              | {"run": str(run), "processes": 2})
+              | {"run": str(run), "processes": 2} | more)
     papermill.execute_notebook(notebook, out, values, kernel_name="python3", language="python", cwd=notebook.parent,
                                progress_bar=False)
 
@@ -73,7 +73,7 @@ def test_stage_1_in_two_processes_from_papermill(ready, finished, tmp_path):
 def test_stage_2_in_two_processes_from_papermill(finished, tmp_path):
     run = copy(finished, tmp_path/"mill")
     shutil.rmtree(run/"recommender")
-    mill("14_recommender", run, tmp_path/"out.ipynb")
+    mill("14_recommender", run, tmp_path/"out.ipynb", llm=str(finished/"recommender/llm")) # spares training one
     assert manifest(run, "recommender")["metrics"]["processes"] == 2
     one, two = (pl.read_parquet(r/"recommender/scores.parquet") for r in (finished, run))
     assert one.select("model", "user").equals(two.select("model", "user"))

@@ -78,7 +78,8 @@ QUESTIONS, FRESH = [t for t in BANK if t["task"]
 LINES = [{"id": f"lines-{i + 1}", "text": text}
          for i, text in enumerate(["Bought: {purchase_history} \n {target_item} ?",
                             "Bought: {purchase_history:sep=\n} next {target_item} ?",
-                            "\nBought: {purchase_history} next\n\n {target_item} ?\n"])]
+                            "\nBought: {purchase_history} next\n\n {target_item} ?\n",
+                            "Bought: {purchase_history:case=upper&noise=typo&cut=1} next {target_item} ?"])]
 BRACED = [{"id": f"braces-{i + 1}", "text": text} for i, text in enumerate([
     '{{"user": {{"bought": [ {purchase_history:sep=;&mark=1.} ]}}, "item": " {target_item} "}}',
     "{{ {purchase_history} }} {{{{x}}}} {target_item} {{purchase_history}}",
@@ -231,6 +232,7 @@ def test_braces_go_through_every_path(tmp_path):
     made = T.nonsense(sorted(T.fixed_words(BRACED[0]["text"])), 200)
     turned = sum(m["text"].index("{target_item") < m["text"].index("{purchase_history") for m in made)
     assert 40 < turned < 95 # one in three asks about the item first
+    assert all(m["id"] == f"nonsense-{i}" and m["text"].count(f"cut=0.{i}}}") == 2 for i, m in enumerate(made, 1))
     bank = [dict(zip(T.TEMPLATE_FIELDS, (t["id"], "recommendation", "g", "seen", t["text"]))) for t in BRACED] + made
     (tmp_path/"t.yaml").write_text(yaml.safe_dump(bank, sort_keys=False))
     assert read_templates(tmp_path/"t.yaml") == bank and any("{{" in t["text"] for t in made)

@@ -142,21 +142,17 @@ def test_half_precision_stays_near(shown, finished, monkeypatch):
         assert half.dtype == np.float32 and 0 < np.abs(half - full).max() < .05*max(1, np.abs(full).max())
 
 
-@pytest.mark.parametrize("budget", [dict(cache_gb=0.), dict(cache_gb=0., cache_file_gb=0.)])
-def test_where_states_are_kept_changes_no_number(budget, finished, shop, tmp_path, capsys):
-    run = tmp_path/"run"
-    shutil.copytree(finished, run)
-    shutil.rmtree(run/"recommender")
-    make(run, "recommender", shop, recommender="t5-decoder,t5-ranker", recommender_epochs=1)
-    kept, said = pl.read_parquet(run/"recommender/scores.parquet"), capsys.readouterr().out
-    assert "kept in memory" in said
-    shutil.rmtree(run/"recommender")
-    make(run, "recommender", shop, recommender="t5-decoder,t5-ranker", recommender_epochs=1, **budget)
-    said = capsys.readouterr().out
-    assert ("computed each time" if "cache_file_gb" in budget else "kept in a mapped file") in said
-    again = pl.read_parquet(run/"recommender/scores.parquet")
-    assert np.allclose(np.array(kept["scores"].to_list()), np.array(again["scores"].to_list()), atol=1e-4)
-    assert not list((run/"recommender").rglob("*.bin"))
+def test_where_states_are_kept_changes_no_number(finished, shop, tmp_path, capsys):
+    shutil.copytree(finished, run := tmp_path/"run")
+    kept = {}
+    for place, budget in {"kept in memory": {}, "kept in a mapped file": dict(cache_gb=0.),
+                          "computed each time": dict(cache_gb=0., cache_file_gb=0.)}.items():
+        shutil.rmtree(run/"recommender")
+        make(run, "recommender", shop, recommender="t5-decoder,t5-ranker", recommender_epochs=1, **budget)
+        assert place in capsys.readouterr().out
+        kept[place] = np.array(pl.read_parquet(run/"recommender/scores.parquet")["scores"].to_list())
+        assert not list((run/"recommender").rglob("*.bin"))
+        assert np.allclose(kept[place], kept["kept in memory"], atol=1e-4)
 
 
 def test_any_causal_model_of_a_folder_serves(finished, shop, tmp_path):

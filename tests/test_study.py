@@ -307,6 +307,8 @@ def test_room_for_each_entry():
     "Three times an encoder and seven times a recommender."
     def room(entries): return S.StudySettings(study_entries=entries).room({"t5": "pocket"})
     assert room("one template,attributes") == 2*room("attributes") == 20*S.model_bytes("pocket")
+    # weights and two moments in a checkpoint, the one before it, and the encoder
+    assert GatherSettings().room({"t5": "pocket"}) == (3 + 3 + 1)*S.model_bytes("pocket")
 
 
 @pytest.mark.parametrize("plan", ["tables", "standard", "robustness", "robustness-fresh", "ablation"])
