@@ -305,7 +305,7 @@ def test_figures_of_kept_entries_by_hand():
 
 def test_room_for_each_entry():
     "Three times an encoder and seven times a recommender."
-    def room(entries): return S.StudySettings(study_entries=entries).room({"t5": "pocket"})
+    def room(entries): return S.StudySettings(study_entries=entries).room({"encoder": "pocket"})
     assert room("one template,attributes") == 2*room("attributes") == 20*S.model_bytes("pocket")
 
 
