@@ -8,7 +8,7 @@ import torch
 import transformers as tf
 from conftest import make
 
-from ganprompt import backbones, scorer
+from ganprompt import backbones
 from ganprompt.models import answer_logits, encode, load_model, resolve
 from ganprompt.data import load_candidates, load_sequences
 from ganprompt.encoder import reader_for
