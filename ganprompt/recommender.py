@@ -595,7 +595,7 @@ class RecommenderSettings(Settings):
     lora_modules:str="all-linear" # Layers that get an adapter, with commas; all-linear: every one but the last
     four_bit:bool=False # Load the causal model in 4 bits; needs a GPU and bitsandbytes
     download:bool=False # Whether hub models may be fetched; otherwise only the local cache is read
-    cache_gb:float=4.0 # Memory for kept encoder states, in GB; beyond it they go to a file
+    cache_gb:float=1000.0 # Most memory for kept encoder states, in GB; never more than half of what is free
     cache_file_gb:float=50.0 # Largest file of kept encoder states, in GB; beyond it they are computed each time
     processes:int=1 # Processes to train and score in, on as many GPUs; on a CPU each has one thread
     neutral = "download", "cache_gb", "cache_file_gb", "processes"

@@ -176,7 +176,7 @@ class States:
         width:int, # Width of the encoder
         pad_id:int, # Padding token
         file:Path, # Where a mapped file would lie
-        memory_gb:float=4., # Most memory to use
+        memory_gb:float=1000., # Most memory to use, if it is free
         file_gb:float=50., # Largest file
         shared:bool=False, # Whether several processes fill and read them
     ):
