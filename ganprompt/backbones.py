@@ -8,7 +8,7 @@ __all__ = ['EVERY', 'OPTIMIZERS', 'pieces', 't5_tokenizer', 'bert_tokenizer', 'p
            'adamw', 'descend', 'Reader', 'negatives', 'label_loss', 't5_update', 'question_tails', 'narrow_head',
            'last_logits', 'check_causal', 'causal_update', 'mask_tokens', 'slot_targets', 'bert_update',
            'BackbonesSettings', 'pocket_tokenizer', 'most_tokens', 'train_pocket', 'model_faults', 'model_bytes',
-           'make_backbones', 'backbone']
+           'check_reader', 't5_faults', 'kind_named', 'make_backbones', 'backbone']
 
 # %% ../nbs/09_backbones.ipynb #09-n02
 import json, math, re, time
@@ -28,8 +28,9 @@ from .processes import (LARGE, device, finite, is_main, load_checkpoint, save_ch
 from .data import dataset_info, load_training
 from .templates import fixed_words
 from .prompts import PromptEncoder, load_templates, load_titles, make_prompts, pad
-from .models import (answer_logits, answers, check_t5, close, encode, find_model, head_rows, is_model,
-                              load_model, load_tokenizer, log_odds, resolve, weights)
+from .models import (MODELS, answer_logits, answers, check_encoder, check_t5, close, encode, encoder_kind,
+                              find_model, head_rows, is_model, load_encoder, load_tokenizer, log_odds, resolve,
+                              weights)
 
 # %% ../nbs/09_backbones.ipynb #09-011
 def pieces(
@@ -451,7 +452,7 @@ def bert_update(
 class BackbonesSettings(Settings):
     "What stage `backbones` is asked for."
     seed:int=0 # Seed of weights, batches and negatives
-    t5:str="pocket" # T5: a hub name, a local folder, or "pocket"
+    encoder:str="pocket" # T5, encoder of BERT's family or causal model to tune: a hub name, a local folder, or "pocket"
     bert:str="pocket" # Masked language model: a hub name, a local folder, or "pocket"
     download:bool=False # Whether hub models may be fetched; otherwise only the local cache is read
     title_tokens:int=8 # Tokens kept of a title
@@ -465,17 +466,17 @@ class BackbonesSettings(Settings):
 
     def check(self):
         "Look at sizes and rates, and for the models."
-        p, pocket = vars(self), "pocket" in (self.t5, self.bert)
+        p, pocket = vars(self), "pocket" in (self.encoder, self.bert)
         width = [f"pocket_width={self.pocket_width} cannot be; it must be a multiple of 16: set --pocket-width"]
         return [*below(p, 1, "title_tokens", "history_items", "pocket_layers"),
                 *below(p, 0, "seed", "pocket_epochs", "bert_epochs"), *not_positive(p, "pocket_lr"),
                 *width*(pocket and (self.pocket_width < 16 or self.pocket_width % 16 > 0)),
-                *model_faults("t5", self.t5, "t5", self.download),
+                *model_faults("encoder", self.encoder, "encoder", self.download),
                 *model_faults("bert", self.bert, "bert", self.download)]
 
     def room(self, values):
         "Room for the pocket models, and a checkpoint of each."
-        return sum(4*model_bytes(name) for name in (self.t5, self.bert) if name == "pocket")
+        return sum(4*model_bytes(name) for name in (self.encoder, self.bert) if name == "pocket")
 
     def imports(self):
         return ("torch", "transformers.models.auto.tokenization_auto", "transformers.models.t5.modeling_t5",
@@ -537,19 +538,47 @@ def model_bytes(
     if name == "pocket": return 20_000_000
     return 4*sum(map(math.prod, weights(folder).values())) if (folder := find_model(name)) else 0
 
+# %% ../nbs/09_backbones.ipynb #09-e01
+def check_reader(
+    model, # Of `load_encoder`
+    tokenizer, # Its tokenizer
+):
+    "`UserError` unless a model encodes as it should; a T5 has to answer yes or no besides."
+    check_encoder(model)
+    if model.config.is_encoder_decoder:
+        answers(tokenizer)
+        check_t5(model)
+
+def t5_faults(
+    kind:str, # Of the run's encoder; "" if nobody knows it yet
+    who:str, # Who wants to know, for the message
+)->list[str]: # A sentence if it is no T5
+    "Whether there is a decoder to write with."
+    if kind in ("", "t5"): return []
+    return [f"{who}: a T5 is needed, which has a decoder to write with, and the encoder is {MODELS[kind]}; take a run "
+            "with another --encoder"]
+
+def kind_named(
+    name:str, # Hub name, local folder, or "pocket"
+)->str: # "t5", "bert", "causal" or "bare"; "" for a model still to be fetched, or of no such kind
+    "The kind of encoder that a parameter names."
+    if name == "pocket": return "t5"
+    folder = find_model(name)
+    return encoder_kind(folder) if folder and not told(encoder_kind, folder) else ""
+
 # %% ../nbs/09_backbones.ipynb #09-045
 def make_backbones(
     p:BackbonesSettings, # What is asked for
 )->Path: # Folder with backbones.json, and the pocket models
-    """Stage `backbones`: find or train T5 and BERT. `UserError` for a model that is not there or cannot answer yes
-    or no."""
+    """Stage `backbones`: find or train encoder and BERT. `UserError` for a model that is not there or does not do
+    what is asked of one of its kind."""
     refuse(p.check())
     need(p.run, "prompts", make_prompts)
-    names = {"t5": p.t5, "bert": p.bert}
-    found = {kind: resolve(name, p.download) for kind, name in names.items() if name != "pocket"}
+    names, pocket = {"encoder": p.encoder, "bert": p.bert}, {"encoder": "t5", "bert": "bert"}
+    found = {part: resolve(name, p.download) for part, name in names.items() if name != "pocket"}
     def make(folder):
         reader = Reader(p.run, p.title_tokens, p.history_items)
-        parts = [partial(train_pocket, kind, reader, folder/kind, p) for kind in names if kind not in found]
+        parts = [partial(train_pocket, pocket[part], reader, folder/part, p) for part in names if part not in found]
         curves = [row for rows in side_by_side(parts, p.pocket_width*most_tokens(reader) >= LARGE) for row in rows]
         if curves:
             table = pl.DataFrame(curves, infer_schema_length=None)
@@ -558,19 +587,19 @@ def make_backbones(
                                 if c in table.columns]).savefig(folder/"curves.png", dpi=110)
         where = {k: {"name": n, "pocket": n == "pocket", "path": found.get(k, k)} for k, n in names.items()}
         write_json(folder/"backbones.json", where | {k: getattr(p, k) for k in ("title_tokens", "history_items")})
-        answers(load_tokenizer(found.get("t5", folder/"t5")))
-        check_t5(load_model(found.get("t5", folder/"t5"), "t5"))
-        return {kind: sum(p.numel() for p in load_model(found.get(kind, folder/kind), kind).parameters())
-                for kind in names}
+        models = {part: load_encoder(found.get(part, folder/part)) for part in names}
+        check_reader(models["encoder"], load_tokenizer(found.get("encoder", folder/"encoder")))
+        return {part: sum(w.numel() for w in model.parameters()) for part, model in models.items()}
     return stage(p.run, "backbones", p.params, make, inputs=["data", "prompts"], models=list(found.values()))
 
 # %% ../nbs/09_backbones.ipynb #09-046
 def backbone(
     run:str, # Run
-    kind:str, # "t5" or "bert"
+    part:str, # "encoder", "bert", or "t5": the encoder, which has to be a T5's
 )->dict: # name, pocket (whether it is one), path (absolute), title_tokens, history_items
     "Where the run's model lies, and how long its prompts are."
     folder = need(run, "backbones", make_backbones)
     about = json.loads((folder/"backbones.json").read_text())
-    sizes = {k: about[k] for k in ("title_tokens", "history_items")}
-    return about[kind] | sizes | {"path": str(folder/about[kind]["path"])}
+    sizes, mine = {k: about[k] for k in ("title_tokens", "history_items")}, about["encoder" if part == "t5" else part]
+    if part == "t5": refuse(t5_faults(encoder_kind(folder/mine["path"]), f"run {run}"))
+    return mine | sizes | {"path": str(folder/mine["path"])}

@@ -7,9 +7,10 @@ repetition kept."""
 __all__ = ['T5_SIZES', 'LLAMA_SIZES', 'AXES', 'PARTS', 'in_turn', 'random_t5', 'random_causal', 'Bench', 'trainer_for',
            'train_with_trainer', 'train_on_states', 'bench_training', 'bench_epochs', 'generate_scores',
            'score_three_ways', 'bench_scoring', 'bench_scoring_long', 'bench_prefix', 'bench_ranking', 'exponent',
-           'best_of', 'grow', 'bench_growth', 'peak_of', 'bench_memory', 'generate_ratings', 'cut_with_pandas',
-           'bench_data', 'matmul_rate', 'utilisation', 'bench_utilisation', 'bench_catalogue', 'plot_benchmarks',
-           'measure_part', 'asked_parts', 'BenchmarksSettings', 'make_benchmarks', 'keep_benchmarks', 'draw_benchmarks']
+           'best_of', 'grow', 'bench_growth', 'versions_of', 'stage_1', 'saved_mb', 'read_versions', 'peak_of',
+           'bench_memory', 'generate_ratings', 'cut_with_pandas', 'bench_data', 'matmul_rate', 'utilisation',
+           'bench_utilisation', 'bench_catalogue', 'plot_benchmarks', 'measure_part', 'asked_parts',
+           'BenchmarksSettings', 'make_benchmarks', 'keep_benchmarks', 'draw_benchmarks']
 
 # %% ../nbs/50_benchmarks.ipynb #50-004
 import json, math, subprocess, sys, time
@@ -25,12 +26,13 @@ from .runs import STUDIES, Settings, Study, complete, device_words, manifest, ne
 from .processes import device, seed_all
 from .data import load_candidates, load_sequences
 from .prompts import pad
-from .models import answers, encode
+from .models import answers, bf16_pays, encode, fast_math, width_of
 from .backbones import adamw, descend
-from .encoder import make_encoder, reader_for
-from .scorer import (Questions, States, bf16_pays, fast_math, load_recommender, own_attributes,
-                              score_prompts, scores_of)
 from .engine import token_batches
+from .attributes import load_attributes
+from .encoder import (EncoderSettings, Versions, adversarial_update, discriminator, make_encoder, pooled,
+                               reader_for)
+from .scorer import Questions, States, load_recommender, own_attributes, score_prompts, scores_of
 from .recommender import CausalLM, T5Decoder, T5Ranker, add_adapters, freeze_encoder, rec_loss, uncached_logits
 from .statistics import median_ratios
 
@@ -346,6 +348,53 @@ def bench_growth(bench, repeats, folder):
     return {axis: {"sizes": sizes, "seconds": seconds, "exponent": exponent(sizes, seconds)}
             for axis, (sizes, seconds) in found.items()}
 
+# %% ../nbs/50_benchmarks.ipynb #50-e01
+def versions_of(
+    bench, # `Bench`
+)->Versions: # Of the run's training histories
+    "What stage 1 reads."
+    return Versions(bench.reader, load_attributes(bench.run), load_sequences(bench.run, "train"))
+
+def stage_1(
+    bench, # `Bench`
+    histories:int, # Histories a batch
+    part:int=0, # Histories at a time; 0: all
+): # Function without arguments
+    "An iteration of stage 1."
+    versions = versions_of(bench)
+    D = discriminator(width_of(bench.t5), len(versions.words) + 1).to(device())
+    (opt_g, schedule), (opt_d, _) = (adamw(m.requires_grad_(True).parameters(), 1e-6, 10**6, "adam")
+                                     for m in (bench.t5, D))
+    update = adversarial_update(bench.t5, D, versions, opt_g, schedule, opt_d, EncoderSettings(encoder_part=part))
+    def iterate():
+        bench.t5.requires_grad_(True)
+        update(np.arange(histories), np.random.default_rng(0))
+        bench.t5.requires_grad_(False)
+    return iterate
+
+# %% ../nbs/50_benchmarks.ipynb #50-e02
+def saved_mb(
+    function, # Function without arguments
+)->float: # MB
+    "What a forward pass keeps for the gradient."
+    import torch
+    kept = {}
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage() # held, so that no other takes its place
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): function()
+    return sum(s.nbytes() for s in kept.values())/1e6
+
+def read_versions(
+    bench, # `Bench`
+    histories:int, # Of the longest
+):
+    "Read some histories in all their versions, as stage 1 does."
+    versions = versions_of(bench)
+    longest = np.argsort([-len(h) for h in versions.past], kind="stable")[:histories]
+    bench.t5.requires_grad_(True)
+    return pooled(bench.t5, versions.prompts(longest), bench.pad_id)
+
 # %% ../nbs/50_benchmarks.ipynb #50-030
 def peak_of(
     code:str, # Python source
@@ -361,15 +410,17 @@ def peak_of(
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 def bench_memory(bench, repeats, folder):
-    "Peak memory in MB: a training step three ways, and scoring."
+    "Peak memory in MB: a training step three ways, scoring, and an iteration of stage 1."
     head = (f"from ganprompt.benchmarks import *\nfrom ganprompt.scorer import *\nb = Bench({bench.run!r}, "
             f"{bench.size!r})\n"
             f"p, f = b.pairs(16, 5), {str(folder)!r}\n")
     does = {"model alone": "", "full": "train_with_trainer(b, p, False, 40, 1, f)",
             "frozen": "train_with_trainer(b, p, True, 40, 1, f)",
             "kept": "train_on_states(b, States(p, b.t5.config.d_model, b.pad_id, f + '/states.bin').fill(b.t5), 40, 1)",
-            "scoring": "score_prompts(b.decoder, p)"}
-    return {"peak_mb": {name: peak_of(head + code)["peak_mb"] for name, code in does.items()}}
+            "scoring": "score_prompts(b.decoder, p)", "stage 1": "stage_1(b, 24)()",
+            "stage 1 in parts of 4": "stage_1(b, 24, 4)()"}
+    return {"peak_mb": {name: peak_of(head + code)["peak_mb"] for name, code in does.items()},
+            "kept_mb_a_history": saved_mb(lambda: read_versions(bench, 2)) - saved_mb(lambda: read_versions(bench, 1))}
 
 # %% ../nbs/50_benchmarks.ipynb #50-032
 def generate_ratings(
@@ -459,17 +510,8 @@ def utilisation(work)->dict:
 
 def bench_utilisation(bench, repeats, folder, histories=8):
     "Stage 1 and scoring, as a share of what the device can multiply."
-    from ganprompt.attributes import load_attributes
-    from ganprompt.encoder import EncoderSettings, Versions, adversarial_update, discriminator
-    bench.t5.requires_grad_(True)
-    words, rows = load_attributes(bench.run), load_sequences(bench.run, "train")
-    D = discriminator(bench.t5.config.d_model, len(words) + 1).to(device())
-    opts = [adamw(m.parameters(), 1e-6, 10**6, "adam") for m in (bench.t5, D)]
-    update = adversarial_update(bench.t5, D, Versions(bench.reader, words, rows), *opts[0], opts[1][0],
-                                EncoderSettings())
     prompts, found = bench.pairs(histories, 8), {"matmul_tflops": matmul_rate()/1e12}
-    found["stage 1"] = utilisation(lambda: update(np.arange(histories), np.random.default_rng(0)))
-    bench.t5.requires_grad_(False)
+    found["stage 1"] = utilisation(stage_1(bench, histories))
     return found | {"scoring": utilisation(lambda: score_prompts(bench.decoder, prompts))}
 
 # %% ../nbs/50_benchmarks.ipynb #50-037

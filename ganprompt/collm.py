@@ -253,7 +253,7 @@ def make_collm(
     refuse(p.check())
     run = p.run
     need(run, "baselines", make_baselines)
-    backbone(run, "t5")
+    backbone(run, "encoder")
     found = "" if p.llm == "pocket" else resolve(p.llm, p.download)
     def make(folder):
         made, models = run_folder(run)/"recommender/llm", {}

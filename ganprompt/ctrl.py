@@ -21,7 +21,7 @@ from .runs import Settings, once, stage
 from .processes import device, seed_all
 from .data import load_candidates, load_sequences, load_training
 from .prompts import load_titles, pad
-from .models import encode, load_model
+from .models import body, encode, load_encoder, width_of
 from .backbones import adamw, backbone, descend, train
 from .encoder import pool, reader_for
 from .recommender import Best, Trained, list_auc, sample_rows
@@ -116,11 +116,11 @@ class Aligner:
         spaces:int, # M
     ):
         from torch import nn
-        self.model, self.t5, self.pad_id = model, load_model(path, "t5").to(device()), reader.tokenizer.pad_token_id
+        self.model, self.t5, self.pad_id = model, load_encoder(path).to(device()), reader.tokenizer.pad_token_id
         self.prompt, width = reader.encoder(reader.templates["recommendation"]), model["item"].embedding_dim
         self.heads = nn.ModuleDict({"ids": subspaces(2*width, spaces),
-                                    "text": subspaces(self.t5.config.d_model, spaces)}).to(device())
-        self.trained = nn.ModuleDict({"model": model, "language": self.t5.encoder, "heads": self.heads})
+                                    "text": subspaces(width_of(self.t5), spaces)}).to(device())
+        self.trained = nn.ModuleDict({"model": model, "language": body(self.t5), "heads": self.heads})
 
     def project(self, side, x):
         "Representations (n, width) of one side as sub-representations (n, M, 32) of length 1."
@@ -337,7 +337,7 @@ def step_1(
             for moment, s in found.items() for i, row in enumerate(s)]
     pl.concat(rows).write_parquet(folder/"similarity.parquet")
     plot_alignment({moment: s[:40, :40] for moment, s in found.items()}).savefig(folder/"alignment.png", dpi=110)
-    weights = sum(w.numel() for w in aligner.t5.encoder.parameters())
+    weights = sum(w.numel() for w in body(aligner.t5).parameters())
     about = {moment: {"first": matched(s), "nearer": nearer(s)} for moment, s in found.items()}
     write_json(folder/"alignment.json", {"samples": len(shown), "language_parameters": weights, **about})
     pl.DataFrame(curves).write_parquet(folder/"curves.parquet")
@@ -376,7 +376,7 @@ def train_ctrl(
     trained, rows = time.time(), sample_rows(load_sequences(run, "test")["user"], p.test_users, 0)
     frames = [rank_rows(name, users, kind, z) for kind in ("uni99", "full")
               for users, z in [score_run(run, model, "test", rows, kind)]]
-    t5 = backbone(run, "t5") if aligned else {"pocket": False, "name": None}
+    t5 = backbone(run, "encoder") if aligned else {"pocket": False, "name": None}
     return frames, {"pocket": t5["pocket"], "backbone": t5["name"],
                     "settings": {k: v for k, v in p.params.items() if aligned or k not in STEP_1}, "search": [],
                     "valid": curves["valid_auc"].max(), "valid_metric": "auc",
@@ -390,7 +390,7 @@ def make_ctrl(
 )->Path: # Folder with ranks.parquet, models.json, and a folder for each model
     "Stage `ctrl`."
     refuse(p.check())
-    backbone(p.run, "t5")
+    backbone(p.run, "encoder")
     def make(folder):
         models = {}
         frames = [attempt(models, name, family, lambda: train_ctrl(p.run, name, folder, p), folder)

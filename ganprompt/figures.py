@@ -225,7 +225,7 @@ def about_run(
     def read(path): return json.loads((run_folder(run) / path).read_text())
     info = dataset_info(run)
     return dict(dataset=info["dataset"], synthetic=info["synthetic"],
-                pocket=read("backbones/backbones.json")["t5"]["pocket"],
+                pocket=read("backbones/backbones.json")["encoder"]["pocket"],
                 words=read("attributes/attributes.json")["attributes"], separability=read("encoder/separability.json"),
                 coupling=manifest(run, "encoder")["parameters"]["coupling"])
 

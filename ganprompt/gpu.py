@@ -20,11 +20,11 @@ from .runs import STUDIES, Study, commit, device_words, versions
 from .processes import device, seed_all
 from .data import DataSettings, make_data
 from .prompts import PromptsSettings, make_prompts
-from .models import load_model, load_tokenizer
+from .models import fast_math, halved, load_model, load_tokenizer
 from .backbones import Reader, adamw, descend
 from .engine import shares_prefix, token_budget
-from .scorer import (Continued, Questions, UntunedCausal, bank_for, chat_ends, fast_math, halved,
-                              score_prompts, score_tails, scores_of, with_tokenizer)
+from .scorer import (Continued, Questions, UntunedCausal, bank_for, chat_ends, score_prompts, score_tails,
+                              scores_of, with_tokenizer)
 from .recommender import T5Decoder, add_adapters, rec_loss
 from .pages import Block, Page, write_page
 from .benchmarks import LLAMA_SIZES, bench_training, matmul_rate, random_t5, utilisation

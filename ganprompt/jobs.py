@@ -259,7 +259,7 @@ def ask_first(
 ):
     "Raise one `UserError` that says everything that cannot work."
     mine = [(c, stage_settings(c.stage).of(values)) for c in chapters if c.path.parent == root()/"nbs"]
-    refuse([fault for _, p in mine for fault in p.check()])
+    refuse([fault for _, p in mine for fault in [*p.check(), *p.fits(values)]])
     folder = run_folder(values["run"])
     # 2e7: notebooks and pictures
     room = 2e7 + sum(p.room(values) for c, p in mine if not complete(folder/c.stage))

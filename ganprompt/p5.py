@@ -22,10 +22,10 @@ from .runs import Settings, need, stage
 from .processes import device, seed_all
 from .data import load_candidates, load_sequences, make_data
 from .prompts import PromptEncoder, load_titles, pad
-from .models import cross_attention, encode, load_model, load_tokenizer, t5_logits
-from .backbones import adamw, backbone, descend, label_loss, model_bytes, train
+from .models import cross_attention, encode, fast_math, load_model, load_tokenizer, t5_logits
+from .backbones import adamw, backbone, descend, kind_named, label_loss, model_bytes, t5_faults, train
 from .encoder import reader_for
-from .scorer import KINDS, Prompted, fast_math, load_recommender, tune, with_tokenizer
+from .scorer import KINDS, Prompted, load_recommender, tune, with_tokenizer
 from .recommender import Best, Trained, list_auc, sample_rows
 from .idmodels import attempt, rank_rows
 from .baselines import finish
@@ -176,9 +176,13 @@ class P5Settings(Settings):
                 *below(vars(self), 0, "seed", "test_users", "valid_users", "patience"),
                 *not_positive(vars(self), "recommender_lr")]
 
+    def fits(self, values):
+        "Whether the run's encoder has a decoder."
+        return t5_faults(kind_named(values["encoder"]), "stage p5")
+
     def room(self, values):
         "Room for both models, and a checkpoint of each."
-        return 2*5*model_bytes(values["t5"])
+        return 2*5*model_bytes(values["encoder"])
 
 # %% ../nbs/33_p5.ipynb #33-028
 def train_p5(

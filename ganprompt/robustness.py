@@ -285,7 +285,7 @@ def make_report(
     key = score_key(model, home, download, [*own.items()], bank, reader.titles, rows.to_dicts(), [*map(list, lists)],
                     chat)
     scores = score_bank(recommender, own, bank, rows, lists, name, folder / ".scores" / key)
-    order, pocket = agreement(scores), own_run is not None and backbone(run, "t5")["pocket"]
+    order, pocket = agreement(scores), own_run is not None and backbone(run, "encoder")["pocket"]
     table, floor = template_table(scores, bank, order), chance(np.array(list(map(len, lists))))
     sure, each = bank_intervals(scores, bank, rows["user"], order)
     about = dict(model=name, run=run_folder(run).name, dataset=info["dataset"], synthetic=info["synthetic"],

@@ -44,6 +44,12 @@ class Settings:
         "Look at the values before anything starts."
         return []
 
+    def fits(self,
+        values:dict, # Name → value, of all stages
+    ) -> list[str]: # A sentence for everything that does not go with what another stage is asked for
+        "Look at the values of several stages."
+        return []
+
     def room(self,
         values:dict, # Name → value, of all stages
     ) -> float: # Bytes, about
@@ -137,7 +143,7 @@ def _bound(node):
     return [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
 
 # %% ../nbs/01_runs.ipynb #01-014e
-LOOKS = "check", "room", "disk", "imports" # methods that only look at values, or guess a size
+LOOKS = "check", "fits", "room", "disk", "imports" # methods that only look at values, or guess a size
 
 class _Definition:
     """A top-level statement: its hash, that of what other stages have of it, and the names that it uses with those

@@ -103,7 +103,7 @@ def encoder_for(
     seed:int, # Seed
 )->tuple[str, dict]: # (folder of a T5, stage 1's figures of merit)
     "The backbone, or what a stage 1 makes of it; one that is whole already is kept."
-    if name == "backbone": return backbone(run, "t5")["path"], {}
+    if name == "backbone": return backbone(run, "encoder")["path"], {}
     home, (settings, tune) = folder/slug(name), FIRST[values.get("stage", "spread")]
     p, words = settings.of(values | {"run": run, "seed": seed}), {"k": values["k"]} if "k" in values else {}
     def train(home):
@@ -119,7 +119,7 @@ class StudySettings(Settings):
     "What stage `study` is asked for."
     seed:int=0 # Seed of weights, batches, negatives and wordings
     study_entries:str="one template,random templates,agreement" # Entries of data/study.yaml; all: every one
-    study_recommender:str="t5-ranker" # What is tuned: t5-decoder, causal-lm or t5-ranker
+    study_recommender:str="t5-ranker" # What is tuned: t5-decoder, causal-lm, t5-ranker or ranker
     study_users:int=300 # Users to ask about, drawn at random, the same for every seed; 0: all
     study_bank:str="templates" # Bank that they are asked under: data/NAME.yaml; trained on: data/templates.yaml
     recommender_epochs:int=6 # Passes over the training sequences at most
@@ -135,7 +135,7 @@ class StudySettings(Settings):
 
     def room(self, values):
         "Room for the encoders and recommenders, and a checkpoint of each."
-        return len(asked_entries(self.study_entries))*(3 + 7)*model_bytes(values["t5"])
+        return len(asked_entries(self.study_entries))*(3 + 7)*model_bytes(values["encoder"])
 
 # %% ../nbs/41_study.ipynb #41-012
 def tuned_model(
@@ -328,7 +328,7 @@ def make_study(
             raise UserError("; ".join(f"{name}: {about['failed']}" for name, about in found.items()))
         join_tables(folder, [name for name, about in found.items() if "failed" not in about])
         write_json(folder/"study.json", {"entries": found, "recommender": p.study_recommender,
-                                         "pocket": backbone(run, "t5")["pocket"]})
+                                         "pocket": backbone(run, "encoder")["pocket"]})
         (folder/"table.md").write_text(to_md(stage_page(found,
                                                         f"{p.study_recommender}, {dataset_info(run)['dataset']}, "
                                                         f"{len(test_lists(run, p.study_users)[0])} users")),

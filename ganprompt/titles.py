@@ -21,10 +21,11 @@ from .runs import Settings, digest, manifest, model_files, need, once, stage
 from .processes import device, seed_all, set_threads
 from .data import load_training, make_data
 from .prompts import load_titles, pad
-from .models import is_here, load_tokenizer, resolve
+from .models import fast_math, is_here, load_tokenizer, resolve
 from .backbones import adamw, backbone, descend, train
+from .engine import token_batches
 from .encoder import pool
-from .scorer import KINDS, Recommender, fast_math, token_batches, tune
+from .scorer import KINDS, Recommender, tune
 from .recommender import Best, Trained, list_auc
 from .statistics import bootstrap
 from .idmodels import VALID_METRIC, VALID_ROWS, attempt, cross_entropy, ndcg, prefixes, rank_all, sampled

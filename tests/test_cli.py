@@ -121,7 +121,7 @@ def test_precedence(tmp_path, monkeypatch):
 def test_presets_name_known_parameters(name):
     assert name in ("pocket", "t5-small", "paper")
     values = chosen_values(chapters(), {}, preset=name)
-    assert values["t5"] == {"pocket": "pocket", "t5-small": "t5-small", "paper": "t5-base"}[name]
+    assert values["encoder"] == {"pocket": "pocket", "t5-small": "t5-small", "paper": "t5-base"}[name]
 
 
 @pytest.mark.parametrize("type, text, value", [("bool", "True", True), ("bool", "no", False), ("float", "5e-5", 5e-5),
@@ -315,7 +315,7 @@ def chain(tmp_path):
     "A run with stages as the chapters make them, but for what they hold."
     run = tmp_path/"run"
     for name, params in ("data", {"dataset": "shop.csv", "core": 3}), ("backbones",
-            {"seed": 0, "t5": "pocket"}), ("encoder", {"seed": 0, "alpha": 1.}), ("recommender",
+            {"seed": 0, "encoder": "pocket"}), ("encoder", {"seed": 0, "alpha": 1.}), ("recommender",
                     {"seed": 0, "recommender": "t5-decoder,t5-ranker"}):
         inputs = [other for other in stage_call(name).get("inputs", ()) if complete(run/other)]
         stage(run, name, params, lambda folder: write_json(folder/"x.json", params), inputs=inputs,

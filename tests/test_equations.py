@@ -11,17 +11,17 @@ import torch
 import yaml
 from scipy.spatial.distance import jensenshannon
 
-from ganprompt.backbones import Reader, adamw, pocket_model, t5_tokenizer
-from ganprompt import encoder, gather, recommender
-from ganprompt.encoder import (COUPLINGS, EncoderSettings, Versions, adversarial_update, cosine, discriminator, js,
-                               pool, separability, split_users, total, version_loss, version_states)
-from ganprompt.gather import GatherSettings, contrast, gather_update
-from ganprompt.recommender import (Best, RecommenderSettings, T5Decoder, T5Ranker, Trained, divergence, list_auc,
-                                   rec_loss, sample_rows, training_items, tune_on_states)
-from ganprompt.templates import read_templates
 from ganprompt.files import root
 from ganprompt.processes import seed_all
+from ganprompt.templates import read_templates
+from ganprompt.backbones import Reader, adamw, pocket_model, t5_tokenizer
+from ganprompt.encoder import (COUPLINGS, EncoderSettings, Versions, adversarial_update, contrast, cosine,
+                               discriminator, js, pool, separability, split_users, total, version_loss, version_states)
 from ganprompt.scorer import Questions, States, bank_for, describe, load_recommender, scores_of
+from ganprompt.recommender import (Best, RecommenderSettings, T5Decoder, T5Ranker, Trained, divergence, list_auc,
+                                   rec_loss, sample_rows, training_items, tune_on_states)
+from ganprompt.gather import GatherSettings, gather_update
+from ganprompt import encoder, gather, recommender
 
 KINDS, THINGS = ("oak", "tin"), ("bowl", "desk lamp", "chair", "spoon", "shelf", "clock")
 TITLES = [f"{kind} {thing}" for kind in KINDS for thing in THINGS]

@@ -8,7 +8,7 @@ import torch
 import transformers as tf
 from conftest import make
 
-from ganprompt import backbones, scorer
+from ganprompt import backbones
 from ganprompt.models import answer_logits, encode, load_model, resolve
 from ganprompt.data import load_candidates, load_sequences
 from ganprompt.encoder import reader_for
@@ -136,7 +136,7 @@ def test_half_precision_stays_near(shown, finished, monkeypatch):
         model = load_recommender(finished/f"recommender/ganprompt{kind}", reader)
         full = np.concatenate(model.scores(questions, np.arange(5), lists))
         model.vectors = None
-        monkeypatch.setattr(scorer, "bf16_pays", lambda: True)
+        monkeypatch.setattr("ganprompt.models.bf16_pays", lambda: True)
         half = np.concatenate(model.scores(questions, np.arange(5), lists))
         monkeypatch.undo()
         assert half.dtype == np.float32 and 0 < np.abs(half - full).max() < .05*max(1, np.abs(full).max())

@@ -33,7 +33,7 @@ def test_batches_are_as_large_as_the_budget_allows():
 @pytest.fixture
 def machine(monkeypatch):
     "4,096,000 free bytes of memory, 10,000,000 of disk, no GPU."
-    monkeypatch.setattr(scorer.os, "sysconf", {"SC_AVPHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.get)
+    monkeypatch.setattr(scorer, "free_memory", lambda: 4_096_000)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10_000_000, total=10**12))
     monkeypatch.setattr(scorer, "device", lambda: torch.device("cpu"))
 
@@ -56,7 +56,7 @@ def test_a_gpu_comes_first_and_half_of_its_free_memory_is_taken(machine, monkeyp
 
 def test_bfloat16_is_for_gpus_that_have_it(monkeypatch):
     for kind, able, pays in (("cpu", True, False), ("cuda", True, True), ("cuda", False, False)):
-        monkeypatch.setattr(scorer, "device", lambda: torch.device(kind))
+        monkeypatch.setattr("ganprompt.models.device", lambda: torch.device(kind))
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able)
         assert scorer.bf16_pays() is pays
 

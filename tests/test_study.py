@@ -8,16 +8,16 @@ import yaml
 
 from conftest import make
 from ganprompt import robustness as R, sensitivity, study as S
-from ganprompt.cli import plan_of, read_plan, studies, study_of
-from ganprompt.models import load_model
-from ganprompt.encoder import reader_for, separability
-from ganprompt.gather import GatherSettings, contrast, likeness, make_gather
-from ganprompt.p5 import asker_for
 from ganprompt.files import UserError, root, write_json
 from ganprompt.runs import manifest, stage
+from ganprompt.models import load_model
+from ganprompt.encoder import contrast, reader_for, separability
 from ganprompt.scorer import Prompted, Questions, bank_for, load_recommender
-from ganprompt.results import by_dataset
 from ganprompt.statistics import ends
+from ganprompt.p5 import asker_for
+from ganprompt.gather import GatherSettings, likeness, make_gather
+from ganprompt.results import by_dataset
+from ganprompt.cli import plan_of, read_plan, studies, study_of
 
 
 def test_the_contrast_is_that_of_looped_sums():
@@ -305,7 +305,7 @@ def test_figures_of_kept_entries_by_hand():
 
 def test_room_for_each_entry():
     "Three times an encoder and seven times a recommender."
-    def room(entries): return S.StudySettings(study_entries=entries).room({"t5": "pocket"})
+    def room(entries): return S.StudySettings(study_entries=entries).room({"encoder": "pocket"})
     assert room("one template,attributes") == 2*room("attributes") == 20*S.model_bytes("pocket")
     # weights and two moments in a checkpoint, the one before it, and the encoder
     assert GatherSettings().room({"t5": "pocket"}) == (3 + 3 + 1)*S.model_bytes("pocket")

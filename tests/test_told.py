@@ -91,10 +91,10 @@ def test_a_wrong_value_is_told_first(tmp_path, monkeypatch, capsys, args, messag
 
 def test_all_faults_are_told_together(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ganprompt", "run", "--run", str(tmp_path/"run"), "--k", "0", "--coupling",
-                                      "rival", "--t5", "none", "--valid-users", "-1"])
+                                      "rival", "--encoder", "none", "--valid-users", "-1"])
     with pytest.raises(SystemExit): main()
     said = capsys.readouterr().err
-    assert (all(s in said for s in ("k=0", "coupling='rival'", "t5: the model 'none'"))
+    assert (all(s in said for s in ("k=0", "coupling='rival'", "encoder: the model 'none'"))
             and said.count("valid_users=-1") == 1)
 
 
@@ -113,13 +113,13 @@ def test_ten_seconds_are_enough(tmp_path):
 def test_a_folder_is_meant_from_where_the_user_stands(models, monkeypatch):
     monkeypatch.chdir(models.parent)
     known = parameters(chapters())
-    for name, kind in ("t5", "t5"), ("bert", "bert"), ("llm", "causal"):
+    for name, kind in ("encoder", "t5"), ("bert", "bert"), ("llm", "causal"):
         for given in f"{models.name}/{kind}", f"./{models.name}/{kind}", str(models/kind):
             assert jobs.absolute(name, given, known[name].help) == str(models/kind)
     monkeypatch.chdir(models)
-    values = jobs.chosen_values(chapters(), {"t5": "t5", "llm": "causal"})
-    assert (values["t5"], values["bert"], values["llm"]) == (str(models/"t5"), "pocket", str(models/"causal"))
-    assert jobs.chosen_values(chapters(), {"t5": "org/t5"})["t5"] == "org/t5"
+    values = jobs.chosen_values(chapters(), {"encoder": "t5", "llm": "causal"})
+    assert (values["encoder"], values["bert"], values["llm"]) == (str(models/"t5"), "pocket", str(models/"causal"))
+    assert jobs.chosen_values(chapters(), {"encoder": "org/t5"})["encoder"] == "org/t5"
 
 
 def test_the_nearest_folder_is_named(models, monkeypatch):
