@@ -158,6 +158,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'ganprompt.cli.main': ('cli.html#main', 'ganprompt/cli.py'),
                                'ganprompt.cli.make_missing': ('cli.html#make_missing', 'ganprompt/cli.py'),
                                'ganprompt.cli.plan_of': ('cli.html#plan_of', 'ganprompt/cli.py'),
+                               'ganprompt.cli.presets': ('cli.html#presets', 'ganprompt/cli.py'),
                                'ganprompt.cli.read_plan': ('cli.html#read_plan', 'ganprompt/cli.py'),
                                'ganprompt.cli.robustness': ('cli.html#robustness', 'ganprompt/cli.py'),
                                'ganprompt.cli.run': ('cli.html#run', 'ganprompt/cli.py'),

@@ -178,7 +178,7 @@ def read_preset(
 ) -> dict: # Name → value
     "Values of a preset, checked like any other."
     path = root()/"data"/"presets.yaml"
-    found = {key.value: node for key, node in compose_yaml(path).value}
+    found = {key.value: dict((k.value, v) for k, v in node.value)["values"] for key, node in compose_yaml(path).value}
     if name not in found: raise UserError(f"unknown preset {name!r}; there are {', '.join(found)}")
     return _mapping(found[name], path.name, known)
 

@@ -1,5 +1,5 @@
 "The launcher: strict before it starts, one process a chapter, nothing done twice, and it goes on after a kill."
-import io, json, signal, subprocess, sys, time
+import io, json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import nbformat
@@ -83,7 +83,7 @@ def test_line_of_another_form_is_refused():
     (["--datset", "toys"], "unknown parameter 'datset'; the nearest known name is 'dataset'"),
     (["--max-histori=3"], "unknown parameter 'max_histori'; the nearest known name is 'max_history'"),
     (["--core", "many"], "--core: core must be int, not 'many'"),
-    (["--preset", "huge"], "unknown preset 'huge'; there are pocket, t5-small, paper"),
+    (["--preset", "huge"], "unknown preset 'huge'; there are pocket, minilm, smollm2, t5-small, paper, llama"),
     (["--until", "dinner"], "there is no stage 'dinner'"),
     (["--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
 ])
@@ -119,9 +119,19 @@ def test_precedence(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", list(yaml.safe_load((root()/"data"/"presets.yaml").read_text())))
 def test_presets_name_known_parameters(name):
-    assert name in ("pocket", "t5-small", "paper")
     values = chosen_values(chapters(), {}, preset=name)
-    assert values["encoder"] == {"pocket": "pocket", "t5-small": "t5-small", "paper": "t5-base"}[name]
+    assert values["encoder"] == {"pocket": "pocket", "t5-small": "t5-small", "paper": "t5-base", "llama": "t5-base"
+                                 }.get(name, "sentence-transformers/all-MiniLM-L6-v2")
+    assert (values["llm"] != "pocket") == (name in ("smollm2", "llama"))
+
+
+def test_presets_are_listed_with_their_needs():
+    done = subprocess.run([sys.executable, "-c", "from ganprompt.cli import main; main()", "presets"],
+                          capture_output=True, text=True, env=os.environ | {"COLUMNS": "160"})
+    found = yaml.safe_load((root()/"data"/"presets.yaml").read_text())
+    assert len(found) == 6 and all(f" {name} " in done.stdout for name in found), done.stderr
+    for preset in found.values():
+        assert re.search(r"measured|estimated", preset["needs"]) and preset["needs"].split()[0] in done.stdout
 
 
 @pytest.mark.parametrize("type, text, value", [("bool", "True", True), ("bool", "no", False), ("float", "5e-5", 5e-5),
