@@ -6,11 +6,11 @@ repetition kept."""
 # %% auto #0
 __all__ = ['T5_SIZES', 'LLAMA_SIZES', 'AXES', 'PARTS', 'in_turn', 'random_t5', 'random_causal', 'Bench', 'trainer_for',
            'train_with_trainer', 'train_on_states', 'bench_training', 'bench_epochs', 'generate_scores',
-           'score_three_ways', 'bench_scoring', 'bench_scoring_long', 'bench_prefix', 'bench_ranking', 'exponent',
-           'best_of', 'grow', 'bench_growth', 'versions_of', 'stage_1', 'saved_mb', 'read_versions', 'peak_of',
-           'bench_memory', 'generate_ratings', 'cut_with_pandas', 'bench_data', 'matmul_rate', 'utilisation',
-           'bench_utilisation', 'bench_catalogue', 'plot_benchmarks', 'measure_part', 'asked_parts',
-           'BenchmarksSettings', 'make_benchmarks', 'keep_benchmarks', 'draw_benchmarks']
+           'score_three_ways', 'bench_scoring', 'bench_scoring_long', 'bench_prefix', 'score_whole', 'bench_wordings',
+           'bench_ranking', 'exponent', 'best_of', 'grow', 'bench_growth', 'versions_of', 'stage_1', 'saved_mb',
+           'read_versions', 'peak_of', 'bench_memory', 'generate_ratings', 'cut_with_pandas', 'bench_data',
+           'matmul_rate', 'utilisation', 'bench_utilisation', 'bench_catalogue', 'plot_benchmarks', 'measure_part',
+           'asked_parts', 'BenchmarksSettings', 'make_benchmarks', 'keep_benchmarks', 'draw_benchmarks']
 
 # %% ../nbs/50_benchmarks.ipynb #50-004
 import json, math, subprocess, sys, time
@@ -21,18 +21,20 @@ import numpy as np
 import polars as pl
 
 from .files import (UserError, below, listed, pages_folder, refuse, results_folder, root, run_folder, strange,
-                             write_json)
+                             told, write_json)
 from .runs import STUDIES, Settings, Study, complete, device_words, manifest, need, once, stage, versions
 from .processes import device, seed_all
 from .data import load_candidates, load_sequences
 from .prompts import pad
-from .models import answers, bf16_pays, encode, fast_math, width_of
+from .models import answers, bf16_pays, encode, fast_math, is_model, width_of
 from .backbones import adamw, descend
 from .engine import token_batches
 from .attributes import load_attributes
 from .encoder import (EncoderSettings, Versions, adversarial_update, discriminator, make_encoder, pooled,
                                reader_for)
-from .scorer import Questions, States, load_recommender, own_attributes, score_prompts, scores_of
+from .templates import slots
+from .scorer import (Questions, States, UntunedCausal, bank_for, load_recommender, own_attributes,
+                              score_prompts, scores_of)
 from .recommender import CausalLM, T5Decoder, T5Ranker, add_adapters, freeze_encoder, rec_loss, uncached_logits
 from .statistics import median_ratios
 
@@ -98,8 +100,9 @@ class Bench:
         size:str, # Name in `LLAMA_SIZES`
         seed:int=0, # Seed of the weights
         long:bool=True, # Ten purchases and up to 16 tokens a title in a prompt; otherwise what the run has
+        llm:str="", # Causal language model by name; empty: random weights
     ):
-        self.run, self.size, self.t5_size = run, size, size if size in T5_SIZES else "t5-base"
+        self.run, self.size, self.t5_size, self.llm = run, size, size if size in T5_SIZES else "t5-base", llm
         self.reader, _ = reader_for(run)
         if long: self.reader.title_tokens, self.reader.history_items = 16, 10
         rows = load_sequences(run, "test")
@@ -296,6 +299,40 @@ def bench_prefix(bench, repeats, folder, users=1, n=100):
             "largest_difference": float((found["shared"] - found["alone"]).abs().max()),
             "spread": float(found["shared"].std())}
 
+# %% ../nbs/50_benchmarks.ipynb #50-023w
+def score_whole(
+    model:UntunedCausal, # Language model
+    prompts:list, # Token ids of whole questions
+)->np.ndarray: # Log-odds of yes
+    "Every question read from its first word to its last."
+    import torch
+    out = np.empty(len(prompts), np.float32)
+    with torch.inference_mode(), fast_math():
+        for rows in token_batches(np.array([len(p) for p in prompts]), model.budget):
+            ids, mask = (t.to(model.device) for t in pad([prompts[r] for r in rows], model.pad_id))
+            out[rows] = scores_of(model.whole(ids, mask, model.names), "yes-no", model.names).cpu().numpy()
+    return out
+
+def bench_wordings(bench, repeats, folder, users=2, n=100, wordings=8, sample=4):
+    "An untuned causal model under several wordings: prefix once, and each question read whole (some; multiplied)."
+    model = (load_recommender(bench.llm, bench.reader) if bench.llm else
+             UntunedCausal(random_causal(bench.size, bench.t5, bench.reader).lm, bench.reader, "?"))
+    rows, lists, found = np.arange(users), list(bench.candidates(users, n)), {}
+    bank = [t["text"] for t in bank_for(bench.reader) if "attribute" not in slots(t["text"])][:wordings]
+    asked = [Questions(model.reader, {}, bench.rows, text, False) for text in bank]
+    def shared(): found["shared"] = [model.scores(q, rows, lists) for q in asked]
+    def whole():
+        found["whole"] = [score_whole(model, [q.ids(r, int(i)) for r in rows for i in lists[r][:sample]])
+                          for q in asked]
+    times = in_turn({"each question whole": whole, "prefix once": shared}, repeats)
+    times["each question whole"] = [n/sample*t for t in times["each question whole"]]
+    near = [np.abs(np.concatenate([x[:sample] for x in z]) - w).max() for z, w in zip(found["shared"], found["whole"])]
+    return {"seconds": times, "ratios": median_ratios(times, "prefix once"), "candidates": n, "users": users,
+            "wordings": len(bank), "whole_questions_timed": sample*users*len(bank),
+            "pairs_a_second": {k: users*n*len(bank)/float(np.median(t)) for k, t in times.items()},
+            "largest_difference": float(max(near))}
+
+# %% ../nbs/50_benchmarks.ipynb #50-023r
 def bench_ranking(bench, repeats, folder, users=4, n=100):
     "The T5 ranker and the T5 decoder on the same shoppers and candidates."
     ranker, rows, lists = T5Ranker(bench.t5, bench.reader), np.arange(users), list(bench.candidates(users, n))
@@ -579,8 +616,8 @@ def plot_benchmarks(
 
 # %% ../nbs/50_benchmarks.ipynb #50-041
 PARTS = {"training": bench_training, "epochs": bench_epochs, "scoring": bench_scoring,
-         "long prompts": bench_scoring_long, "prefix": bench_prefix, "ranking": bench_ranking, "growth": bench_growth,
-         "memory": bench_memory, "data": None, "catalogue": bench_catalogue, "utilisation": bench_utilisation}
+         "long prompts": bench_scoring_long, "prefix": bench_prefix, "wordings": bench_wordings,
+         "ranking": bench_ranking, "growth": bench_growth, "memory": bench_memory, "data": None, "catalogue": bench_catalogue, "utilisation": bench_utilisation}
 
 def measure_part(
     name:str, # One of `PARTS`
@@ -607,7 +644,8 @@ def asked_parts(
 class BenchmarksSettings(Settings):
     "What stage `benchmarks` is asked for."
     seed:int=0 # Seed of weights, batches and negatives
-    bench_size:str="pocket" # Size of the models, with random weights: pocket, t5-small, t5-base or llama-1b
+    bench_size:str="pocket" # Size of the models, with random weights: pocket, t5-small, t5-base, smollm2 or llama-1b
+    bench_llm:str="" # Causal language model of the part wordings: a hub name or local folder; empty: random weights
     bench_parts:str="training,scoring,prefix,ranking" # What to measure; all: everything
     bench_repeats:int=2 # Repetitions of each pair
     bench_rows:int=1000000 # Rows of the generated ratings file
@@ -616,6 +654,7 @@ class BenchmarksSettings(Settings):
         "Look at names and numbers."
         p = vars(self)
         return [*strange(p | {"bench_parts": asked_parts(self.bench_parts)}, bench_size=LLAMA_SIZES, bench_parts=PARTS),
+                *(told(is_model, self.bench_llm, "causal") if self.bench_llm else []),
                 *below(p, 1, "bench_repeats", "bench_rows"), *below(p, 0, "seed")]
 
     def room(self, values):
@@ -632,10 +671,11 @@ def make_benchmarks(
     run, parts = p.run, asked_parts(p.bench_parts)
     need(run, "encoder", make_encoder)
     def make(folder):
-        bench = Bench(run, p.bench_size, p.seed)
+        bench = Bench(run, p.bench_size, p.seed, llm=p.bench_llm)
         found = {name: measure_part(name, bench, p.bench_repeats, p.bench_rows, folder) for name in parts}
         about = {"size": p.bench_size, "t5": bench.t5_size, "run": Path(run).name, "repeats": p.bench_repeats,
-                 "seed": p.seed, "random_weights": parts != ["catalogue"], "machine": device_words(),
+                 "seed": p.seed, "llm": p.bench_llm and Path(p.bench_llm).name,
+                 "random_weights": parts != ["catalogue"] and not p.bench_llm, "machine": device_words(),
                  "threads": torch.get_num_threads(), "versions": versions()}
         write_json(folder/"benchmarks.json", about | {"parts": found})
         plot_benchmarks(about | {"parts": found}).savefig(folder/"benchmarks.png", dpi=110, metadata={"Software": None})
