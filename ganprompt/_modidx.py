@@ -21,6 +21,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'ganprompt.attributes.own_words': ('attributes.html#own_words', 'ganprompt/attributes.py'),
                                       'ganprompt.attributes.plot_counts': ('attributes.html#plot_counts', 'ganprompt/attributes.py'),
                                       'ganprompt.attributes.row_words': ('attributes.html#row_words', 'ganprompt/attributes.py'),
+                                      'ganprompt.attributes.slot_ids': ('attributes.html#slot_ids', 'ganprompt/attributes.py'),
+                                      'ganprompt.attributes.slot_logits': ('attributes.html#slot_logits', 'ganprompt/attributes.py'),
                                       'ganprompt.attributes.truth': ('attributes.html#truth', 'ganprompt/attributes.py'),
                                       'ganprompt.attributes.usable': ('attributes.html#usable', 'ganprompt/attributes.py'),
                                       'ganprompt.attributes.vote': ('attributes.html#vote', 'ganprompt/attributes.py'),

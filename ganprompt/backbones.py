@@ -453,7 +453,7 @@ class BackbonesSettings(Settings):
     "What stage `backbones` is asked for."
     seed:int=0 # Seed of weights, batches and negatives
     encoder:str="pocket" # T5, encoder of BERT's family or causal model to tune: a hub name, a local folder, or "pocket"
-    bert:str="pocket" # Masked language model: a hub name, a local folder, or "pocket"
+    bert:str="pocket" # Masked or causal model that names attribute words: a hub name, a local folder, or "pocket"
     download:bool=False # Whether hub models may be fetched; otherwise only the local cache is read
     title_tokens:int=8 # Tokens kept of a title
     history_items:int=5 # Items of a history that a prompt shows, the last ones
@@ -472,7 +472,8 @@ class BackbonesSettings(Settings):
                 *below(p, 0, "seed", "pocket_epochs", "bert_epochs"), *not_positive(p, "pocket_lr"),
                 *width*(pocket and (self.pocket_width < 16 or self.pocket_width % 16 > 0)),
                 *model_faults("encoder", self.encoder, "encoder", self.download),
-                *model_faults("bert", self.bert, "bert", self.download)]
+                *model_faults("bert", self.bert, "encoder" if kind_named(self.bert) == "causal" else "bert",
+                               self.download)]
 
     def room(self, values):
         "Room for the pocket models, and a checkpoint of each."

@@ -379,3 +379,21 @@ def test_a_real_model_is_an_encoder(name):
     x = torch.nn.functional.normalize(x - x.mean(0), dim=-1)
     s = (x @ x.T).fill_diagonal_(-9)
     assert s.argmax(-1).tolist() == [1, 0, 3, 2]
+
+
+# Chapter 11: a causal model names attribute words
+
+def test_a_causal_model_names_words_by_how_it_goes_on(folders):
+    from ganprompt.attributes import fill, slot_ids, word_counts
+    reader, model = world(folders["gpt2"])
+    tokenizer = reader.tokenizer
+    words = [slot_ids(tokenizer, w) for w in ("oak", "tin", "chair")]
+    assert [tokenizer.decode(i) for i in words] == [" oak", " tin", " chair"] and {len(i) for i in words} == {1}
+    prompts, ids = [tokenizer("you should focus on").input_ids, tokenizer("focus on").input_ids], [i[0] for i in words]
+    got = fill(model, tokenizer, prompts, ids)
+    for row, prompt in zip(got, prompts):
+        with torch.no_grad(): z = model(torch.tensor([prompt])).logits[0, -1, ids].log_softmax(-1)
+        np.testing.assert_allclose(row, z, atol=1e-5)
+    assert word_counts(tokenizer, ["Oak bowl, 8 oz", "oaken chair"], [[0, 1], [0]]) == {"oak": 2, "bowl": 2, "oaken": 1,
+                                                                                      "chair": 1}
+    assert not BackbonesSettings(bert=str(folders["gpt2"])).check()
