@@ -617,7 +617,8 @@ def plot_benchmarks(
 # %% ../nbs/50_benchmarks.ipynb #50-041
 PARTS = {"training": bench_training, "epochs": bench_epochs, "scoring": bench_scoring,
          "long prompts": bench_scoring_long, "prefix": bench_prefix, "wordings": bench_wordings,
-         "ranking": bench_ranking, "growth": bench_growth, "memory": bench_memory, "data": None, "catalogue": bench_catalogue, "utilisation": bench_utilisation}
+         "ranking": bench_ranking, "growth": bench_growth, "memory": bench_memory, "data": None,
+         "catalogue": bench_catalogue, "utilisation": bench_utilisation}
 
 def measure_part(
     name:str, # One of `PARTS`

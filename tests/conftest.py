@@ -91,6 +91,11 @@ def start(run, last, shop, every=10, **more):
     return begin(keep_every, every, str(run), last, str(shop), more)
 
 
+def copy_run(run, to, *without):
+    "Copy a run folder but for some of its stages; a folder of that name inside a stage is copied."
+    return shutil.copytree(run, to, ignore=lambda folder, names: set(without) if str(folder) == str(run) else set())
+
+
 @pytest.fixture(scope="session")
 def finished(shop, tmp_path_factory):
     "A run that went through undisturbed."
