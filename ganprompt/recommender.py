@@ -280,7 +280,7 @@ class CausalLM(Continued, OnEncoder):
     def states(self, ids, mask): return encode(self.t5, ids, mask)
     def read(self, states, mask):
         "Keys and values of the projected states."
-        return super().read(self.module["projection"](states).to(self.lm.dtype), mask)
+        return super().read(self.module["projection"](states), mask)
 
     def save(self, folder):
         "Write adapters and projection as safetensors."
@@ -358,7 +358,7 @@ def uncached_logits(
 ): # (n, rows)
     """What `CausalLM` would answer if it read the history anew for every candidate: the reference that the shared
     prefix is measured against."""
-    prefix = model.module["projection"](states).to(model.lm.dtype)
+    prefix = model.module["projection"](states)
     return answer_whole(model.lm, prefix, mask, np.arange(len(items)), [model.tails[i] for i in items], rows)
 
 # %% ../nbs/14_recommender.ipynb #14-024

@@ -279,3 +279,21 @@ def test_js_at_any_distance(apart):
     assert js(x).item() == pytest.approx(own, abs=1e-6) and x.grad.isfinite().all()
     far = torch.eye(2)[None]*1e4
     assert js(far).item() == pytest.approx(math.log(2), abs=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen2"])
+def test_a_prefix_is_shared_in_sixteen_bits_too(kind):
+    "The probe knows how near is near; and sums in 32 bits come closer to float32 than sums in 16."
+    model, (ids, before) = random_model(kind), texts([9, 4, 1])
+    def answers_of(lm):
+        with torch.no_grad():
+            return answer_tails(lm, read_prefix(lm, lm.get_input_embeddings()(ids), before), OWNER, TAILS, [5, 9])
+    full = answers_of(model)
+    half = model.bfloat16()
+    assert shares_prefix(half)
+    narrow = answers_of(half)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert shares_prefix(half)
+        mixed = answers_of(half)
+    assert mixed.dtype == narrow.dtype == torch.float32
+    assert (mixed - full).abs().mean() < (narrow - full).abs().mean() < .1*full.abs().max()
