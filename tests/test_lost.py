@@ -35,17 +35,19 @@ def test_an_error_in_the_second_recommender_keeps_the_first_and_its_scores(finis
     shutil.copytree(finished, run := tmp_path/"run")
     shutil.rmtree(run/"recommender")
     shutil.copytree(finished/"recommender/llm", llm := tmp_path/"llm")
-    trained, scored, tune, score = [], [], recommender.tune_on_states, scorer.Prompted.scores
+    trained, scored, tune = [], [], recommender.tune_on_states
     def tune_on_states(*args):
         trained.append(args[-1].removeprefix("stage 2, "))
         if len(trained) == 3: raise UserError("the loss is nan")
         return tune(*args)
     monkeypatch.setattr(recommender, "tune_on_states", tune_on_states)
-    def scores(model, *args):
-        scored.append(type(model).__name__)
-        if scored.count("CausalLM") == 2: raise KeyboardInterrupt
-        return score(model, *args)
-    monkeypatch.setattr(scorer.Prompted, "scores", scores)
+    def watched(score):
+        def scores(model, *args):
+            scored.append(type(model).__name__)
+            if scored.count("CausalLM") == 2: raise KeyboardInterrupt
+            return score(model, *args)
+        return scores
+    for kind in scorer.Prompted, scorer.Continued: monkeypatch.setattr(kind, "scores", watched(kind.scores))
     kinds = dict(recommender="t5-ranker,causal-lm", llm=str(llm))
     with pytest.raises(UserError, match="nan"): make(run, "recommender", shop, **kinds, lora_rank=4)
     with pytest.raises(KeyboardInterrupt): make(run, "recommender", shop, **kinds)

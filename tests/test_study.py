@@ -395,7 +395,7 @@ def test_p5_and_tallrec_rank_as_a_plain_forward_pass_does(finished, tmp_path):
                                               (lambda y: y["entries"]["GANPrompt"].update(encoder="gan"),
                                                "encoder must be one of backbone"),
                                              (lambda y: y["entries"]["P5"].update(recommender="P6"),
-                                              "'P5': recommender must be one of .*P5.*TALLRec"),
+                                              "'P5': recommender must be one of .*P5 .titles."),
                                               (lambda y: y["entries"]["P5"].update(wordings=4),
                                                "unknown parameter 'wordings'")])
 def test_mistakes_in_the_entries(change, message, tmp_path):
