@@ -139,8 +139,7 @@ def test_a_rows_word_comes_from_the_history_that_stands_in_it(finished, tmp_path
     assert made["row"].to_list() == every["row"].to_list() and made["user"].to_list() == every["user"].to_list()
     # one word a shopper would be read from later purchases too
     assert made.group_by("user").agg(pl.col("attribute").n_unique())["attribute"].max() > 1
-    shutil.copytree(finished, tmp_path/"r", ignore=lambda folder, names:
-                    {"recommender", "encoder", "notebooks"} if folder == str(finished) else set())
+    shutil.copytree(finished, tmp_path/"r", ignore=shutil.ignore_patterns("recommender", "encoder", "notebooks"))
     rng, path = np.random.default_rng(0), tmp_path/"r/data/sequences.parquet"
     last = every.sort("row").group_by("user", maintain_order=True).agg(pl.col("row").last())["row"]
     later = pl.col("row").is_in(last.implode())
