@@ -579,7 +579,8 @@ def make_backbones(
     found = {part: resolve(name, p.download) for part, name in names.items() if name != "pocket"}
     def make(folder):
         reader = Reader(p.run, p.title_tokens, p.history_items)
-        parts = [partial(train_pocket, kind, reader, folder/kind, p) for part, kind in pocket.items() if part not in found]
+        parts = [partial(train_pocket, kind, reader, folder/kind, p) for part, kind in pocket.items()
+                 if part not in found]
         curves = [row for rows in side_by_side(parts, p.pocket_width*most_tokens(reader) >= LARGE) for row in rows]
         if curves:
             table = pl.DataFrame(curves, infer_schema_length=None)
