@@ -579,17 +579,18 @@ def make_backbones(
     found = {part: resolve(name, p.download) for part, name in names.items() if name != "pocket"}
     def make(folder):
         reader = Reader(p.run, p.title_tokens, p.history_items)
-        parts = [partial(train_pocket, pocket[part], reader, folder/part, p) for part in names if part not in found]
+        parts = [partial(train_pocket, kind, reader, folder/kind, p) for part, kind in pocket.items()
+                 if part not in found]
         curves = [row for rows in side_by_side(parts, p.pocket_width*most_tokens(reader) >= LARGE) for row in rows]
         if curves:
             table = pl.DataFrame(curves, infer_schema_length=None)
             table.write_parquet(folder/"curves.parquet")
             plot_curves(table, [c for c in ("lm", "bce", "mlm", "word")
                                 if c in table.columns]).savefig(folder/"curves.png", dpi=110)
-        where = {k: {"name": n, "pocket": n == "pocket", "path": found.get(k, k)} for k, n in names.items()}
+        where = {k: {"name": n, "pocket": n == "pocket", "path": found.get(k, pocket[k])} for k, n in names.items()}
         write_json(folder/"backbones.json", where | {k: getattr(p, k) for k in ("title_tokens", "history_items")})
-        models = {part: load_encoder(found.get(part, folder/part)) for part in names}
-        check_reader(models["encoder"], load_tokenizer(found.get("encoder", folder/"encoder")))
+        models = {part: load_encoder(found.get(part, folder/pocket[part])) for part in names}
+        check_reader(models["encoder"], load_tokenizer(found.get("encoder", folder/"t5")))
         return {part: sum(w.numel() for w in model.parameters()) for part, model in models.items()}
     return stage(p.run, "backbones", p.params, make, inputs=["data", "prompts"], models=list(found.values()))
 

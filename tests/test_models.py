@@ -141,7 +141,7 @@ def test_a_tokenizer_that_splits_yes_is_refused(finished):
 def test_a_local_folder_serves_as_backbone(finished, shop, tmp_path):
     where = {kind: backbone(str(finished), kind)["path"] for kind in ("encoder", "bert")}
     folder = make(tmp_path/"local", "backbones", shop, **where)
-    assert not (folder/"encoder").exists() and backbone(str(tmp_path/"local"), "encoder")["pocket"] is False
+    assert not (folder/"t5").exists() and backbone(str(tmp_path/"local"), "encoder")["pocket"] is False
 
 
 def test_a_pocket_causal_model_is_saved_and_loaded(finished, tmp_path):
@@ -276,13 +276,13 @@ def test_other_weights_in_the_folder_of_a_model_make_its_stages_out_of_date(fini
     from ganprompt.runs import stale
     run, sizes = tmp_path/"run", {"title_tokens": 8, "history_items": 5}
     for name in "data", "prompts": shutil.copytree(finished/name, run/name)
-    for kind in "encoder", "bert": shutil.copytree(finished/"backbones"/kind, tmp_path/kind)
-    asked = BackbonesSettings(str(run), encoder=str(tmp_path/"encoder"), bert=str(tmp_path/"bert"), **sizes)
+    for kind in "t5", "bert": shutil.copytree(finished/"backbones"/kind, tmp_path/kind)
+    asked = BackbonesSettings(str(run), encoder=str(tmp_path/"t5"), bert=str(tmp_path/"bert"), **sizes)
     again = lambda: make_backbones(asked)
     again()
     make_attributes(AttributesSettings(str(run), k=3))
     assert not stale(run, "attributes")
-    for file in "encoder/model.safetensors", "bert/tokenizer.json":
+    for file in "t5/model.safetensors", "bert/tokenizer.json":
         path = tmp_path/file
         if path.suffix == ".json": path.write_text(path.read_text() + "\n")
         else: save_file({k: v + 1 for k, v in load_file(path).items()}, path, {"format": "pt"})
