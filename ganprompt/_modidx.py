@@ -1198,7 +1198,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ganprompt.titles.next_item_loss': ('titles.html#next_item_loss', 'ganprompt/titles.py'),
                                   'ganprompt.titles.reading_model': ('titles.html#reading_model', 'ganprompt/titles.py'),
                                   'ganprompt.titles.run_vectors': ('titles.html#run_vectors', 'ganprompt/titles.py'),
-                                  'ganprompt.titles.text_encoder': ('titles.html#text_encoder', 'ganprompt/titles.py'),
                                   'ganprompt.titles.title_vectors': ('titles.html#title_vectors', 'ganprompt/titles.py'),
                                   'ganprompt.titles.tune_vectors': ('titles.html#tune_vectors', 'ganprompt/titles.py'),
                                   'ganprompt.titles.whiten': ('titles.html#whiten', 'ganprompt/titles.py')}}}
