@@ -1,6 +1,7 @@
 """Prefixes read once: how many forward passes that takes, what they compute that counts, and the same scores as from
 whole prompts, under templates of every form."""
-import math
+import math, os
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -14,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ganprompt.backbones import Reader
 from ganprompt.gpu import useful_operations
 from ganprompt.engine import ROW, answer_tails, read_prefix, stretches, token_batches, token_budget
-from ganprompt.scorer import Questions, UntunedCausal, score_tails
+from ganprompt.models import load_model, load_tokenizer
+from ganprompt.scorer import Questions, UntunedCausal, chat_ends, score_tails, with_tokenizer
 
 TITLES = [f"{a} {b} {i}" for i, (a, b) in enumerate((a, b) for a in ("red", "small", "an old") for b in ("cup", "tin",
         "bowl with a lid", "pan"))]
@@ -100,3 +102,20 @@ def test_budgets_by_hand(monkeypatch):
     assert [b.tolist() for b in token_batches(np.array([5, 1, 3, 3]), 6)] == [[1, 2], [3], [0]]
     assert stretches(np.array([4, 4, 4, 1]), 8) == [slice(0, 2), slice(2, 4)]
     assert stretches(np.array([40, 4, 4]), 8) == [slice(0, 1), slice(1, 3)] and ROW == 256
+
+
+REAL = Path(os.environ.get("GANPROMPT_REAL", "-"))/"smollm2"
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="GANPROMPT_REAL names no folder with smollm2")
+def test_a_real_model_scores_as_in_plain_forward_passes():
+    "SmolLM2 through its chat template, two shoppers and five of forty candidates: log-odds within 1e-4 in float32."
+    tokenizer, lm = load_tokenizer(str(REAL)), load_model(str(REAL), "causal")
+    *ends, text = chat_ends(tokenizer)
+    model = UntunedCausal(lm, with_tokenizer(reader_of(tokenizer), tokenizer, tuple(ends)), text)
+    assert model.shares and len(model.names) > 2
+    asked, lists = questions_of(model, ""), [np.random.default_rng(r).integers(12, size=40) for r in range(3)]
+    for row, items, found in zip(range(2), lists, model.scores(asked, np.arange(2), lists)):
+        for item, score in list(zip(items, found))[:5]:
+            with torch.no_grad():
+                p = lm(torch.tensor([asked.ids(row, int(item))])).logits[0, -1, model.names].double().softmax(-1)
+            assert score == pytest.approx(math.log(p[len(p)//2:].sum()/p[:len(p)//2].sum()), abs=1e-4)
