@@ -610,7 +610,7 @@ def plot_benchmarks(
         ax.legend(fontsize=6, loc="upper center", bbox_to_anchor=(.45, -.18), ncols=2, columnspacing=1)
     for ax in (left, *right): ax.spines[["top", "right"]].set_visible(False); ax.tick_params(labelsize=8)
     models = (f"{found['size']}-sized models with random weights" if found["random_weights"]
-              else f"trained models of the run {found['run']}")
+              else found.get("llm") or f"trained models of the run {found['run']}")
     fig.suptitle(f"{found['machine']}, {found['threads']} threads; {models}", fontsize=9)
     return fig
 
@@ -698,6 +698,7 @@ def keep_benchmarks(
     path = results_folder(study)/f"{run_folder(run).name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     made = manifest(run, "benchmarks")
+    made["parameters"]["bench_llm"] = found["llm"] # a name, wherever it lay
     write_json(path, found | {k: made[k] for k in ("fingerprint", "commit", "dirty", "parameters", "wall_seconds",
                                                    "peak_memory_mb")})
     return path
