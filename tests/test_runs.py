@@ -505,8 +505,8 @@ STAGES = ("data", "prompts", "backbones", "attributes", "encoder", "gather", "re
     # reached by a text that another process executes
     ("idmodels.py", r"def serve\(\):", "def serve(_=0):", {"baselines"}),
     # a kind of recommender, in the registry
-    ("recommender.py", r"joint, plain = True, True", "joint, plain = True, False", {"recommender", "study",
-                                                                                    "benchmarks", "collm"}),
+    ("recommender.py", r"joint, plain, encoders = True, True,", "joint, plain, encoders = True, False,",
+     {"recommender", "study", "benchmarks", "collm"}),
     ("p5.py", r"return 8\*len\(mask\)", "return 9*len(mask)", {"p5", "study"}),
     ("collm.py", r'starts = "llm", "adapter"', 'starts = "llm",', {"collm"}),
     # what only looks at values, or guesses a size
@@ -514,7 +514,7 @@ STAGES = ("data", "prompts", "backbones", "attributes", "encoder", "gather", "re
     ("encoder.py", r"return 7\*model_bytes", "return 8*model_bytes", set()),
     ("recommender.py", r"return 3\*model_bytes", "return 4*model_bytes", set()),
     # what changes no number is not among the parameters
-    ("encoder.py", r'neutral = "processes",', "neutral = ()", {"encoder"}),
+    ("encoder.py", r'neutral = "encoder_part", "processes"', "neutral = ()", {"encoder"}),
     # a default of another stage
     ("attributes.py", r"k:int=5", "k:int=6", {"attributes", "encoder", "gather", "recommender", "benchmarks", "study",
                                               "collm", "ctrl", "p5"}),
