@@ -15,11 +15,12 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = {"templates": ["prompts"], "prompts": ["prompts", "equations"], "encoder": ["equations"],
-         "scorer": ["sizes", "equations", "scorer", "heads"],
+TESTS = {"templates": ["prompts"], "prompts": ["prompts", "equations"], "engine": ["engine", "heads"],
+         "encoder": ["equations", "encoders"], "scorer": ["sizes", "equations", "scorer", "heads", "engine"],
          "recommender": ["equations", "scorer", "models", "heads", "told"], "gather": ["equations", "study"],
          "measures": ["metrics", "equations"], "statistics": ["statistics", "metrics", "sensitivity"],
-         "metrics": ["metrics"], "sensitivity": ["sensitivity"], "robustness": ["robustness"], "study": ["study"]}
+         "metrics": ["metrics"], "titles": ["titles"], "sensitivity": ["sensitivity"], "robustness": ["robustness"],
+         "study": ["study"]}
 # the same, with a trained run
 TRAINED = {"encoder": ["models"], "scorer": ["scorer"], "recommender": ["scorer", "models"], "gather": ["study"],
            "robustness": ["robustness"], "study": ["study"]}

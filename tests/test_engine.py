@@ -2,6 +2,7 @@
 whole prompts, under templates of every form."""
 import math, os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -97,7 +98,16 @@ def test_what_is_computed_counts(prefix, tail, n, backward):
     assert 1 - .3*backward <= counted.get_total_flops()/(1 + 2*backward)/useful < 1.3
 
 
-def test_budgets_by_hand(monkeypatch):
+@pytest.mark.parametrize("free, tokens", [(8e9, 34722), (8e10, 65536), (1e8, 4096)])
+def test_a_gpus_budget_by_hand(free, tokens, monkeypatch):
+    "30 layers of width 576 in 16 bits: 2*30 + 40 times 576 times 2 bytes a token, of half of what is free."
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1e12))
+    weight = SimpleNamespace(device=torch.device("cuda"), element_size=lambda: 2)
+    config = tf.LlamaConfig(hidden_size=576, num_hidden_layers=30, num_attention_heads=9)
+    assert token_budget(SimpleNamespace(config=config, parameters=lambda: iter([weight]*2))) == tokens
+
+
+def test_budgets_by_hand():
     assert token_budget(llama()) == 4096 # a CPU's cache
     assert [b.tolist() for b in token_batches(np.array([5, 1, 3, 3]), 6)] == [[1, 2], [3], [0]]
     assert stretches(np.array([4, 4, 4, 1]), 8) == [slice(0, 2), slice(2, 4)]
