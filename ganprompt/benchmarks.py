@@ -6,11 +6,11 @@ repetition kept."""
 # %% auto #0
 __all__ = ['T5_SIZES', 'LLAMA_SIZES', 'AXES', 'PARTS', 'in_turn', 'random_t5', 'random_causal', 'Bench', 'trainer_for',
            'train_with_trainer', 'train_on_states', 'bench_training', 'bench_epochs', 'generate_scores',
-           'score_three_ways', 'bench_scoring', 'bench_scoring_long', 'bench_prefix', 'score_whole', 'bench_wordings',
-           'bench_ranking', 'exponent', 'best_of', 'grow', 'bench_growth', 'versions_of', 'stage_1', 'saved_mb',
-           'read_versions', 'peak_of', 'bench_memory', 'generate_ratings', 'cut_with_pandas', 'bench_data',
-           'matmul_rate', 'utilisation', 'bench_utilisation', 'bench_catalogue', 'plot_benchmarks', 'measure_part',
-           'asked_parts', 'BenchmarksSettings', 'make_benchmarks', 'keep_benchmarks', 'draw_benchmarks']
+           'score_three_ways', 'bench_scoring', 'bench_scoring_long', 'bench_prefix', 'bench_wordings', 'bench_ranking',
+           'exponent', 'best_of', 'grow', 'bench_growth', 'versions_of', 'stage_1', 'saved_mb', 'read_versions',
+           'peak_of', 'bench_memory', 'generate_ratings', 'cut_with_pandas', 'bench_data', 'matmul_rate', 'utilisation',
+           'bench_utilisation', 'bench_catalogue', 'plot_benchmarks', 'measure_part', 'asked_parts',
+           'BenchmarksSettings', 'make_benchmarks', 'keep_benchmarks', 'draw_benchmarks']
 
 # %% ../nbs/50_benchmarks.ipynb #50-004
 import json, math, subprocess, sys, time
@@ -300,19 +300,6 @@ def bench_prefix(bench, repeats, folder, users=1, n=100):
             "spread": float(found["shared"].std())}
 
 # %% ../nbs/50_benchmarks.ipynb #50-023w
-def score_whole(
-    model:UntunedCausal, # Language model
-    prompts:list, # Token ids of whole questions
-)->np.ndarray: # Log-odds of yes
-    "Every question read from its first word to its last."
-    import torch
-    out = np.empty(len(prompts), np.float32)
-    with torch.inference_mode(), fast_math():
-        for rows in token_batches(np.array([len(p) for p in prompts]), model.budget):
-            ids, mask = (t.to(model.device) for t in pad([prompts[r] for r in rows], model.pad_id))
-            out[rows] = scores_of(model.whole(ids, mask, model.names), "yes-no", model.names).cpu().numpy()
-    return out
-
 def bench_wordings(bench, repeats, folder, users=2, n=100, wordings=8, sample=4):
     "An untuned causal model under several wordings: prefix once, and each question read whole (some; multiplied)."
     model = (load_recommender(bench.llm, bench.reader) if bench.llm else
@@ -322,7 +309,7 @@ def bench_wordings(bench, repeats, folder, users=2, n=100, wordings=8, sample=4)
     asked = [Questions(model.reader, {}, bench.rows, text, False) for text in bank]
     def shared(): found["shared"] = [model.scores(q, rows, lists) for q in asked]
     def whole():
-        found["whole"] = [score_whole(model, [q.ids(r, int(i)) for r in rows for i in lists[r][:sample]])
+        found["whole"] = [score_prompts(model, [q.ids(r, int(i)) for r in rows for i in lists[r][:sample]])
                           for q in asked]
     times = in_turn({"each question whole": whole, "prefix once": shared}, repeats)
     times["each question whole"] = [n/sample*t for t in times["each question whole"]]

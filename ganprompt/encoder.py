@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COUPLINGS', 'TARGETS', 'pool', 'pairs', 'cosine', 'js', 'total', 'discriminator', 'version_loss', 'target_faults',
-           'corrupt', 'hide', 'contrast', 'between', 'Versions', 'in_parts', 'pooled', 'language_loss', 'among_all',
-           'title_contrast', 'EncoderSettings', 'adversarial_update', 'version_states', 'separability', 'split_users',
-           'reader_for', 'train_encoder', 'make_encoder', 'tune_encoder']
+           'corrupt', 'hide', 'contrast', 'between', 'Versions', 'in_parts', 'pooled', 'vectors_of', 'language_loss',
+           'among_all', 'title_contrast', 'EncoderSettings', 'adversarial_update', 'version_states', 'separability',
+           'split_users', 'reader_for', 'train_encoder', 'make_encoder', 'tune_encoder']
 
 # %% ../nbs/12_encoder.ipynb #12-004
 import math
@@ -20,6 +20,7 @@ from .attributes import load_attributes, make_attributes
 from .models import MODELS, answers, encode, encoder_kind, fast_math, load_encoder, load_tokenizer, width_of
 from .backbones import (OPTIMIZERS, Reader, adamw, backbone, descend, kind_named, label_loss, model_bytes,
                                  negatives, plot_curves, train)
+from .engine import token_batches
 from .data import load_sequences
 from .prompts import pad
 from fastcore.basics import patch
@@ -234,6 +235,19 @@ def pooled(
     "Prompts as vectors."
     ids, mask = (t.to(model.device) for t in pad(prompts, pad_id))
     with fast_math(): return pool(encode(model, ids, mask).float(), mask)
+
+def vectors_of(
+    model, # Of `load_encoder`
+    prompts:list[list[int]], # Token ids
+    pad_id:int, # Padding token
+): # (n, width) float32, without gradient
+    "Many prompts as vectors, in batches by tokens."
+    import torch
+    out = torch.empty(len(prompts), width_of(model), device=model.device)
+    with torch.no_grad():
+        for rows in token_batches(np.array([len(p) for p in prompts])):
+            out[rows] = pooled(model, [prompts[r] for r in rows], pad_id)
+    return out
 
 # %% ../nbs/12_encoder.ipynb #12-021
 def language_loss(

@@ -199,8 +199,8 @@ def token_budget(
 )->int: # Tokens
     "How many tokens a forward pass without gradient may have."
     import torch
-    about, dev = model.config.get_text_config(), next(model.parameters()).device
-    if dev.type != "cuda": return 4096
-    width, layers = (getattr(about, about.attribute_map.get(k, k)) for k in ("hidden_size", "num_hidden_layers"))
-    a_token = (2*layers + 40)*width*next(model.parameters()).element_size() # keys and values, and one layer's work
-    return int(min(65536, max(4096, torch.cuda.mem_get_info(dev)[0]/2//a_token)))
+    about, weight = model.config.get_text_config(), next(model.parameters())
+    if weight.device.type != "cuda": return 4096
+    # keys and values, and one layer's work
+    a_token = (2*about.num_hidden_layers + 40)*about.hidden_size*weight.element_size()
+    return int(min(65536, max(4096, torch.cuda.mem_get_info(weight.device)[0]/2//a_token)))

@@ -26,15 +26,14 @@ from .processes import (device, gathered, in_processes, is_main, part, possible,
                                  side_by_side, totals)
 from .data import load_candidates, load_sequences, load_training
 from .templates import nonsense as templates_of_nonsense, read_templates
-from .prompts import pad
 from .models import (MODELS, answer_logits, answers, check_t5, encode, encoder_kind, fast_math, first_step,
                               halved, head_rows, is_large, load_encoder, load_model, load_tokenizer, resolve,
                               t5_logits, to_fetch, vocabulary_words, weights, width_of)
 from .backbones import (BackbonesSettings, Reader, adamw, backbone, check_causal, descend, kind_named,
                                  model_bytes, model_faults, negatives, plot_curves, question_tails, train,
                                  train_pocket)
-from .engine import answer_whole, shares_prefix, token_batches
-from .encoder import make_encoder, pool, reader_for
+from .engine import answer_whole, shares_prefix
+from .encoder import make_encoder, reader_for, vectors_of
 from .scorer import (Continued, KINDS, Prompted, Questions, States, bank_for, load_recommender,
                               own_attributes, scores_of, square, tune, wanted)
 from fastcore.basics import patch
@@ -120,13 +119,7 @@ class FromVectors(OnEncoder):
 
     def item_vectors(self):
         "What the frozen encoder says about each title (items, width); computed once."
-        import torch
-        if self.vectors is None:
-            self.vectors = torch.empty(len(self.titles), width_of(self.t5), device=self.t5.device)
-            with torch.no_grad(), fast_math():
-                for rows in token_batches(np.array([len(t) for t in self.titles])):
-                    ids, mask = (t.to(self.device) for t in pad([self.titles[r] for r in rows], self.pad_id))
-                    self.vectors[rows] = pool(encode(self.t5, ids, mask), mask).float()
+        if self.vectors is None: self.vectors = vectors_of(self.t5, self.titles, self.pad_id)
         return self.vectors
 
     def asked(self, items):
@@ -172,7 +165,7 @@ class Ranker(FromVectors):
         reader, # `Reader` with its tokenizer
     ):
         self.t5, self.reader, self.pad_id = t5.requires_grad_(False), reader, reader.tokenizer.pad_token_id
-        self.module = new_decoder(width_of(t5)).to(t5.device)
+        self.module, self.scale = new_decoder(width_of(t5)).to(t5.device), None
         self.read_titles()
 
     @classmethod
@@ -186,8 +179,11 @@ class Ranker(FromVectors):
 
     def scaled(self, x):
         "States or vectors (..., width) less the catalogue's mean, over its standard deviation."
-        titles = self.item_vectors()
-        return (x - titles.mean(0))/titles.std(0).clamp(min=1e-6)
+        if self.scale is None:
+            titles = self.item_vectors()
+            self.scale = titles.mean(0), titles.std(0).clamp(min=1e-6)
+        mean, spread = self.scale
+        return (x - mean)/spread
 
     def answer(self, memory, items, rows):
         "Logits (n, m, 2) of m items for each of n prompts."

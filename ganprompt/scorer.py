@@ -312,8 +312,7 @@ def score_prompts(
     with torch.inference_mode(), fast_math():
         for rows in batches:
             ids, mask = (on_device(t.numpy(), model.device) for t in pad([prompts[r] for r in rows], model.pad_id))
-            logits = model.answer(model.read(model.states(ids, mask), mask), None, wanted(model.names, score))
-            found.append(scores_of(logits, score, model.names)[:, 0])
+            found.append(scores_of(model.whole(ids, mask, wanted(model.names, score)), score, model.names))
         out = np.empty(len(prompts), np.float32)
         out[np.concatenate(batches)] = torch.cat(found).cpu().numpy()
     return out
@@ -355,12 +354,18 @@ class Prompted(Recommender):
     ids of no and yes) and `pad_id`; and unless it is `joint`, with `cost` and `tail_lengths`."""
     joint = False # whether the candidate is a part of the prompt
     @property
-    def device(self): return self.t5.device
+    def core(self): return self.t5 # the model that does most of the work
     @property
-    def budget(self): return token_budget(self.t5)
+    def device(self): return self.core.device
+    @property
+    def budget(self): return token_budget(self.core)
     def states(self, ids, mask): return encode(self.t5, ids, mask)
     def read(self, states, mask): return states, mask
     def context(self, questions, row): return questions.context(row)
+
+    def whole(self, ids, mask, rows):
+        "Logits (n, rows) of the first word of the answer to whole prompts."
+        return self.answer(self.read(self.states(ids, mask), mask), None, rows)[:, 0]
 
     @classmethod
     def prompts_a_row(cls, items): return items.shape[1] if cls.joint else 1
@@ -408,9 +413,7 @@ class Continued(Prompted):
     """A causal language model `lm` that reads the words before an item once, and goes on with every item: with
     `shares`, from `shares_prefix`, `names`, `pad_id`, and the `tails` of all items, or `parts` of its own."""
     @property
-    def device(self): return self.lm.device
-    @property
-    def budget(self): return token_budget(self.lm)
+    def core(self): return self.lm
     def states(self, ids, mask): return self.lm.get_input_embeddings()(ids)
     def parts(self, questions, row, items):
         "Token ids of a question's prefix, and of its tail for each item."
@@ -458,9 +461,7 @@ class Untuned(Prompted):
         self.names = (answers if getattr(lm.config, "pocket", False) else spellings)(reader.tokenizer, text)
 
     @property
-    def device(self): return self.lm.device
-    @property
-    def budget(self): return token_budget(self.lm)
+    def core(self): return self.lm
     def states(self, ids, mask): return self.lm.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
 
     def answer(self, memory, items, rows):
@@ -473,10 +474,6 @@ class Untuned(Prompted):
         at = torch.arange(len(start), device=start.device), torch.full_like(start[:, 0], start.shape[1] - 1)
         with narrow_head(self.lm, rows, at):
             return self.lm(encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=start).logits[0][:, None]
-
-    def whole(self, ids, mask, rows):
-        "Logits (n, rows) of the first word of the answer to whole prompts."
-        return self.answer(self.read(self.states(ids, mask), mask), None, rows)[:, 0]
 
     @classmethod
     def load(cls, folder, about, reader):
@@ -504,9 +501,7 @@ class UntunedCausal(Continued, Untuned):
         (prefix, *rest), asked = questions.around(row)
         return prefix, [asked.about(i, rest) for i in items]
 
-    def whole(self, ids, mask, rows):
-        "Logits (n, rows) of the first word of the answer to whole prompts."
-        return last_logits(self.lm, mask, rows, input_ids=ids, attention_mask=mask)
+    def whole(self, ids, mask, rows): return last_logits(self.lm, mask, rows, input_ids=ids, attention_mask=mask)
 
 # %% ../nbs/13_scorer.ipynb #13-n09
 KINDS = {"untuned": Untuned} # name -> class; each chapter adds its own

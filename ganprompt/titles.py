@@ -20,10 +20,9 @@ from .runs import Settings, digest, manifest, model_files, need, once, stage
 from .processes import device, seed_all, set_threads
 from .data import load_training, make_data
 from .prompts import load_titles, pad
-from .models import encode, fast_math, is_here, load_encoder, load_tokenizer, resolve, width_of
+from .models import is_here, load_encoder, load_tokenizer, resolve
 from .backbones import adamw, backbone, descend, train
-from .engine import token_batches
-from .encoder import pool
+from .encoder import vectors_of
 from .scorer import KINDS, Recommender, tune
 from .recommender import Best, Trained, list_auc
 from .statistics import bootstrap
@@ -38,15 +37,9 @@ def title_vectors(
     titles:list[str], # Cleaned titles
 )->np.ndarray: # float32 (titles, width)
     "What a language model says about each title, read alone: the mean of its last states over the tokens."
-    import torch
     tokenizer, model = load_tokenizer(folder), load_encoder(folder).to(device())
     ids = tokenizer(titles, truncation=True, max_length=LONGEST).input_ids
-    out = np.empty((len(titles), width_of(model)), np.float32)
-    with torch.inference_mode(), fast_math():
-        for rows in token_batches(np.array([len(i) for i in ids]), 4096):
-            at, mask = (x.to(model.device) for x in pad([ids[r] for r in rows], tokenizer.pad_token_id or 0))
-            out[rows] = pool(encode(model, at, mask).float(), mask).cpu().numpy()
-    return out
+    return vectors_of(model, ids, tokenizer.pad_token_id or 0).cpu().numpy()
 
 # %% ../nbs/32_titles.ipynb #32-011
 def whiten(

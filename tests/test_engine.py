@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ganprompt.backbones import Reader
 from ganprompt.gpu import useful_operations
-from ganprompt.engine import ROW, answer_tails, read_prefix, stretches, token_batches, token_budget
+from ganprompt.engine import answer_tails, read_prefix, stretches, token_budget
 from ganprompt.models import load_model, load_tokenizer
 from ganprompt.scorer import Questions, UntunedCausal, chat_ends, score_tails, with_tokenizer
 
@@ -107,11 +107,10 @@ def test_a_gpus_budget_by_hand(free, tokens, monkeypatch):
     assert token_budget(SimpleNamespace(config=config, parameters=lambda: iter([weight]*2))) == tokens
 
 
-def test_budgets_by_hand():
+def test_stretches_by_hand():
     assert token_budget(llama()) == 4096 # a CPU's cache
-    assert [b.tolist() for b in token_batches(np.array([5, 1, 3, 3]), 6)] == [[1, 2], [3], [0]]
     assert stretches(np.array([4, 4, 4, 1]), 8) == [slice(0, 2), slice(2, 4)]
-    assert stretches(np.array([40, 4, 4]), 8) == [slice(0, 1), slice(1, 3)] and ROW == 256
+    assert stretches(np.array([40, 4, 4]), 8) == [slice(0, 1), slice(1, 3)]
 
 
 REAL = Path(os.environ.get("GANPROMPT_REAL", "-"))/"smollm2"
