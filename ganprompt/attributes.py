@@ -85,7 +85,7 @@ def fill(
     out = np.empty((len(prompts), len(words)), np.float32)
     with torch.inference_mode():
         for rows in np.array_split(order, -(-len(order) // batch_size)):
-            ids, mask = (x.to(model.device) for x in pad([prompts[r] for r in rows], tokenizer.pad_token_id))
+            ids, mask = pad([prompts[r] for r in rows], tokenizer.pad_token_id, model.device)
             if model.can_generate(): z = last_logits(model, mask, words, input_ids=ids, attention_mask=mask)
             else: z = slot_logits(model, ids, mask, tokenizer.mask_token_id, words)
             out[rows] = z.log_softmax(-1).cpu().numpy()

@@ -23,7 +23,7 @@ import polars as pl
 
 from .files import UserError, below, not_positive, refuse, strange, told, write_json
 from .runs import Settings, need, once, stage
-from .processes import (LARGE, device, finite, is_main, load_checkpoint, save_checkpoint, seed_all,
+from .processes import (LARGE, device, finite, is_main, later, load_checkpoint, save_checkpoint, seed_all,
                                  set_threads, side_by_side, summed)
 from .data import dataset_info, load_training
 from .templates import fixed_words
@@ -130,7 +130,7 @@ EVERY = 5. # Seconds between checkpoints, or 20 times what one takes if that is 
 
 # %% ../nbs/09_backbones.ipynb #09-027v1
 def train(
-    update, # (row numbers, numpy generator) -> dict of floats with the key "loss"
+    update, # (row numbers, numpy generator) -> dict of numbers, or of tensors that hold one, with the key "loss"
     parts:dict, # Name -> object with state_dict and load_state_dict: all that training changes
     n:int, # Rows of training data
     epochs:int, # Passes over them
@@ -148,20 +148,29 @@ def train(
         start, state = saved
         curves = state["curves"]
         for name, part in parts.items(): part.load_state_dict(state["parts"][name])
-    last, epoch_now, order = time.time(), -1, []
+    last, epoch_now, order, waiting = time.time(), -1, [], []
+    def read():
+        while waiting:
+            at, figures = waiting.pop()
+            finite((row := figures())["loss"], f"{where}, step {at}")
+            curves.append({"step": at, **row})
     for step in tqdm(range(start, steps), initial=start, total=steps, desc=where, mininterval=5, ncols=90,
                      disable=not is_main()):
         epoch, i = divmod(step, math.ceil(n/size))
         if epoch != epoch_now: epoch_now, order = epoch, batches(n, size, (seed, epoch), lengths)
-        row = update(order[i], np.random.default_rng((seed, step, 1)))
-        finite(row["loss"], f"{where}, step {step}")
-        curves.append({"step": step, **row})
-        if i == len(order) - 1 and after_epoch and after_epoch(epoch, curves): break
+        figures = later(update(order[i], np.random.default_rng((seed, step, 1))))
+        read()
+        waiting.append((step, figures))
+        if i == len(order) - 1 and after_epoch:
+            read()
+            if after_epoch(epoch, curves): break
         if is_main() and time.time() - last > every:
+            read()
             began = time.time()
             save_checkpoint(folder, step + 1, {"curves": curves, "parts": {k: p.state_dict()
                     for k, p in parts.items()}})
             last, every = time.time(), max(every, 20*(time.time() - began))
+    read()
     return curves
 
 # %% ../nbs/09_backbones.ipynb #09-028
@@ -303,19 +312,18 @@ def t5_update(
     names, dev = answers(tokenizer), model.device
     def update(rows, rng):
         seen, nexts = reader.histories(rows, rng), reader.nexts[rows]
-        ids, mask = pad([plain.ids(h) for h in seen], tokenizer.pad_token_id)
-        labels, used = pad([plain.titles[i] + plain.end for i in nexts], tokenizer.pad_token_id)
-        lm = label_loss(model, labels.masked_fill(used == 0, -100).to(dev), input_ids=ids.to(dev),
-                        attention_mask=mask.to(dev))
+        ids, mask = pad([plain.ids(h) for h in seen], tokenizer.pad_token_id, dev)
+        labels, used = pad([plain.titles[i] + plain.end for i in nexts], tokenizer.pad_token_id, dev)
+        lm = label_loss(model, labels.masked_fill(used == 0, -100), input_ids=ids, attention_mask=mask)
         items = np.column_stack([nexts, negatives([reader.owned[r] for r in rows], len(reader.titles), k, rng)])
         words = [reader.some_word(h, rng) for h in seen]
-        ids, mask = (x.to(dev) for x in pad([recommend.ids(h, i, w) for h, w, row in zip(seen, words, items)
-                                             for i in row], tokenizer.pad_token_id))
+        ids, mask = pad([recommend.ids(h, i, w) for h, w, row in zip(seen, words, items) for i in row],
+                        tokenizer.pad_token_id, dev)
         z = answer_logits(model, encode(model, ids, mask), mask, names)
         y = torch.zeros(len(rows), k + 1, device=dev); y[:, 0] = 1
         bce = F.binary_cross_entropy_with_logits(log_odds(z), y.flatten())
         descend(lm + bce, opt, schedule)
-        return {"loss": (lm + bce).item(), "lm": lm.item(), "bce": bce.item()}
+        return {"loss": lm + bce, "lm": lm, "bce": bce}
     return update
 
 # %% ../nbs/09_backbones.ipynb #09-037
@@ -387,16 +395,16 @@ def causal_update(
     tails, names, end = question_tails(reader, tokenizer), answers(tokenizer, "?"), len(plain.end)
     def update(rows, rng):
         seen, nexts = reader.histories(rows, rng), reader.nexts[rows]
-        ids, mask = (t.to(dev) for t in pad([plain.ids([*h, i]) for h, i in zip(seen, nexts)], tokenizer.pad_token_id))
+        ids, mask = pad([plain.ids([*h, i]) for h, i in zip(seen, nexts)], tokenizer.pad_token_id, dev)
         lm = label_loss(model, ids.masked_fill(mask == 0, -100), input_ids=ids, attention_mask=mask)
         items = np.column_stack([nexts, negatives([reader.owned[r] for r in rows], len(reader.titles), k, rng)])
         asked = [plain.ids(h)[:-end or None] + tails[i] for h, row in zip(seen, items) for i in row]
-        ids, mask = (t.to(dev) for t in pad(asked, tokenizer.pad_token_id))
+        ids, mask = pad(asked, tokenizer.pad_token_id, dev)
         z = last_logits(model, mask, names, input_ids=ids, attention_mask=mask)
         y = torch.zeros(len(rows), k + 1, device=dev); y[:, 0] = 1
         bce = F.binary_cross_entropy_with_logits(log_odds(z), y.flatten())
         descend(lm + bce, opt, schedule)
-        return {"loss": (lm + bce).item(), "lm": lm.item(), "bce": bce.item()}
+        return {"loss": lm + bce, "lm": lm, "bce": bce}
     return update
 
 # %% ../nbs/09_backbones.ipynb #09-039
@@ -444,7 +452,7 @@ def bert_update(
         mlm = F.cross_entropy(model.cls(states[chosen.to(dev)]), labels[chosen].to(dev))
         word = F.cross_entropy(model.cls(states[slot.to(dev)]), wanted[reader.nexts[rows]].to(dev))
         descend(mlm + word, opt, schedule)
-        return {"loss": (mlm + word).item(), "mlm": mlm.item(), "word": word.item()}
+        return {"loss": mlm + word, "mlm": mlm, "word": word}
     return update
 
 # %% ../nbs/09_backbones.ipynb #09-s01

@@ -239,7 +239,7 @@ def generate_scores(
     import torch
     out = []
     for at in range(0, len(prompts), batch):
-        ids, mask = (t.to(device()) for t in pad(prompts[at:at + batch], bench.pad_id))
+        ids, mask = pad(prompts[at:at + batch], bench.pad_id, device())
         if length:
             ids, mask = (torch.nn.functional.pad(t, (0, length - t.shape[1]), value=v)
                          for t, v in ((ids, bench.pad_id), (mask, 0)))
@@ -278,7 +278,7 @@ def bench_prefix(bench, repeats, folder, users=1, n=100):
     import torch
     model, items, found = random_causal(bench.size, bench.t5, bench.reader), bench.candidates(users, n), {}
     contexts = [bench.questions.context(r) for r in range(users)]
-    ids, mask = (t.to(device()) for t in pad(contexts, bench.pad_id))
+    ids, mask = pad(contexts, bench.pad_id, device())
     # the encoder's part is the same for both, and kept
     with torch.inference_mode(): states = encode(bench.t5, ids, mask)
     owner, flat = np.repeat(np.arange(users), n), items.ravel()

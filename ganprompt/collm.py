@@ -185,7 +185,7 @@ class Texts:
 
     def get(self, rows):
         "Word embeddings (n, tokens, width) and mask (n, tokens) of some rows."
-        ids, mask = (t.to(self.model.device) for t in pad([self.prompts[r] for r in rows], self.model.pad_id))
+        ids, mask = pad([self.prompts[r] for r in rows], self.model.pad_id, self.model.device)
         return self.model.states(ids, mask), mask
 
 # %% ../nbs/34_collm.ipynb #34-n01

@@ -64,7 +64,7 @@ def last_states(
 ): # h (n, width)
     "States after whole histories."
     import torch
-    items, mask = (t.to(device()) for t in pad([h[-len(model["place"].weight):] for h in histories], 0))
+    items, mask = pad([h[-len(model["place"].weight):] for h in histories], 0, device())
     return place_states(model, items)[torch.arange(len(items)), mask.sum(1) - 1]
 
 # %% ../nbs/35_ctrl.ipynb #35-008v1
@@ -116,11 +116,11 @@ class Aligner:
         spaces:int, # M
     ):
         from torch import nn
-        self.model, self.t5, self.pad_id = model, load_encoder(path).to(device()), reader.tokenizer.pad_token_id
+        self.model, self.encoder, self.pad_id = model, load_encoder(path).to(device()), reader.tokenizer.pad_token_id
         self.prompt, width = reader.encoder(reader.templates["recommendation"]), model["item"].embedding_dim
         self.heads = nn.ModuleDict({"ids": subspaces(2*width, spaces),
-                                    "text": subspaces(width_of(self.t5), spaces)}).to(device())
-        self.trained = nn.ModuleDict({"model": model, "language": body(self.t5), "heads": self.heads})
+                                    "text": subspaces(width_of(self.encoder), spaces)}).to(device())
+        self.trained = nn.ModuleDict({"model": model, "language": body(self.encoder), "heads": self.heads})
 
     def project(self, side, x):
         "Representations (n, width) of one side as sub-representations (n, M, 32) of length 1."
@@ -135,9 +135,8 @@ class Aligner:
 
     def text(self, histories, items):
         "The same samples as text: the mean of the encoder's states, projected."
-        ids, mask = (t.to(device()) for t in pad([self.prompt.ids(h, int(i)) for h, i in zip(histories, items)],
-                                                 self.pad_id))
-        return self.project("text", pool(encode(self.t5, ids, mask), mask))
+        ids, mask = pad([self.prompt.ids(h, int(i)) for h, i in zip(histories, items)], self.pad_id, device())
+        return self.project("text", pool(encode(self.encoder, ids, mask), mask))
 
 # %% ../nbs/35_ctrl.ipynb #35-n01
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def train_aligner(
         text, ids = aligner.text(*chosen), aligner.ids(*chosen)
         loss = info_nce(text, ids, p.ctrl_temperature)
         descend(loss, opt, schedule)
-        return {"loss": loss.item(), "accuracy": matched(max_sim(text, ids).detach().cpu().numpy())}
+        return {"loss": loss, "accuracy": matched(max_sim(text, ids).detach().cpu().numpy())}
     lengths = np.array([min(len(h), aligner.prompt.history_items) for h in histories])
     return train(update, dict(models=aligner.trained, opt=opt, schedule=schedule), len(items), p.ctrl_align_epochs,
                  size, folder, p.seed, "CTRL, step 1", lengths)
@@ -289,11 +288,11 @@ def fine_tune(
     best = Best(trained, p.ctrl_patience)
     def update(rows, rng):
         model.train()
-        items, mask = (t.to(device()) for t in pad([pieces[r] for r in rows], 0))
+        items, mask = pad([pieces[r] for r in rows], 0, device())
         loss = purchase_loss(model, items, mask, torch.from_numpy(rng.integers(model["item"].num_embeddings,
                 size=p.ctrl_negatives)).to(device()))
         descend(loss, opt, schedule)
-        return {"loss": loss.item()}
+        return {"loss": loss}
     def after_epoch(epoch, curves):
         curves[-1]["valid_auc"] = list_auc([z[:21] for z in score_run(run, model, "valid", at, "uni99")[1]])
         return best.stop(curves[-1]["valid_auc"])
@@ -337,7 +336,7 @@ def step_1(
             for moment, s in found.items() for i, row in enumerate(s)]
     pl.concat(rows).write_parquet(folder/"similarity.parquet")
     plot_alignment({moment: s[:40, :40] for moment, s in found.items()}).savefig(folder/"alignment.png", dpi=110)
-    weights = sum(w.numel() for w in body(aligner.t5).parameters())
+    weights = sum(w.numel() for w in body(aligner.encoder).parameters())
     about = {moment: {"first": matched(s), "nearer": nearer(s)} for moment, s in found.items()}
     write_json(folder/"alignment.json", {"samples": len(shown), "language_parameters": weights, **about})
     pl.DataFrame(curves).write_parquet(folder/"curves.parquet")
@@ -376,8 +375,8 @@ def train_ctrl(
     trained, rows = time.time(), sample_rows(load_sequences(run, "test")["user"], p.test_users, 0)
     frames = [rank_rows(name, users, kind, z) for kind in ("uni99", "full")
               for users, z in [score_run(run, model, "test", rows, kind)]]
-    t5 = backbone(run, "encoder") if aligned else {"pocket": False, "name": None}
-    return frames, {"pocket": t5["pocket"], "backbone": t5["name"],
+    about = backbone(run, "encoder") if aligned else {"pocket": False, "name": None}
+    return frames, {"pocket": about["pocket"], "backbone": about["name"],
                     "settings": {k: v for k, v in p.params.items() if aligned or k not in STEP_1}, "search": [],
                     "valid": curves["valid_auc"].max(), "valid_metric": "auc",
                     "parameters": sum(w.numel() for w in model.parameters()),

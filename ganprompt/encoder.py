@@ -233,7 +233,7 @@ def pooled(
     pad_id:int, # Padding token
 ): # (n, width) float32
     "Prompts as vectors."
-    ids, mask = (t.to(model.device) for t in pad(prompts, pad_id))
+    ids, mask = pad(prompts, pad_id, model.device)
     with fast_math(): return pool(encode(model, ids, mask).float(), mask)
 
 def vectors_of(
@@ -265,8 +265,8 @@ def language_loss(
     mine, share = part(np.arange(len(rows)))
     def loss(at):
         inputs, labels = zip(*(texts[i] for i in mine[at]))
-        ids, mask = (t.to(model.device) for t in pad(inputs, pad_id))
-        y, used = (t.to(model.device) for t in pad(labels, pad_id))
+        ids, mask = pad(inputs, pad_id, model.device)
+        y, used = pad(labels, pad_id, model.device)
         with fast_math():
             mean = label_loss(model, y.masked_fill(used == 0, -100), input_ids=ids, attention_mask=mask)
         return (share and float(count[mine[at]].sum()/count.sum()))*mean

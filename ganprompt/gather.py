@@ -69,7 +69,7 @@ def gather_update(
     plain, pad_id, dev = reader.encoder("{title_seq}"), reader.tokenizer.pad_token_id, model.device
     titles = [plain.ids([i]) for i in range(len(reader.titles))]
     def read(prompts):
-        ids, mask = (t.to(dev) for t in pad(prompts, pad_id))
+        ids, mask = pad(prompts, pad_id, dev)
         return encode(model, ids, mask), mask
     def wordings(n, rng):
         if p.gather_same and len(asked) > 1: return np.array([[0]*n, [rng.integers(1, len(asked))]*n])
@@ -79,7 +79,7 @@ def gather_update(
         states, mask = read([asked[w].context(r) for line in chosen for w, r in zip(line, rows)])
         x, y = pool(states, mask).view(*chosen.shape, -1), pool(*read([titles[i] for i in nexts[rows]]))
         answered = torch.from_numpy(rng.integers(len(x), size=len(rows))*len(rows) + np.arange(len(rows))).to(dev)
-        labels, used = (t.to(dev) for t in pad([plain.titles[i] + plain.end for i in nexts[rows]], pad_id))
+        labels, used = pad([plain.titles[i] + plain.end for i in nexts[rows]], pad_id, dev)
         lm = model(encoder_outputs=(states[answered],), attention_mask=mask[answered],
                    labels=labels.masked_fill(used == 0, -100)).loss
         item = torch.from_numpy(nexts[rows]).to(dev)
@@ -88,7 +88,7 @@ def gather_update(
         following = sum(contrast(v, y, p.temperature, twin) for v in x)/len(x)
         loss = lm + p.gather_same*same + p.gather_next*following
         descend(loss, opt, schedule)
-        return dict(loss=loss.item(), lm=lm.item(), same=same.item(), next=following.item())
+        return dict(loss=loss, lm=lm, same=same, next=following)
     return update
 
 # %% ../nbs/36_gather.ipynb #36-013
@@ -114,8 +114,8 @@ def likeness_of(
     texts = [t["text"] for i, t in enumerate(bank_for(reader)) if not i or t["split"] == "unseen-paraphrase"]
     def states(text):
         q = Questions(reader, {}, rows, text)
-        ids, mask = (t.to(model.device) for t in pad([q.context(r) for r in range(len(rows))],
-                                                     reader.tokenizer.pad_token_id))
+        ids, mask = pad([q.context(r) for r in range(len(rows))],
+                        reader.tokenizer.pad_token_id, model.device)
         with torch.inference_mode(): return pool(encode(model, ids, mask), mask).float().cpu().numpy()
     return likeness(np.stack([states(text) for text in texts]))
 

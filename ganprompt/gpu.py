@@ -112,7 +112,7 @@ def tune_lm(
     model, (prefixes, tails) = Bare(tuned.get_base_model()), made_up(rows, n)
     opt, _ = adamw(tuned.parameters(), 1e-4, 10**6)
     owner, flat = np.arange(rows).repeat(n), [t for row in tails for t in row]
-    ids, mask = (t.to(device()) for t in pad(prefixes, model.pad_id))
+    ids, mask = pad(prefixes, model.pad_id, device())
     def step():
         with fast_math(): z = model.go_on(model.read(model.states(ids, mask), mask), owner, flat, model.names)
         descend(rec_loss(scores_of(z, "yes-no", model.names).view(rows, n), "yes-no"), opt)
@@ -127,12 +127,12 @@ def bare_t5(
 ): # What `bench_training` works on, without a run
     "A T5 of random weights that is asked in token ids."
     model = T5Decoder.__new__(T5Decoder)
-    model.t5, model.names, model.pad_id = random_t5(size, 500), [5, 9], 0
-    model.module = model.t5.decoder
+    model.encoder, model.names, model.pad_id = random_t5(size, 500), [5, 9], 0
+    model.module = model.encoder.decoder
     def pairs(users, n):
         prefixes, tails = made_up(users, n)
         return [p + t for p, row in zip(prefixes, tails) for t in row]
-    return SimpleNamespace(t5=model.t5, decoder=model, names=model.names, pad_id=0, pairs=pairs)
+    return SimpleNamespace(t5=model.encoder, decoder=model, names=model.names, pad_id=0, pairs=pairs)
 
 def score_t5(
     size:str, # Of `random_t5`

@@ -131,7 +131,7 @@ def log_likelihood(
 ): # log P(item | prompt), (n, m)
     "How likely the model is to write each item after its prompt, and stop."
     import torch, torch.nn.functional as F
-    ids, used = (t.to(states.device) for t in pad([i for row in items for i in row], pad_id))
+    ids, used = pad([i for row in items for i in row], pad_id, states.device)
     h, real = read_items(model, ids.view(len(items), -1, ids.shape[1]), states, mask).flatten(0, 1), used == 1
     logp = torch.zeros(ids.shape, device=ids.device)
     logp[real] = -F.cross_entropy(t5_logits(model, h[real]), ids[real], reduction="none")
@@ -151,7 +151,7 @@ def score_items(
     order = np.argsort([len(p) for p in prompts], kind="stable")
     with torch.inference_mode(), fast_math():
         for rows in np.array_split(order, math.ceil(len(order)*longest*max(map(len, asker.items))/budget)):
-            ids, mask = (t.to(model.device) for t in pad([prompts[r] for r in rows], asker.pad_id))
+            ids, mask = pad([prompts[r] for r in rows], asker.pad_id, model.device)
             items = [[asker.items[i] for i in np.pad(lists[r], (0, longest - len(lists[r])), mode="edge")]
                      for r in rows]
             z = log_likelihood(model, encode(model, ids, mask), mask, items, asker.pad_id).cpu().numpy()
@@ -200,14 +200,14 @@ def train_p5(
     opt, schedule = adamw(model.parameters(), p.recommender_lr, steps)
     trained = Trained(model)
     best = Best(trained, p.patience)
-    def padded(texts): return (t.to(model.device) for t in pad(texts, asker.pad_id))
+    def padded(texts): return pad(texts, asker.pad_id, model.device)
     def update(at, rng):
         ids, mask = padded([asker.ask_somehow(past[r], rng) for r in at])
         labels, used = padded([asker.items[nexts[r]] for r in at])
         with fast_math():
             loss = label_loss(model.train(), labels.masked_fill(used == 0, -100), input_ids=ids, attention_mask=mask)
         descend(loss, opt, schedule)
-        return {"loss": loss.item()}
+        return {"loss": loss}
     def after_epoch(epoch, curves):
         curves[-1]["valid_auc"] = list_auc(score_items(model.eval(), asker, *valid))
         return best.stop(curves[-1]["valid_auc"])
@@ -238,7 +238,7 @@ class P5(Prompted):
         reader, # `Reader` with its tokenizer
         asker:Asker, # Its items
     ):
-        self.t5, self.reader, self.asker, self.pad_id = t5, reader, asker, asker.pad_id
+        self.encoder, self.reader, self.asker, self.pad_id = t5, reader, asker, asker.pad_id
         self.tail_lengths = np.array([len(t) for t in asker.items])
 
     @classmethod
@@ -247,7 +247,7 @@ class P5(Prompted):
     def fit(cls, run, folder, start, p):
         "Train T5 as a whole; `text` is one prompt in the place of P5's own, in words that the tokenizer knows."
         seed_all(p.seed)
-        tokenizer, model = load_tokenizer(start["t5"]), load_model(start["t5"], "t5")
+        tokenizer, model = load_tokenizer(start["encoder"]), load_model(start["encoder"], "t5")
         own = [] if start["text"] else prompt_words(tokenizer)
         add_tokens(model, tokenizer, own + (PIECES if cls.variant == "ids" else []))
         asker, valid = asker_for(run, cls.variant, p.seed, tokenizer, start["text"]), load_sequences(run, "valid")
@@ -260,7 +260,7 @@ class P5(Prompted):
 
     def save(self, folder):
         "Write a model that transformers can load."
-        self.t5.save_pretrained(folder); self.reader.tokenizer.save_pretrained(folder)
+        self.encoder.save_pretrained(folder); self.reader.tokenizer.save_pretrained(folder)
     @classmethod
     def load(cls, folder, about, reader):
         tokenizer = load_tokenizer(str(folder))
@@ -274,7 +274,7 @@ class P5(Prompted):
     def answer(self, memory, items, rows):
         "Zero for no, the log-likelihood of the item for yes (n, m, 2)."
         import torch
-        z = log_likelihood(self.t5, *memory, [[self.asker.items[i] for i in row] for row in items], self.pad_id)
+        z = log_likelihood(self.encoder, *memory, [[self.asker.items[i] for i in row] for row in items], self.pad_id)
         return torch.stack([torch.zeros_like(z), z], -1)
     def scores(self, questions, rows, lists, score="yes-no"):
         return [likelier(z) for z in super().scores(questions, rows, lists, score)]
@@ -328,7 +328,7 @@ def tune_variant(
     p:P5Settings, # What is asked for
 )->dict: # From `tune`
     "Train a variant in P5's own prompts."
-    return tune(run, name, folder/VARIANTS[name].variant, {"t5": backbone(run, "t5")["path"], "text": ""}, p)
+    return tune(run, name, folder/VARIANTS[name].variant, {"encoder": backbone(run, "t5")["path"], "text": ""}, p)
 
 # %% ../nbs/33_p5.ipynb #33-032v1
 def run_p5(
@@ -342,13 +342,13 @@ def run_p5(
     began, model = time.time(), load_recommender(folder/VARIANTS[name].variant, reader_for(run)[0])
     test, (users, lists) = load_sequences(run, "test"), load_candidates(run, "uni99")
     at = sample_rows(test["user"], p.test_users, 0) # the same users for every seed
-    scores = score_items(model.t5, model.asker, test["history"][at].to_list(), [lists[i] for i in at])
+    scores = score_items(model.encoder, model.asker, test["history"][at].to_list(), [lists[i] for i in at])
     return [rank_rows(name, users[at], "uni99", scores)], {
         "pocket": about["pocket"], "backbone": about["name"],
         "settings": {k: getattr(tuned(p), k) for k in ("recommender_lr", "recommender_batch", "recommender_epochs")},
         "search": [],
         "valid": max(row.get("valid_auc", 0) for row in fit["curves"]), "valid_metric": "AUC on lists of 21",
-        "parameters": sum(w.numel() for w in model.t5.parameters()),
+        "parameters": sum(w.numel() for w in model.encoder.parameters()),
         "seconds": {"search": 0., "train": fit["seconds"], "score": time.time() - began}}
 
 # %% ../nbs/33_p5.ipynb #33-033

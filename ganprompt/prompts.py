@@ -20,6 +20,7 @@ from fastcore.basics import patch
 
 from .files import UserError, refuse, root, told
 from .runs import Run, Settings, need, stage
+from .processes import moved
 from .data import dataset_info, make_data
 from .templates import (FOCUS, HISTORY, SLOTS, TAG, UNKNOWN, WRITTEN, clean_title, parsed, put,
                                  read_templates, sequence, slots, styled)
@@ -133,6 +134,7 @@ class PromptEncoder:
 def pad(
     prompts:list[list[int]], # Token ids, n lists
     pad_id:int, # Id of the padding token
+    device="cpu", # Where they are wanted
 ): # (input_ids, attention_mask), both int64 tensors (n, longest)
     "Pad on the right."
     import torch
@@ -140,7 +142,7 @@ def pad(
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     ids = torch.full(mask.shape, pad_id)
     ids[mask] = torch.from_numpy(np.fromiter(chain.from_iterable(prompts), np.int64)) # row by row, as the mask is read
-    return ids, mask.long()
+    return moved(ids, device), moved(mask.long(), device)
 
 # %% ../nbs/07_prompts.ipynb #07-052
 def titles_table(

@@ -48,7 +48,7 @@ class OnEncoder(Prompted):
                   "candidates", "recommender_lr", "recommender_batch", "recommender_epochs", "patience", "valid_users")
 
     @classmethod
-    def disk(cls, p, t5): return 3*model_bytes(t5)
+    def disk(cls, p, encoder): return 3*model_bytes(encoder)
     @classmethod
     def files(cls, start, p):
         return super().files(start, p) + [root()/"data/templates.yaml"]*(getattr(p, "wordings", 1) > 1)
@@ -58,7 +58,7 @@ class OnEncoder(Prompted):
         "Train what comes after the encoder."
         reader, own = reader_for(run)[0], own_attributes(run)
         (rows, items), (asked, lists) = to_learn_from(run, p, len(reader.titles), p.candidates)
-        sets = [(kept_states(prompts, start["t5"], reader, folder/name, p), x) for name, prompts, x in (
+        sets = [(kept_states(prompts, start["encoder"], reader, folder/name, p), x) for name, prompts, x in (
             ("train.bin", [i for q in worded(reader, own, rows, p.attributes, p.wordings, p.nonsense, p.seed)
                            for i in cls.ask(q, items)], items),
             ("valid.bin", cls.ask(Questions(reader, own, asked, attributes=p.attributes), lists), lists))]
@@ -66,7 +66,7 @@ class OnEncoder(Prompted):
         def train():
             seed_all(p.seed)
             model = cls.new(reader, start, p)
-            for states, _ in sets: states.fill(model.t5)
+            for states, _ in sets: states.fill(model.encoder)
             curves = tune_on_states(model, *sets, folder, p, f"stage 2, {folder.name}")
             if is_main(): model.save(folder)
             return curves
@@ -90,23 +90,23 @@ class T5Decoder(OnEncoder):
         t5, # T5, from stage 1 or before it
         reader, # `Reader` with its tokenizer
     ):
-        self.t5, self.reader, self.pad_id = t5, reader, reader.tokenizer.pad_token_id
+        self.encoder, self.reader, self.pad_id = t5, reader, reader.tokenizer.pad_token_id
         self.names, self.module = answers(reader.tokenizer), t5.decoder
         check_t5(t5)
         freeze_encoder(t5)
 
     @classmethod
-    def new(cls, reader, start, p): return cls(load_model(start["t5"], "t5").to(device()), reader)
+    def new(cls, reader, start, p): return cls(load_model(start["encoder"], "t5").to(device()), reader)
     @classmethod
-    def load(cls, folder, about, reader): return cls.new(reader, {"t5": str(folder)}, about)
+    def load(cls, folder, about, reader): return cls.new(reader, {"encoder": str(folder)}, about)
 
     def answer(self, memory, items, rows):
         "Logits (n, 1, rows); the item stands in the prompt."
-        return answer_logits(self.t5, *memory, rows).unsqueeze(1)
+        return answer_logits(self.encoder, *memory, rows).unsqueeze(1)
 
     def save(self, folder):
         "Write a model that transformers can load."
-        self.t5.save_pretrained(folder); self.reader.tokenizer.save_pretrained(folder)
+        self.encoder.save_pretrained(folder); self.reader.tokenizer.save_pretrained(folder)
 
 # %% ../nbs/14_recommender.ipynb #14-010
 class FromVectors(OnEncoder):
@@ -119,7 +119,7 @@ class FromVectors(OnEncoder):
 
     def item_vectors(self):
         "What the frozen encoder says about each title (items, width); computed once."
-        if self.vectors is None: self.vectors = vectors_of(self.t5, self.titles, self.pad_id)
+        if self.vectors is None: self.vectors = vectors_of(self.encoder, self.titles, self.pad_id)
         return self.vectors
 
     def asked(self, items):
@@ -141,7 +141,7 @@ class T5Ranker(FromVectors, T5Decoder):
 
     def answer(self, memory, items, rows):
         "Logits (n, m, rows) of m items for each of n prompts."
-        return t5_logits(self.t5, first_step(self.t5, self.asked(items), *memory), rows)
+        return t5_logits(self.encoder, first_step(self.encoder, self.asked(items), *memory), rows)
 
 # %% ../nbs/14_recommender.ipynb #14-e02
 def new_decoder(
@@ -161,15 +161,15 @@ class Ranker(FromVectors):
     "Candidates as vectors, asked of a decoder of its own, over any encoder's states."
     names = [0, 1]
     def __init__(self,
-        t5, # Encoder, of `load_encoder`
+        encoder, # From `load_encoder`
         reader, # `Reader` with its tokenizer
     ):
-        self.t5, self.reader, self.pad_id = t5.requires_grad_(False), reader, reader.tokenizer.pad_token_id
-        self.module, self.scale = new_decoder(width_of(t5)).to(t5.device), None
+        self.encoder, self.reader, self.pad_id = encoder.requires_grad_(False), reader, reader.tokenizer.pad_token_id
+        self.module, self.scale = new_decoder(width_of(encoder)).to(encoder.device), None
         self.read_titles()
 
     @classmethod
-    def new(cls, reader, start, p): return cls(load_encoder(start["t5"]).to(device()), reader)
+    def new(cls, reader, start, p): return cls(load_encoder(start["encoder"]).to(device()), reader)
     @classmethod
     def load(cls, folder, about, reader):
         from safetensors.torch import load_file
@@ -237,31 +237,31 @@ def load_llm(
 # %% ../nbs/14_recommender.ipynb #14-016
 class CausalLM(Continued, OnEncoder):
     "The recommender of sections 3.3 and 3.4.2: projected encoder states before a causal language model with LoRA."
-    starts = "t5", "llm"
+    starts = "encoder", "llm"
     decided_by = *OnEncoder.decided_by, "lora_rank", "lora_modules", "four_bit"
     def __init__(self,
-        t5, # T5 whose encoder is used
+        encoder, # From `load_encoder`
         reader, # `Reader` with the T5's tokenizer
         lm, # Causal language model with adapters, from peft
         tokenizer, # Its tokenizer
     ):
         import torch
-        self.t5, self.peft, self.lm, self.reader = t5.requires_grad_(False), lm, lm.get_base_model(), reader
+        self.encoder, self.peft, self.lm, self.reader = encoder.requires_grad_(False), lm, lm.get_base_model(), reader
         self.pad_id = reader.tokenizer.pad_token_id
         self.names, self.tails = answers(tokenizer, "?"), question_tails(reader, tokenizer)
         self.shares = shares_prefix(self.lm)
-        self.module = torch.nn.ModuleDict({"projection": projection(width_of(t5), self.lm), "lm": lm})
-        self.module.to(t5.device)
+        self.module = torch.nn.ModuleDict({"projection": projection(width_of(encoder), self.lm), "lm": lm})
+        self.module.to(encoder.device)
 
     @classmethod
     def check(cls, p): return llm_faults(p)
     @classmethod
-    def disk(cls, p, t5): return 4*10**8*(p.llm != "pocket")
+    def disk(cls, p, encoder): return 4*10**8*(p.llm != "pocket")
     @classmethod
     def new(cls, reader, start, p):
         "With fresh adapters."
         lm = add_adapters(load_llm(start["llm"], p.four_bit), p.lora_rank, p.lora_modules)
-        return cls(load_encoder(start["t5"]).to(device()), reader, lm, load_tokenizer(start["llm"]))
+        return cls(load_encoder(start["encoder"]).to(device()), reader, lm, load_tokenizer(start["llm"]))
 
     @classmethod
     def load(cls, folder, about, reader):
@@ -269,11 +269,11 @@ class CausalLM(Continued, OnEncoder):
         from peft import PeftModel
         from safetensors.torch import load_file
         lm = PeftModel.from_pretrained(load_llm(about["llm"], about["four_bit"]), folder/"adapter")
-        out = cls(load_encoder(about["t5"]).to(device()), reader, lm.eval(), load_tokenizer(about["llm"]))
+        out = cls(load_encoder(about["encoder"]).to(device()), reader, lm.eval(), load_tokenizer(about["llm"]))
         out.module["projection"].load_state_dict(load_file(folder/"projection.safetensors"))
         return out
 
-    def states(self, ids, mask): return encode(self.t5, ids, mask)
+    def states(self, ids, mask): return encode(self.encoder, ids, mask)
     def read(self, states, mask):
         "Keys and values of the projected states."
         return super().read(self.module["projection"](states), mask)
@@ -587,13 +587,13 @@ def sample_rows(
 # %% ../nbs/14_recommender.ipynb #14-031
 def kept_states(
     prompts:list[list[int]], # Token ids
-    t5:str, # Folder of the encoder that reads them
+    encoder:str, # Folder of the encoder that reads them
     reader:Reader, # With its tokenizer
     file:Path, # Where a mapped file would lie
     p:Settings, # With cache_gb, cache_file_gb and processes
 )->States: # To be filled
     "A place for the states of all prompts."
-    return States(prompts, width_of(t5), reader.tokenizer.pad_token_id, file, p.cache_gb, p.cache_file_gb,
+    return States(prompts, width_of(encoder), reader.tokenizer.pad_token_id, file, p.cache_gb, p.cache_file_gb,
                   p.processes > 1)
 
 # %% ../nbs/14_recommender.ipynb #14-032
@@ -684,7 +684,7 @@ def make_recommender(
         about = backbone(run, "encoder")
         lm = find_llm(run, p, folder/"llm") if wants else ""
         starts = {"no-stage-1": about["path"], "ganprompt": str(encoder/"model")}
-        names = {name if KINDS[kind].plain else f"{name}, {kind}": (kind, {"t5": path, "llm": lm})
+        names = {name if KINDS[kind].plain else f"{name}, {kind}": (kind, {"encoder": path, "llm": lm})
                  for kind in kinds for name, path in starts.items()}
         large = p.processes > 1 or is_large(about["path"], *[lm]*bool(lm))
         tuned = side_by_side([partial(tune, run, kind, folder/name, start, p)
@@ -697,7 +697,7 @@ def make_recommender(
         table = pl.concat(curves, how="diagonal")
         table.write_parquet(folder/"curves.parquet")
         plot_curves(table, ["loss", "valid_auc"]).savefig(folder/"curves.png", dpi=110)
-        parts = {"t5": about["name"]} | ({"llm": p.llm} if lm else {})
+        parts = {"encoder": about["name"]} | ({"llm": p.llm} if lm else {})
         built_on = {name: [parts[k] for k in KINDS[kind].starts] for name, (kind, _) in names.items()}
         write_json(folder/"recommender.json", {"candidates": p.candidates, "pocket": about["pocket"],
                                                "test_users": len(at), "backbones": built_on} | parts)

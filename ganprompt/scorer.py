@@ -20,7 +20,7 @@ import polars as pl
 
 from .attributes import make_attributes
 from .backbones import check_causal, last_logits, narrow_head
-from .engine import (answer_tails, answer_whole, on_device, read_prefix, shares_prefix, stretches,
+from .engine import (answer_tails, answer_whole, read_prefix, shares_prefix, stretches,
                               token_batches, token_budget)
 from .models import (BLANK, answers, bf16_pays, blank_of, encode, fast_math, halved, load_model,
                               load_tokenizer, log_odds, resolve, spellings)
@@ -191,7 +191,7 @@ class States:
     def compute(self, rows):
         "The states (n, tokens, width) and mask (n, tokens) of some rows, from the encoder."
         import torch
-        ids, mask = (t.to(self.model.device) for t in pad([self.prompts[r] for r in rows], self.pad_id))
+        ids, mask = pad([self.prompts[r] for r in rows], self.pad_id, self.model.device)
         with torch.no_grad(), fast_math(): return encode(self.model, ids, mask).to(self.bits), mask
 
     def fill(self, model):
@@ -234,14 +234,14 @@ class Recommender(Protocol):
     attributes = False # whether every question has the row's attribute word
     on_encoder = True # whether chapter 14 trains it: on the encoder after stage 1, and before it
     plain = False # whether the models of chapter 14 do without its name in theirs
-    starts = "t5", # the models that it is built on: t5, llm or adapter
+    starts = "encoder", # the models that it is built on: t5, llm or adapter
     decided_by = () # settings that its weights depend on
     settings = None # class of its settings; None: those of chapter 14
 
     @classmethod
     def check(cls, p): return [] # A sentence for each of the settings that cannot work
     @classmethod
-    def disk(cls, p, t5): return 0. # Bytes that one of it and its checkpoint take, about; `t5` names the run's
+    def disk(cls, p, encoder): return 0. # Bytes of it and its checkpoint, about; `encoder` names the run's
     @classmethod
     def files(cls, start, p): return [f for k in cls.starts for f in weight_files(start[k])] # Files that decide it
     @classmethod
@@ -311,7 +311,7 @@ def score_prompts(
     batches, found = token_batches(np.array([len(p) for p in prompts]), model.budget), []
     with torch.inference_mode(), fast_math():
         for rows in batches:
-            ids, mask = (on_device(t.numpy(), model.device) for t in pad([prompts[r] for r in rows], model.pad_id))
+            ids, mask = pad([prompts[r] for r in rows], model.pad_id, model.device)
             found.append(scores_of(model.whole(ids, mask, wanted(model.names, score)), score, model.names))
         out = np.empty(len(prompts), np.float32)
         out[np.concatenate(batches)] = torch.cat(found).cpu().numpy()
@@ -332,7 +332,7 @@ def score_contexts(
     out, order = np.empty(items.shape, np.float32), np.argsort(model.tail_lengths[items], 1, kind="stable")
     with torch.inference_mode(), fast_math():
         for rows in token_batches(np.array([len(c) for c in contexts]), max(1, budget//16)):
-            ids, mask = (t.to(model.device) for t in pad([contexts[r] for r in rows], model.pad_id))
+            ids, mask = pad([contexts[r] for r in rows], model.pad_id, model.device)
             memory = model.read(model.states(ids, mask), mask)
             for columns in np.array_split(order[rows], math.ceil(items.shape[1]/max(1, budget//model.cost(mask))), 1):
                 at = (rows[:, None], columns)
@@ -350,16 +350,16 @@ def square(
 
 # %% ../nbs/13_scorer.ipynb #13-n04
 class Prompted(Recommender):
-    """A recommender that reads a prompt and answers for items: with `t5` or its own `states`, `answer`, `names` (token
-    ids of no and yes) and `pad_id`; and unless it is `joint`, with `cost` and `tail_lengths`."""
+    """A recommender that reads a prompt and answers for items: with `encoder` or its own `states`, `answer`, `names`
+    (token ids of no and yes) and `pad_id`; and unless it is `joint`, with `cost` and `tail_lengths`."""
     joint = False # whether the candidate is a part of the prompt
     @property
-    def core(self): return self.t5 # the model that does most of the work
+    def core(self): return self.encoder # the model that does most of the work
     @property
     def device(self): return self.core.device
     @property
     def budget(self): return token_budget(self.core)
-    def states(self, ids, mask): return encode(self.t5, ids, mask)
+    def states(self, ids, mask): return encode(self.encoder, ids, mask)
     def read(self, states, mask): return states, mask
     def context(self, questions, row): return questions.context(row)
 
@@ -397,7 +397,7 @@ def score_tails(
     batches, names = token_batches(np.array([len(p) for p in prefixes]), budget), wanted(model.names, score)
     with torch.inference_mode(), fast_math():
         for rows in batches:
-            ids, mask = (on_device(t.numpy(), model.device) for t in pad([prefixes[r] for r in rows], model.pad_id))
+            ids, mask = pad([prefixes[r] for r in rows], model.pad_id, model.device)
             memory, flat = model.read(model.states(ids, mask), mask), [t for r in rows for t in tails[r]]
             owner = np.arange(len(rows)).repeat([len(tails[r]) for r in rows])
             costs = np.array([len(t) for t in flat]) + (0 if model.shares else ids.shape[1])

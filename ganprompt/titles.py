@@ -141,7 +141,7 @@ def listed_scores(
     out, places = [], len(causal.place.weight)
     with torch.inference_mode():
         for at in range(0, len(histories), at_once):
-            seen, mask = (x.to(vectors.device) for x in pad([h[-places:] for h in histories[at:at + at_once]], 0))
+            seen, mask = pad([h[-places:] for h in histories[at:at + at_once]], 0, vectors.device)
             lengths = mask.sum(1)
             h = causal(vectors[seen], lengths)[torch.arange(len(seen)), lengths - 1]
             z = ((h @ vectors.T).log_softmax(1) + math.log(len(vectors))).cpu().numpy()
@@ -205,10 +205,10 @@ def item_update(
     import torch
     past, nexts = rows["history"].to_list(), torch.from_numpy(rows["target"].to_numpy().astype(np.int64))
     def update(at, rng):
-        seen, mask = (x.to(device()) for x in pad([past[r] for r in at], 0))
+        seen, mask = pad([past[r] for r in at], 0, device())
         loss = next_item_loss(net.train(), seen, mask.sum(1), nexts[at].to(device()))
         descend(loss, opt, schedule)
-        return {"loss": loss.item()}
+        return {"loss": loss}
     return update
 
 # %% ../nbs/32_titles.ipynb #32-034

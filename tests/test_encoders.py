@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from conftest import make
-from test_equations import TEMPLATES, TITLES, WORDS, shoppers, tiny_reader
+from test_equations import TEMPLATES, TITLES, WORDS, in_numbers, shoppers, tiny_reader
 from tokenizers import ByteLevelBPETokenizer, processors
 
 from ganprompt import encoder, models, scorer
@@ -141,7 +141,7 @@ def stage_1(folder, coupling="cooperative", lm_target="next-title", part=0, lr=0
     D = discriminator(32, 3)
     (opt_g, schedule), (opt_d, _) = adamw(model.parameters(), lr, 30, "adam"), adamw(D.parameters(), lr, 1, "adam")
     p = EncoderSettings(gamma=.5, coupling=coupling, lm_target=lm_target, encoder_part=part)
-    return model, versions, adversarial_update(model, D, versions, opt_g, schedule, opt_d, p)
+    return model, versions, in_numbers(adversarial_update(model, D, versions, opt_g, schedule, opt_d, p))
 
 
 def gradients(model): return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
@@ -299,17 +299,17 @@ def test_a_ranker_learns_on_any_frozen_encoder(name, folders, tmp_path):
     others = [rng.choice([i for i in range(12) if i//6 != k], 3) for k in kind]
     items = np.column_stack([rows["target"], others])
     seed_all(0)
-    model = Ranker.new(reader, {"t5": str(folders[name])}, p)
-    before = {k: v.clone() for k, v in model.t5.state_dict().items()}
+    model = Ranker.new(reader, {"encoder": str(folders[name])}, p)
+    before = {k: v.clone() for k, v in model.encoder.state_dict().items()}
     q = Questions(reader, {}, rows)
     contexts = [q.context(r) for r in range(60)]
-    kept = States(contexts, width_of(model.t5), model.pad_id, tmp_path/"s.bin").fill(model.t5)
+    kept = States(contexts, width_of(model.encoder), model.pad_id, tmp_path/"s.bin").fill(model.encoder)
     tune_on_states(model, (kept, items), (kept, items), tmp_path, p, "test")
     scores = model.scores(q, np.arange(60), list(items))
     assert list_auc(scores) > .95
-    assert all(torch.equal(v, before[k]) for k, v in model.t5.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in model.encoder.state_dict().items())
     (tmp_path/"ranker").mkdir()
-    model.save(tmp_path/"ranker"); describe(tmp_path/"ranker", "ranker", {"t5": str(folders[name])}, p)
+    model.save(tmp_path/"ranker"); describe(tmp_path/"ranker", "ranker", {"encoder": str(folders[name])}, p)
     again = load_recommender(tmp_path/"ranker", reader).scores(q, np.arange(60), list(items))
     np.testing.assert_allclose(again, scores, atol=1e-6)
 

@@ -12,7 +12,7 @@ import yaml
 from scipy.spatial.distance import jensenshannon
 
 from ganprompt.files import root
-from ganprompt.processes import seed_all
+from ganprompt.processes import later, seed_all
 from ganprompt.templates import read_templates
 from ganprompt.backbones import Reader, adamw, pocket_model, t5_tokenizer
 from ganprompt.encoder import (COUPLINGS, EncoderSettings, Versions, adversarial_update, contrast, cosine,
@@ -106,6 +106,11 @@ def test_the_discriminator_names_versions_by_cross_entropy():
 
 # Section 3.4.1: L_G, term by term
 
+def in_numbers(update):
+    "An update whose figures are read at once."
+    return lambda rows, rng: later(update(rows, rng))()
+
+
 def stage1(world, coupling="cooperative", js_sign=-1, lr=0., gamma=.3, alpha=.7, beta=.2):
     reader, model = world
     rows, _ = shoppers(5)
@@ -113,7 +118,7 @@ def stage1(world, coupling="cooperative", js_sign=-1, lr=0., gamma=.3, alpha=.7,
     (opt_g, schedule), (opt_d, _) = adamw(model.parameters(), lr, 30, "adam"), adamw(D.parameters(), lr, 1, "adam")
     p = EncoderSettings(alpha=alpha, beta=beta, gamma=gamma, js_sign=js_sign, coupling=coupling,
                         lm_target="next-title")
-    return versions, D, adversarial_update(model, D, versions, opt_g, schedule, opt_d, p)
+    return versions, D, in_numbers(adversarial_update(model, D, versions, opt_g, schedule, opt_d, p))
 
 
 def title_loss(model, versions, rows, rng):
@@ -155,7 +160,7 @@ def test_the_coupling_moves_the_encoder_its_way(coupling, world):
     model = world[1]
     (opt_g, schedule), (opt_d, _) = adamw(model.parameters(), 1e-3, 30, "adam"), adamw(D.parameters(), 0., 1, "adam")
     p = EncoderSettings(alpha=0., beta=0., gamma=100., js_sign=-1, coupling=coupling, lm_target="next-title")
-    update = adversarial_update(model, D, versions, opt_g, schedule, opt_d, p)
+    update = in_numbers(adversarial_update(model, D, versions, opt_g, schedule, opt_d, p))
     lost = [update(np.arange(5), np.random.default_rng(s))["d_loss"] for s in range(12)]
     change = lost[-1] - lost[0]
     assert (change < -.01 if coupling == "cooperative" else change > .01 if coupling == "adversarial"
@@ -288,7 +293,7 @@ def asked(reader, rows, texts=(PLAIN,)): return [Questions(reader, {}, rows, tex
 
 def kept_states(model, questions, items, folder, name="states.bin"):
     return States([p for q in questions for p in model.ask(q, items)], 32, model.pad_id,
-                  folder/name).fill(model.t5), items
+                  folder/name).fill(model.encoder), items
 
 
 def test_stage_2_computes_the_loss_of_section_3_4_2(world, tmp_path):
@@ -318,7 +323,7 @@ def test_a_recommender_learns_what_was_bought(kind, tmp_path):
     seed_all(0)
     reader = tiny_reader()
     model = kind(pocket_model("t5", reader.tokenizer, 32, 1), reader)
-    model.t5.decoder.requires_grad_(True)
+    model.encoder.decoder.requires_grad_(True)
     rows, kinds = shoppers(240)
     others = np.random.default_rng(4).integers(6, size=(240, 2)) + 6*(1 - kinds)[:, None]
     items, (q,) = np.column_stack([rows["target"], others]), asked(reader, rows)
@@ -401,7 +406,7 @@ def test_the_causal_recommender_reads_projected_states_before_the_question(tmp_p
                                        num_hidden_layers=2, num_attention_heads=2,
                                        initializer_range=.2)).save_pretrained(tmp_path/"llm")
     reader.tokenizer.save_pretrained(tmp_path/"llm")
-    model = recommender.CausalLM.new(reader, start := {"t5": str(tmp_path/"t5"), "llm": str(tmp_path/"llm")},
+    model = recommender.CausalLM.new(reader, start := {"encoder": str(tmp_path/"t5"), "llm": str(tmp_path/"llm")},
                                      RecommenderSettings(lora_rank=3))
     adapters = model.peft.peft_config["default"]
     assert (adapters.r, adapters.lora_alpha) == (3, 6)
@@ -414,7 +419,7 @@ def test_the_causal_recommender_reads_projected_states_before_the_question(tmp_p
     words, layer = model.lm.get_input_embeddings().weight, model.module["projection"].linear
     def alone(r, item):
         (prompt,) = model.ask(asked(reader, rows[r:r + 1])[0], np.array([[item]]))
-        states = torch.tensor(states_alone(model.t5, prompt)).float()
+        states = torch.tensor(states_alone(model.encoder, prompt)).float()
         with torch.no_grad():
             x = torch.cat([torch.tanh(states @ layer.weight.T + layer.bias)*words.std(), words[model.tails[item]]])
             logits = model.lm(inputs_embeds=x[None]).logits[0, -1].double().log_softmax(-1)
@@ -486,7 +491,8 @@ def test_gathering_computes_its_loss(world):
     nexts = rows["target"].to_numpy().copy(); nexts[3] = nexts[1]
     questions, p = asked(reader, rows, (PLAIN, OTHER)), GatherSettings(gather_same=.5, gather_next=2., temperature=.2)
     opt, schedule = adamw(model.parameters(), 0., 10, "adam")
-    got = gather_update(model, reader, questions, nexts, opt, schedule, p)(np.arange(5), np.random.default_rng(11))
+    update = in_numbers(gather_update(model, reader, questions, nexts, opt, schedule, p))
+    got = update(np.arange(5), np.random.default_rng(11))
     plain = reader.encoder("{title_seq}")
     x = np.array([[states_alone(model, q.context(r)).mean(0) for r in range(5)] for q in questions])
     y = np.array([states_alone(model, plain.ids([i])).mean(0) for i in nexts])
@@ -514,8 +520,8 @@ def test_gathering_in_one_wording_has_only_the_next_item(world):
     "There is no other wording that a history could be the same in."
     (reader, model), (rows, _) = world, shoppers(5)
     opt, schedule = adamw(model.parameters(), 0., 10, "adam")
-    update = gather_update(model, reader, asked(reader, rows, (PLAIN,)), rows["target"].to_numpy(), opt, schedule,
-                           GatherSettings(gather_wordings=1, gather_same=.5))
+    update = in_numbers(gather_update(model, reader, asked(reader, rows, (PLAIN,)), rows["target"].to_numpy(), opt,
+                                      schedule, GatherSettings(gather_wordings=1, gather_same=.5)))
     got = update(np.arange(5), np.random.default_rng(0))
     assert got["same"] == 0 and got["loss"] == pytest.approx(got["lm"] + got["next"], abs=1e-5)
 

@@ -175,7 +175,7 @@ def test_scores_are_joined_by_their_sequence(shop, tmp_path):
             return pl.DataFrame({"model": model, "row": test["row"][order], "user": test["user"][order],
                                  "scores": [(lists[i] + .5).tolist() for i in order]})
         pl.concat([rows("ganprompt", at), rows("no-stage-1", at[::-1])]).write_parquet(to/"scores.parquet")
-        (to/"recommender.json").write_text(json.dumps({"candidates": "uni99", "pocket": True, "t5": "pocket"}))
+        (to/"recommender.json").write_text(json.dumps({"candidates": "uni99", "pocket": True, "encoder": "pocket"}))
         return {}
     stage(run, "recommender", {}, recommend, inputs=["data"])
     rows, scores = M.collect_scores(str(run))

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import make, start
 
+from ganprompt import backbones
 from ganprompt.models import answers, load_model, load_tokenizer, resolve
-from ganprompt.backbones import backbone, pocket_model
+from ganprompt.backbones import backbone, pocket_model, train
 from ganprompt.data import load_candidates, load_sequences
 from ganprompt.encoder import reader_for
 from ganprompt.recommender import (CausalLM, RecommenderSettings, divergence, logits_at, make_recommender,
@@ -67,7 +68,7 @@ def test_adapters_and_projection_make_the_scores(finished):
     assert {p.suffix for p in folder.rglob("*") if p.is_file()} <= {".safetensors", ".json", ".md"}
     moved = [p.abs().max().item() for n, p in trained.module.named_parameters() if "lora_B" in n]
     assert moved and min(moved) > 0 # peft starts these at zero
-    fresh = CausalLM.new(reader, {"t5": str(finished/"encoder/model"), "llm": str(finished/"recommender/llm")},
+    fresh = CausalLM.new(reader, {"encoder": str(finished/"encoder/model"), "llm": str(finished/"recommender/llm")},
                          RecommenderSettings())
     good, other = (np.concatenate(m.scores(questions, np.arange(5), lists)) for m in (trained, fresh))
     assert np.abs(good - other).max() > 1e-2
@@ -221,9 +222,9 @@ def test_each_wording_has_logits_of_its_own(kind, finished, tmp_path):
     (reader, path), rows = reader_for(run), load_sequences(run, "train")[:7]
     items, at = np.random.default_rng(0).integers(len(reader.titles), size=(7, 3)), np.array([4, 0, 6])
     asked, model = worded(reader, own_attributes(run), rows, attributes=True, wordings=3, nonsense=0,
-            seed=0), KINDS[kind].new(reader, {"t5": path}, RecommenderSettings())
-    states = States([p for q in asked for p in model.ask(q, items)], model.t5.config.d_model, model.pad_id,
-                    tmp_path/"states.bin").fill(model.t5)
+            seed=0), KINDS[kind].new(reader, {"encoder": path}, RecommenderSettings())
+    states = States([p for q in asked for p in model.ask(q, items)], model.encoder.config.d_model, model.pad_id,
+                    tmp_path/"states.bin").fill(model.encoder)
     for w, questions in enumerate(asked):
         with torch.inference_mode(): z = logits_at(model, states, items, at, model.names, w)
         alone = model.scores(questions, at, list(items))
@@ -292,3 +293,23 @@ def test_other_weights_in_the_folder_of_a_model_make_its_stages_out_of_date(fini
         assert not stale(run, "backbones") and stale(run, "attributes") == "input backbones has changed"
         make_attributes(AttributesSettings(str(run), k=3))
         assert not stale(run, "attributes")
+
+
+def test_a_step_is_under_way_when_the_figures_of_the_last_are_read(tmp_path, monkeypatch):
+    said = []
+    def later(figures):
+        said.append(f"ask {len(said)}")
+        return lambda: said.append("read") or figures
+    monkeypatch.setattr(backbones, "later", later)
+    train(lambda rows, rng: {"loss": 1.}, {}, 4, 1, 1, tmp_path, 0, "here")
+    assert [s.split()[0] for s in said] == ["ask", "ask", "read", "ask", "read", "ask", "read", "read"]
+
+
+@pytest.mark.parametrize("bad", range(3))
+def test_a_loss_that_is_no_number_is_told_with_its_step_and_never_kept(bad, tmp_path, monkeypatch):
+    monkeypatch.setattr(backbones, "EVERY", 0.)
+    monkeypatch.setattr(backbones, "save_checkpoint", lambda folder, step, state: kept.append(state["curves"][:]))
+    kept, losses = [], iter([1. if s != bad else float("nan") for s in range(3)])
+    with pytest.raises(UserError, match=f"here, step {bad}"):
+        train(lambda rows, rng: {"loss": torch.tensor(next(losses))}, {}, 3, 1, 1, tmp_path, 0, "here")
+    assert all(np.isfinite(row["loss"]) for curves in kept for row in curves) and len(kept) <= bad

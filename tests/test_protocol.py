@@ -49,7 +49,7 @@ def test_a_kind_of_ones_own_is_tuned_saved_loaded_and_asked(tuned, tmp_path):
     mine = found.filter(model="ganprompt, bought")["scores"]
     assert isinstance(model, Bought) and mine[2].to_list() == model.counts[lists[2]].tolist()
     assert json.loads((folder/"ganprompt, bought/model.json").read_text()) == {
-        "kind": "bought", "t5": "../../encoder/model", "seed": 0}
+        "kind": "bought", "encoder": "../../encoder/model", "seed": 0}
     page = make_report(str(folder/"ganprompt, bought"), users=6, out=str(tmp_path/"report"))
     about = json.loads(page.with_suffix(".json").read_text())
     assert about["model"] == "ganprompt, bought" and about["measured"]["unseen"]["tau"] == 1 # it minds no wording

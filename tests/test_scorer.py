@@ -55,8 +55,8 @@ def test_scores_are_those_of_the_whole_model(shown):
     prompts = [questions.ids(r, int(i)) for r in range(6) for i in lists[r][:20]]
     ids, mask = padded(prompts, reader)
     with torch.inference_mode():
-        z = model.t5(input_ids=ids, attention_mask=mask, decoder_input_ids=start_tokens(model.t5, len(ids))).logits[:,
-                0]
+        starts = start_tokens(model.encoder, len(ids))
+        z = model.encoder(input_ids=ids, attention_mask=mask, decoder_input_ids=starts).logits[:, 0]
     no, yes = (reader.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("no", "yes"))
     assert np.allclose(score_prompts(model, prompts), (z[:, yes] - z[:, no]).numpy(), atol=1e-4)
     assert np.allclose(score_prompts(model, prompts, "vocab"), z.log_softmax(-1)[:, yes].numpy(), atol=1e-4)
@@ -89,11 +89,11 @@ def test_the_ranker_is_the_decoder_with_another_first_input(n, shown):
     ids, mask = padded([questions.context(r) for r in range(3)], reader)
     items = np.random.default_rng(0).integers(len(reader.titles), size=(3, n))
     with torch.inference_mode():
-        states = encode(model.t5, ids, mask)
+        states = encode(model.encoder, ids, mask)
         ours = model.answer((states, mask), items, model.names)
         for r in range(3):
             x = model.item_vectors()[items[r]].unsqueeze(1)
-            whole = model.t5(encoder_outputs=(states[[r]*n],), attention_mask=mask[[r]*n],
+            whole = model.encoder(encoder_outputs=(states[[r]*n],), attention_mask=mask[[r]*n],
                              decoder_inputs_embeds=x).logits[:, 0, model.names]
             assert torch.allclose(ours[r], whole, atol=1e-4)
 
@@ -110,7 +110,7 @@ def test_a_shared_prefix_changes_no_score(kind, shown, finished, tmp_path):
     model_class(config_class(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=1, **sizes,
                              **more)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    model = CausalLM.new(reader, {"t5": path, "llm": resolve(str(tmp_path))},
+    model = CausalLM.new(reader, {"encoder": path, "llm": resolve(str(tmp_path))},
                          RecommenderSettings(lora_modules=modules))
     for name, p in model.peft.named_parameters():
         if "lora_B" in name: torch.nn.init.normal_(p, std=.1)
@@ -118,7 +118,7 @@ def test_a_shared_prefix_changes_no_score(kind, shown, finished, tmp_path):
     for r in range(4):
         ids, mask = padded([questions.context(r)], reader)
         with torch.inference_mode():
-            prefix = model.module["projection"](encode(model.t5, ids, mask))[0]
+            prefix = model.module["projection"](encode(model.encoder, ids, mask))[0]
             for j in 0, 1, 50, 99:
                 tail = model.tails[lists[r][j]]
                 said = tokenizer.decode(tail).strip()

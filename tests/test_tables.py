@@ -339,7 +339,7 @@ def run(shop, tmp_path):
     def recommend(to):
         pl.concat([pl.DataFrame({"model": model, "row": numbers, "user": users[:50], "scores": scored(0)})
                    for model in ("no-stage-1", "ganprompt", "ganprompt, causal-lm")]).write_parquet(to/"scores.parquet")
-        write_json(to/"recommender.json", {"candidates": "uni99", "pocket": True, "t5": "pocket", "llm": "tiny",
+        write_json(to/"recommender.json", {"candidates": "uni99", "pocket": True, "encoder": "pocket", "llm": "tiny",
                                            "backbones": {"no-stage-1": ["pocket"], "ganprompt": ["pocket"],
                                                          "ganprompt, causal-lm": ["pocket", "tiny"]}})
         return {"valid_auc ganprompt": .7}
