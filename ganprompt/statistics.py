@@ -6,7 +6,7 @@
 __all__ = ['CLAIM', 'bootstrap', 'measure', 'difference', 'student', 'interval', 'scope', 'over_trainings', 'by_training',
            'trainings', 'method_figures', 'mark_best', 'against_best', 'paired_gaps', 'user_draws', 'drawn_means',
            'template_draws', 'redrawn', 'ends', 'ahead', 'best_and_worst', 'cps', 'held_out', 'drawn_cps',
-           'median_ratios']
+           'drawn_worst', 'median_ratios']
 
 # %% ../nbs/16_statistics.ipynb #16-n04
 import numpy as np
@@ -295,6 +295,15 @@ def drawn_cps(
         high, _ = best_and_worst(x, counts[1:], owner, 10)
         return np.r_[held_out(x)["cps"], cps(high, (counts[1:] @ x.mean(axis=0)) / counts[1:].sum(axis=1))]
     return {model: np.stack([one(x) for x in tables], axis=1) for model, tables in values.items()}
+
+# %% ../nbs/16_statistics.ipynb #16-n36
+def drawn_worst(
+    values:dict, # Model -> a figure of each user under each template, f64[trainings, templates, users]
+    resamples:int=1000, # Draws
+) -> dict: # Model -> f64[1 + resamples, trainings]
+    "Mean over users of the figure under their worst template, as it is and with users drawn again."
+    counts, _ = user_draws(np.arange(next(iter(values.values())).shape[-1]), resamples)
+    return {model: drawn_means(x.min(axis=1), counts) for model, x in values.items()}
 
 # %% ../nbs/16_statistics.ipynb #16-n26
 def median_ratios(

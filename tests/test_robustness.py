@@ -224,6 +224,9 @@ def test_command_and_report(finished, tmp_path, monkeypatch, capsys):
     value, low, high = about["intervals"]["by_template"]["hit@10"][1]
     assert (low <= value <= high and value == pytest.approx(about["by_template"][1]["hit@10"])
             and about["verdict"] in page and "as defined" in page and "By chance" in page)
+    assert [row["id"] for row in about["histories"]] == ["as it is", *R.HISTORIES]
+    for k in "hit@10", "tau": assert about["histories"][0][k] == about["by_template"][0][k]
+    assert about["histories"][4]["tau"] < 1 and len(about["tokens"]) == 2 and "other histories" in page
 
 
 def test_mistakes_in_a_template_file_come_first(finished, tmp_path, monkeypatch, capsys):
@@ -251,8 +254,9 @@ def test_figure1_shows_one_of_each_group():
 
 def test_the_columns_of_every_template():
     table = S.template_table(RNG.normal(size=(2, 5, 12)), BANK)
-    head = R.template_block(table, S.bank_intervals(RNG.normal(size=(2, 5, 12)), BANK, range(5), resamples=10)[1]).head
-    assert head == ["id", "group", "split", "HR@10", "flips", "tau", "rbo", "drop", "NDCG@10", "AUC"]
+    head = R.template_block(table, S.bank_intervals(RNG.normal(size=(2, 5, 12)), BANK, range(5), resamples=10)[1],
+                            [7., 8.]).head
+    assert head == ["id", "group", "split", "HR@10", "flips", "tau", "rbo", "drop", "NDCG@10", "AUC", "tokens"]
 
 
 def test_a_report_says_how_often_a_model_says_yes_under_its_own_template(monkeypatch, tmp_path):
@@ -262,7 +266,8 @@ def test_a_report_says_how_often_a_model_says_yes_under_its_own_template(monkeyp
     model = SimpleNamespace(reader=SimpleNamespace(ends=(None, None)))
     found = dict(check_report=[], is_saved=False, need=None, own_attributes={}, bank_for=BANK, load_recommender=model,
                  reader_for=(SimpleNamespace(titles=list("ABC")), ""), test_lists=(rows, [[0, 1, 2]]*3),
-                 score_key="key", dataset_info={"dataset": "toy", "synthetic": True})
+                 score_key="key", dataset_info={"dataset": "toy", "synthetic": True}, tokens_of=[10., 12.],
+                 under_histories=[])
     for name, value in found.items(): monkeypatch.setattr(R, name, lambda *args, value=value: value)
     def score_bank(*args):
         args[-1].mkdir(parents=True)
@@ -323,6 +328,31 @@ def test_a_recommender_of_ones_own_is_put_under_the_bank():
     assert z.shape == (2, 4, 3) and np.isnan(z[0, 1, 2])
     longer = z[1] - z[0]
     assert (longer[~np.isnan(longer)] > 0).all() and np.ptp(longer[~np.isnan(longer)]) < 1e-5
+
+
+def test_other_histories_are_asked_about_in_the_same_words(tmp_path):
+    "A model that counts the history: what was left out, put in and halved comes back in its scores; the rest stays."
+    from test_equations import shoppers, tiny_reader
+    reader, (rows, _) = tiny_reader(), shoppers(40)
+    class Counting:
+        attributes = False
+        def __init__(self): self.reader = reader
+        def scores(self, questions, at, lists):
+            n = questions.rows["history"].list.len().to_numpy()
+            return [n[r] - .1*np.arange(len(lists[r])) for r in at]
+    clean, lists = dict(id="own", split="seen", text="A {purchase_history} B {target_item} ?"), [[0, 1, 2]]*40
+    z = R.score_bank(Counting(), {}, [clean], rows, lists)
+    found = R.under_histories(Counting(), {}, clean, rows, lists, z, len(reader.titles), tmp_path)
+    assert [row["tau"] for row in found] == [1.]*5 and [row["hit@10"] for row in found] == [1.]*5
+    n = rows["history"].list.len().to_numpy()
+    for how, wanted in zip(R.HISTORIES, (n, np.maximum(n - 1, 1), n + 1, n - n//2)):
+        new = R.changed_rows(rows, how, len(reader.titles))
+        np.testing.assert_array_equal(new["history"].list.len(), wanted)
+        for before, after in zip(rows.iter_rows(named=True), new.iter_rows(named=True)):
+            assert set(before["history"]) >= set(after["history"]) or how == "one more"
+            assert before["target"] not in set(after["history"]) - set(before["history"])
+    assert R.tokens_of(Counting(), {}, [clean, clean | {"text": clean["text"] + " A B"}], rows, lists)[1] > R.tokens_of(
+        Counting(), {}, [clean], rows, lists)[0]
 
 
 def test_everyone_is_asked_about_the_same_users(monkeypatch):

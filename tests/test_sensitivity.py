@@ -199,3 +199,29 @@ def test_the_middle_of_each_interval_is_the_measure():
         for m in ("avg", "drop", "pss"): assert found[m][0] == pytest.approx(measured[s]["hit@10"][m])
         for m in ("posix", "flips", "tau", "rbo"): assert found[m][0] == pytest.approx(measured[s][m])
     for m in ("flips", "tau", "rbo"): np.testing.assert_allclose([v[0] for v in templates[m]], table[m])
+
+
+@pytest.mark.parametrize("share", [.1, .4])
+def test_a_part_of_the_questions_is_filled_in_by_the_likeliest_parameters(share):
+    "The posterior's maximum, looked for by another optimiser in the equation's own form."
+    from scipy.optimize import minimize
+    rng, groups = np.random.default_rng(3), ["a", "a", "b", "b", "b"]
+    x = (rng.random((5, 40)) < .3 + .08*np.arange(5)[:, None]).astype(float)
+    asked, of = S.part_of(5, 40, share, rng), np.array([0, 0, 1, 1, 1])
+    def odds(w): return w[0] + w[1:6, None] + w[6:8][of][:, None] + w[8:]
+    def lost(w):
+        z = odds(w)
+        prior = (w[1:8]**2).sum()/(2*S.APART**2) + (w[8:]**2).sum()/2
+        return np.where(asked, np.logaddexp(0, z) - x*z, 0).sum() + prior
+    wanted = np.where(asked, x, 1/(1 + np.exp(-odds(minimize(lost, np.zeros(48)).x)))).mean(axis=1)
+    got = S.estimated(np.where(asked, x, np.nan), asked, groups)
+    np.testing.assert_allclose(got, wanted, atol=2e-3)
+    assert asked.sum(axis=1).tolist() == [round(share*40)]*5
+
+
+def test_each_users_worst_template():
+    "Worked by hand: under their worst template the first user keeps 0, the second 1, the third 1/2."
+    x = np.array([[[1., 1., .5], [0., 1., 1.]], [[1., 1., 1.], [1., 0., 1.]]])
+    draws = C.drawn_worst({"model": x}, 200)["model"]
+    np.testing.assert_allclose(draws[0], [.5, 2/3])
+    assert draws.shape == (201, 2) and draws[1:].min() >= 0 and draws[1:].max() <= 1 and draws[1:].std() > .1
