@@ -1,4 +1,4 @@
-"Titles one by one: what a place may see, the loss by hand, whitening, one score an item, and no word that matters."
+"Titles one by one: what a place may see, the loss by hand, one score an item, towers, and no word that matters."
 import json, shutil
 
 import numpy as np
@@ -61,7 +61,7 @@ def test_a_place_sees_itself_and_what_stands_before_it(length):
 def test_a_history_among_longer_ones_is_read_as_alone():
     "Padding changes nothing, and the newest item stands at the last place however long the history is."
     torch.manual_seed(0)
-    net, vectors = T.causal_model(6).eval(), torch.randn(20, T.WIDTH)
+    net, vectors = T.causal_model(6).eval(), torch.randn(20, T.WIDTH + 1)
     histories, all_items = [[3], [1, 2, 5, 7, 9, 11], [4, 4, 0]], [np.arange(20)]
     together = T.listed_scores(net, vectors, histories, all_items*3)
     for history, z in zip(histories, together):
@@ -75,31 +75,35 @@ def test_a_history_among_longer_ones_is_read_as_alone():
 def test_the_loss_by_hand():
     torch.manual_seed(0)
     net = T.new_net(7, 4, torch.randn(7, 5), True, 0.).eval()
+    net.items.often.data, net.causal.sure.data = torch.arange(7)/5, torch.tensor(7.5).log()
     histories, nexts = [[1, 2, 6], [0], [3, 3]], [5, 2, 0]
     seen = torch.tensor([[1, 2, 6], [0, 0, 0], [3, 3, 0]])
     found = T.next_item_loss(net, seen, torch.tensor([3, 1, 2]), torch.tensor(nexts)).item()
     text, linear, table = (x.detach().numpy() for x in (net.items.text, net.items.linear, net.items.table))
-    v, losses = text @ linear + table, []
+    v, losses, often = text @ linear + table, [], np.arange(7)/5
     for history, last in zip(histories, nexts):
         states = net.causal(torch.tensor(v[history])[None], torch.tensor([len(history)]))[0].detach().numpy()
-        for h, item in zip(states, [*history[1:], last]):
-            p = np.exp(v @ h)/np.exp(v @ h).sum()
+        for h, item in zip(states[:, :-1], [*history[1:], last]):
+            assert np.linalg.norm(h) == pytest.approx(7.5, rel=1e-5)
+            cosine = v @ h/np.linalg.norm(v, axis=1)/np.linalg.norm(h)
+            p = np.exp(7.5*cosine + often)/np.exp(7.5*cosine + often).sum()
             losses.append(-np.log(p[item]))
     assert len(losses) == 6 and found == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def test_whitened_vectors():
-    "Uncorrelated, of variance 1, the same geometry whatever linear map came before; the first are PCA's."
+def test_principal_directions():
+    "PCA's, brought to length 1; no shift, turn or scale changes a cosine, and the first are the same without the rest."
     from sklearn.decomposition import PCA
     rng = np.random.default_rng(0)
     x = rng.normal(size=(60, 6))*[9, 5, 3, 2, 1, .5] + 4
-    white = T.whiten(x)
-    assert np.allclose(white.T @ white/60, np.eye(6), atol=1e-5) and np.allclose(white.mean(0), 0, atol=1e-6)
-    again = T.whiten(x @ rng.normal(size=(6, 6)) - 7)
-    assert np.allclose(again @ again.T, white @ white.T, atol=1e-3)
-    theirs = PCA(3, whiten=True).fit_transform(x)*np.sqrt(60/59)
-    assert np.allclose(np.abs(T.whiten(x, 3)), np.abs(theirs), atol=1e-5)
-    assert T.whiten(np.c_[x, x]).shape == (60, 6) # nothing is made of directions that are not there
+    found, theirs = T.principal(x), PCA(6).fit_transform(x)
+    assert np.allclose(np.abs(found), np.abs(theirs)/np.linalg.norm(theirs, axis=1, keepdims=True), atol=1e-5)
+    turn = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    again = T.principal(3*x @ turn - 7)
+    assert np.allclose(again @ again.T, found @ found.T, atol=1e-5)
+    three = theirs[:, :3]/np.linalg.norm(theirs[:, :3], axis=1, keepdims=True)
+    assert np.allclose(np.abs(T.principal(x, 3)), np.abs(three), atol=1e-5)
+    assert T.principal(np.c_[x, x]).shape == (60, 6) # nothing is made of directions that are not there
 
 
 @pytest.mark.parametrize("kind", ["t5", "bert", "causal"])
@@ -128,7 +132,7 @@ def test_titles_beat_popularity_on_the_demo(tmp_path):
     run = str(tmp_path/"demo")
     make_data(DataSettings(run)); make_prompts(PromptsSettings(run))
     make_titles(TitlesSettings(run, vectors="text", title_encoder=encoder(tmp_path/"lm", load_titles(run)),
-                               titles_epochs=12))
+                               titles_epochs=20, titles_batch=32, titles_lr=.003))
     bought, (_, lists) = load_training(run), load_candidates(run, "uni99")
     popular = COUNTED["popularity"](bought, len(load_titles(run)))
     hits = np.mean([sum(popular(None, x) >= popular(None, x[:1])) <= 10 for x in lists])
@@ -167,7 +171,7 @@ def test_titles_are_read_once_and_ids_read_none(small, tmp_path, monkeypatch):
     shutil.copytree(run, tmp_path/"run")
     make_titles(TitlesSettings(str(tmp_path/"run"), vectors="id", title_encoder=lm, **FEW))
     assert not calls
-    make_titles(TitlesSettings(str(tmp_path/"run"), vectors="id,text,both", title_encoder=lm, **FEW))
+    make_titles(TitlesSettings(str(tmp_path/"run"), vectors="id,text,both,towers", title_encoder=lm, **FEW))
     assert calls == [1] and set(about(tmp_path/"run")) == set(T.VECTORS.values())
     assert not [m for m in about(tmp_path/"run").values() if "failed" in m]
 
@@ -179,15 +183,16 @@ def test_names_of_items_mean_nothing_to_titles(small, tmp_path):
     text, order = torch.randn(n, 8), np.random.default_rng(0).permutation(n)
     torch.manual_seed(0)
     net = T.new_net(n, 5, text, False, 0.).eval()
+    net.items.often.data = torch.randn(n)
     before = T.listed_scores(net.causal, net.items().detach(), [[0, 3, 2]], [np.arange(n)])[0]
-    net.items.text = text[np.argsort(order)]
+    net.items.text, net.items.often.data = text[np.argsort(order)], net.items.often.data[np.argsort(order)]
     after = T.listed_scores(net.causal, net.items().detach(), [order[[0, 3, 2]].tolist()], [order])[0]
     assert np.allclose(before, after, atol=1e-5)
 
 
 def test_an_item_has_one_score(small):
     torch.manual_seed(0)
-    net, vectors = T.causal_model(5).eval(), torch.randn(30, T.WIDTH)
+    net, vectors = T.causal_model(5).eval(), torch.randn(30, T.WIDTH + 1)
     rng, histories = np.random.default_rng(0), [[1, 2], [3], [9, 8, 7]]
     whole = T.listed_scores(net, vectors, histories, [np.arange(30)]*3)
     lists = [rng.permutation(30)[:k] for k in (30, 7, 2)]
@@ -207,10 +212,35 @@ def test_templates_do_not_change_its_answers(finished, tmp_path):
     assert [(row >= row[0]).sum() for row in scores[0]] == kept["rank"].to_list()
     late = load_sequences(str(run), "test")[:3]
     z = model.scores(Questions(reader, {}, late), np.array([2, 0]), [[0, 1], [1], [2, 3, 4]])
-    assert [len(x) for x in z] == [3, 2] and z[1][0] == pytest.approx(model.ranked(late[:1], [np.array([0])])[0][0])
+    assert [len(x) for x in z] == [3, 2] and z[1][0] == pytest.approx(model.ranked(late[:1], [np.array([0])])[0][0],
+                                                                           abs=1e-5)
     make_study(StudySettings(str(run), study_entries="titles alone", study_users=6, recommender_epochs=1))
     (e,) = json.loads((run/"study/study.json").read_text())["entries"].values()
     assert e["measured"]["unseen"]["tau"] == 1 and e["measured"]["unseen"]["flips"] == 0 and e["valid"] > .4
+
+
+def test_towers_are_weighed_on_validation_users(small, tmp_path):
+    "The best of all weights by a slow loop; one that knows nothing gets none; loaded and asked, the mean is theirs."
+    rng = np.random.default_rng(0)
+    good, noise = rng.normal(size=(300, 20)), rng.normal(size=(300, 20))
+    good[:, 0] += 1.5
+    other = rng.normal(size=(300, 20)); other[:, 0] += 1.2
+    def value(w): return T.ndcg(list(w[0]*good + w[1]*noise + w[2]*other))
+    grid = [(a/10, b/10, (10 - a - b)/10) for a in range(11) for b in range(11 - a)]
+    found = T.best_weights([list(good), list(noise), list(other)])
+    assert value(found) == max(map(value, grid)) and len(grid) == 66 and found[1] <= .1 < found[2]
+    assert value(found) > max(T.ndcg(list(good)), T.ndcg(list(other)))
+    run, lm = small
+    shutil.copytree(run, tmp_path/"run")
+    make_titles(TitlesSettings(str(tmp_path/"run"), vectors="towers,id,text", title_encoder=lm, **FEW))
+    rows, lists = load_sequences(run, "test")[:5], [np.arange(9)]*5
+    each = {name: load_recommender(tmp_path/"run/titles"/name, None) for name in ("text", "id", "towers")}
+    assert list(each["towers"].towers) == ["id", "text"] and each["towers"].weights.sum() == pytest.approx(1)
+    wanted = sum(w*np.array(each[name].ranked(rows, lists)) for name, w in zip(["id", "text"], each["towers"].weights))
+    np.testing.assert_allclose(each["towers"].ranked(rows, lists), wanted, atol=1e-5)
+    said = about(tmp_path/"run")
+    assert said["Sequence (towers)"]["valid"] >= max(said[m]["valid"] for m in T.VECTORS.values() if m in said) - 1e-9
+    assert said["Sequence (towers)"]["parameters"] == sum(said[T.VECTORS[n]]["parameters"] for n in ("id", "text"))
 
 
 def test_without_titles_only_ids_can_be_learned(small, shop, tmp_path):
@@ -224,6 +254,7 @@ def test_without_titles_only_ids_can_be_learned(small, shop, tmp_path):
 
 
 @pytest.mark.parametrize("bad, said", [(dict(vectors="text,ids"), "vectors='ids'.*did you mean 'id'"),
+                                       (dict(vectors="text,towers"), "towers is the mean of the others"),
                                        (dict(titles_dropout=1.), "titles_dropout=1.0 cannot be"),
                                        (dict(titles_epochs=0), "titles_epochs=0 cannot be"),
                                        (dict(title_encoder="no/such-model"), "'no/such-model' is neither a folder")])
