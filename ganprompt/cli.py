@@ -5,8 +5,8 @@ copy of anything: the notebook is the job."""
 
 # %% auto #0
 __all__ = ['RunCommand', 'cli', 'shown', 'chosen_chapters', 'run', 'stage_row', 'as_table', 'show', 'presets', 'read_plan',
-           'make_missing', 'studies', 'study_of', 'check_home', 'keep', 'plan_of', 'tables', 'compare', 'fetch',
-           'robustness', 'main']
+           'make_missing', 'studies', 'study_of', 'check_home', 'keep', 'plan_of', 'tables', 'compare', 'board',
+           'fetch', 'robustness', 'main']
 
 # %% ../nbs/54_cli.ipynb #54-n04
 import importlib, itertools, os, sys
@@ -290,6 +290,15 @@ def compare(runs):
     "Draw the encoders of several runs of one data set side by side, as figures/coupling.png."
     from ganprompt import figures
     click.echo(shown(figures.compare_runs([absolute("run", run) for run in runs])))
+
+# %% ../nbs/54_cli.ipynb #54-070
+@cli.command()
+@click.argument("reports", metavar="[REPORT.json]...", nargs=-1)
+@click.option("--out", metavar="FOLDER", default="", help="Where to  [figures; with reports: board]")
+def board(reports, out):
+    "One page of all kept entries, and of reports that `ganprompt robustness` has left."
+    from ganprompt.board import make_board
+    for path in make_board(reports, Path(out) if out else None): click.echo(shown(path))
 
 # %% ../nbs/54_cli.ipynb #54-060
 @cli.command()

@@ -388,7 +388,7 @@ def make_tables(
     return made + write_sampling(sampling_table(entries), out / "sampling")
 
 # %% ../nbs/40_tables.ipynb #40-092
-SEQUENCE_FIGURES = [("uni99", "hit@1"), ("uni99", "hit@10"), ("uni99", "ndcg@10"), ("uni99", "auc"), ("full", "ndcg@10")]
+SEQUENCE_FIGURES = [*(("uni99", m) for m in ("hit@1", "hit@10", "ndcg@10", "auc")), ("full", "ndcg@10")]
 RIVALS = "SASRec-CE", "S3Rec" # the best id models of Tables 2 to 4
 
 def sequence_values(

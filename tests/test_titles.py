@@ -96,14 +96,14 @@ def test_principal_directions():
     from sklearn.decomposition import PCA
     rng = np.random.default_rng(0)
     x = rng.normal(size=(60, 6))*[9, 5, 3, 2, 1, .5] + 4
-    found, theirs = T.principal(x), PCA(6).fit_transform(x)
+    found, theirs = T.principal_vectors(x), PCA(6).fit_transform(x)
     assert np.allclose(np.abs(found), np.abs(theirs)/np.linalg.norm(theirs, axis=1, keepdims=True), atol=1e-5)
     turn = np.linalg.qr(rng.normal(size=(6, 6)))[0]
-    again = T.principal(3*x @ turn - 7)
+    again = T.principal_vectors(3*x @ turn - 7)
     assert np.allclose(again @ again.T, found @ found.T, atol=1e-5)
     three = theirs[:, :3]/np.linalg.norm(theirs[:, :3], axis=1, keepdims=True)
-    assert np.allclose(np.abs(T.principal(x, 3)), np.abs(three), atol=1e-5)
-    assert T.principal(np.c_[x, x]).shape == (60, 6) # nothing is made of directions that are not there
+    assert np.allclose(np.abs(T.principal_vectors(x, 3)), np.abs(three), atol=1e-5)
+    assert T.principal_vectors(np.c_[x, x]).shape == (60, 6) # nothing is made of directions that are not there
 
 
 @pytest.mark.parametrize("kind", ["t5", "bert", "causal"])
