@@ -91,3 +91,21 @@ def test_neighbours_are_those_that_umap_finds():
     start = F.principal(x)
     own = F.load_umap()(n_neighbors=15, init=start.astype(np.float32), random_state=0, n_jobs=1).fit_transform(x)
     assert np.array_equal(F.embed(x, "UMAP", start), own)
+
+
+def test_figure_2_says_what_a_run_did(finished):
+    "Sizes of the run's own files; stage 1 moves the whole T5, stage 2 the decoder's end and never the encoder."
+    from safetensors.torch import load_file
+    facts, weights = F.framework_facts(str(finished)), load_file(finished/"encoder/model/model.safetensors")
+    numbers = {part: sum(w.numel() for k, w in weights.items() if k.startswith("decoder.") == (part == "decoder"))
+               for part in ("encoder", "decoder")}
+    assert facts["users"] == len(pl.read_parquet(finished/"data/users.parquet")) and facts["width"] == len(
+        pl.read_parquet(finished/"encoder/states.parquet")["x"][0])
+    assert facts["stage_1"] == {part: (n, n) for part, n in numbers.items()}
+    (moved, whole), (changed, decoder) = facts["stage_2"]["encoder"], facts["stage_2"]["decoder"]
+    assert (moved, whole, decoder) == (0, numbers["encoder"], numbers["decoder"]) and 0 < changed < decoder
+    fig = F.draw_framework(facts)
+    said = " ".join(t.get_text() for t in fig.axes[0].texts)
+    assert f"trained: {changed:,}" in said and "frozen" in said and f"{facts['users']:,} users" in said
+    with pytest.raises(UserError, match="recommender 'ganprompt, causal-lm'"):
+        F.framework_facts(str(finished), "ganprompt, causal-lm")
