@@ -602,26 +602,25 @@ def plot_study_heat(
 def plot_separated(
     mine:list, # Kept entries of one data set
 ): # A matplotlib figure
-    """Does what separates the versions also make the recommender robust? A dot for each entry with a stage 1, and
-    the line of the backbone without it."""
+    """Does what separates the versions also make the recommender robust? A row for each entry with a stage 1, by how
+    far apart it leaves them, and a line for the backbone without it."""
     from matplotlib import pyplot as plt
     draws, apart = drawn(mine), separated(mine)
-    fig, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharex=True, layout="constrained")
-    for ax, s in zip(axes, ("clean", "q05", "CPS")):
-        for i, name in enumerate(apart):
+    names, shown = sorted(apart, key=lambda name: apart[name]["silhouette"]), ("clean", "q05", "CPS")
+    fig, axes = plt.subplots(1, 4, figsize=(9.5, .9 + .27*len(names)), sharey=True, layout="constrained")
+    y, colors = np.arange(len(names)), [PALETTE[1 + (apart[name]["silhouette"] > .2)] for name in names]
+    axes[0].barh(y, [apart[name]["silhouette"] for name in names], .6, color=colors)
+    for ax, s in zip(axes[1:], shown):
+        for i, (name, color) in enumerate(zip(names, colors)):
             value, low, high = ends(draws[s][name])
-            ax.errorbar(apart[name]["silhouette"], value, [[value - low], [high - value]],
-                        fmt="osD^vP"[i//len(PALETTE) % 6], color=PALETTE[i % len(PALETTE)], ms=5, lw=.8, label=name)
-        if "attributes" in draws[s]:
-            ax.axhline(draws[s]["attributes"][0].mean(), color="#949494", lw=1, ls="--",
-                       label="attributes (no stage 1)")
-        ax.set_title(f"{s}, HR@10", fontsize=9)
-        ax.set_xlabel("silhouette of the versions", fontsize=8)
-        ax.tick_params(labelsize=8)
-        ax.grid(alpha=.3)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
-    fig.suptitle(f"{data_name(mine[0])}: readings of stage 1; bars: 95 %, over trainings, users and templates",
-                 fontsize=9)
+            ax.errorbar(value, i, xerr=[[value - low], [high - value]], fmt="o", color=color, ms=4.5, lw=1.2)
+        if "attributes" in draws[s]: ax.axvline(draws[s]["attributes"][0].mean(), color="#555555", lw=1, ls="--")
+    for ax, title in zip(axes, ("silhouette of the versions", *(f"{s}, HR@10" for s in shown))):
+        ax.set_title(title, fontsize=9); ax.tick_params(labelsize=8); ax.grid(axis="x", alpha=.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(y, names, fontsize=8)
+    fig.suptitle(f"{data_name(mine[0])}: readings of stage 1, the versions together (blue) or apart (orange); bars: "
+                 "95 %, over trainings, users and templates; dashed: no stage 1", fontsize=8)
     return fig
 
 # %% ../nbs/41_study.ipynb #41-020d
