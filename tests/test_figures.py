@@ -109,3 +109,10 @@ def test_figure_2_says_what_a_run_did(finished):
     assert f"trained: {changed:,}" in said and "frozen" in said and f"{facts['users']:,} users" in said
     with pytest.raises(UserError, match="recommender 'ganprompt, causal-lm'"):
         F.framework_facts(str(finished), "ganprompt, causal-lm")
+
+
+def test_a_pdf_has_truetype_fonts(points, tmp_path):
+    "Publishers take no Type 3 fonts."
+    F.save_figure(F.draw_figure3([(ABOUT, points)]), tmp_path/"a.pdf", tmp_path/"a.png")
+    said = (tmp_path/"a.pdf").read_bytes()
+    assert b"/FontFile2" in said and b"/Type3" not in said and b"/CreationDate" not in said
