@@ -324,11 +324,12 @@ def fetch(category, to, release, base_url):
               help="Where the two files go  [robustness/MODEL in the run folder]")
 @click.option("--chat", type=bool, default=True,
               help="Whether an untuned chat model is asked through its chat template  [True]")
-def robustness(model, run, templates, users, download, out, chat):
+@click.option("--share", type=float, default=1., help="Part of the questions to ask; the rest is estimated  [1]")
+def robustness(model, run, templates, users, download, out, chat, share):
     """Measure how much a model minds the wording: MODEL is a recommender in a run folder, as in
     runs/demo/recommender/ganprompt, or any seq2seq or causal language model, by its folder or hub name."""
     from ganprompt.robustness import make_report
-    path = make_report(model, absolute("run", run) if run else "", templates, users, download, out, chat)
+    path = make_report(model, absolute("run", run) if run else "", templates, users, download, out, chat, share)
     for file in (path, path.with_suffix(".json")): click.echo(shown(file))
 
 # %% ../nbs/54_cli.ipynb #54-063

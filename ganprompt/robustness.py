@@ -6,12 +6,14 @@ survives?"""
 # %% auto #0
 __all__ = ['PALETTE', 'HISTORIES', 'score_bank', 'spelled', 'whole_logits', 'plot_templates', 'plot_heat', 'figure1', 'changed',
            'changed_rows', 'under_histories', 'tokens_of', 'split_block', 'template_block', 'history_block',
-           'report_notes', 'report_page', 'test_lists', 'check_report', 'score_key', 'make_report']
+           'report_notes', 'report_page', 'test_lists', 'check_report', 'score_key', 'Inquiry', 'inquiry',
+           'whole_report', 'ask_part', 'part_report', 'part_page', 'make_report']
 
 # %% ../nbs/38_robustness.ipynb #38-n03
 import shutil, time
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -31,8 +33,10 @@ from .recommender import sample_rows
 from . import collm, p5 # noqa: F401, whose recommenders are among those that can be opened
 from .titles import ItemSequence # noqa: F401, likewise
 from .measures import label, ranking
+from .statistics import ends
 from .pages import Block, Cell, Page, block_of, picture, short, spread, to_html
-from .sensitivity import agreement, bank_intervals, chance, measure_bank, template_table, unpadded, verdict
+from .sensitivity import (agreement, bank_intervals, by_split, by_template, chance, estimated, measure_bank,
+                                   part_of, template_table, unpadded, verdict)
 
 # %% ../nbs/38_robustness.ipynb #38-040
 def score_bank(
@@ -43,18 +47,20 @@ def score_bank(
     lists:list, # Candidates of each row
     say:str="", # What is scored, for the progress bar
     keep:Path|None=None, # Folder to keep each template's scores in until all are there
-) -> np.ndarray: # f[templates, rows, candidates], NaN behind the end of a shorter list
+    asked:np.ndarray|None=None, # bool[templates, rows]; None: each row under each template
+) -> np.ndarray: # f[templates, rows, candidates], NaN behind the end of a shorter list and where nothing was asked
     "Scores of the same candidates under every template. `UserError` if the model answers with NaN."
-    at, longest = np.arange(len(rows)), max(map(len, lists))
-    def under(about):
+    everyone, longest = np.arange(len(rows)), max(map(len, lists))
+    def under(t, about):
+        at = everyone if asked is None else np.flatnonzero(asked[t])
         z = model.scores(Questions(model.reader, own, rows, about["text"], model.attributes), at, lists)
         out = np.full((len(rows), longest), np.nan, np.result_type(*z))
-        for row, x in zip(out, z): row[:len(x)] = x
-        if np.isnan(out).sum() > sum(longest - len(x) for x in lists):
+        for r, x in zip(at, z): out[r, :len(x)] = x
+        if np.isnan(out[at]).sum() > sum(longest - len(lists[r]) for r in at):
             raise UserError(f"{say or 'the model'}: scores under template {about['id']} are NaN; its training has "
                             "diverged, lower its learning rate")
         return out
-    return np.stack([kept(keep / f"{t}.npy", partial(under, about)) if keep else under(about)
+    return np.stack([kept(keep / f"{t}.npy", partial(under, t, about)) if keep else under(t, about)
                      for t, about in enumerate(tqdm(bank, desc=say or "templates", mininterval=5, ncols=90))])
 
 # %% ../nbs/38_robustness.ipynb #38-043b
@@ -308,7 +314,8 @@ def check_report(
 ) -> list[str]: # A sentence for everything that cannot work
     "Look for the model, and read the template file."
     return [*([] if is_saved(p["model"]) else told(is_here, p["model"], p["download"])),
-            *(told(read_templates, p["templates"]) if p["templates"] else []), *below(p, 0, "users")]
+            *(told(read_templates, p["templates"]) if p["templates"] else []), *below(p, 0, "users"),
+            *[f"share={p['share']} cannot be; it is a part, above 0 and up to 1"]*(not 0 < p["share"] <= 1)]
 
 # %% ../nbs/38_robustness.ipynb #38-054v1
 def score_key(
@@ -324,6 +331,108 @@ def score_key(
     return digest([Path(model).name, about, asked])[:16]
 
 # %% ../nbs/38_robustness.ipynb #38-054u
+class Inquiry(NamedTuple):
+    "A model, and what it is asked."
+    model: object # `Recommender`
+    own: dict # Attribute words, from `own_attributes`
+    bank: list # Templates
+    rows: pl.DataFrame # Test rows
+    lists: list # Candidates of each row
+    titles: list # Of the catalogue
+    about: dict # What a report says of all this
+    home: Path # Where the reports go
+    kept: Path # Where scores are kept until they are there
+
+def inquiry(
+    model:str, run:str, templates:str, users:int, download:bool, out:str, chat:bool, # As of `make_report`
+) -> Inquiry:
+    "Open the model, and write its questions. `UserError` for a wrong template file or model."
+    own_run = Path(model).resolve().parent.parent if is_saved(model) else None
+    run = run or (str(own_run) if own_run else "demo")
+    need(run, "attributes", make_attributes)
+    stage = Path(model).resolve().parent # that the model is a part of
+    if own_run and (stage / "manifest.json").exists(): need(own_run, stage.name)
+    (reader, _), own, (rows, lists) = reader_for(run), own_attributes(run), test_lists(run, users)
+    bank = bank_for(reader, templates)
+    recommender, name, info = load_recommender(model, reader, download, chat), Path(model).name, dataset_info(run)
+    home = Path(out) if out else run_folder(run) / "robustness" / name
+    key = score_key(model, stage, download, [*own.items()], bank, reader.titles, rows.to_dicts(), [*map(list, lists)],
+                    chat)
+    about = dict(model=name, run=run_folder(run).name, dataset=info["dataset"], synthetic=info["synthetic"],
+                 pocket=own_run is not None and backbone(run, "encoder")["pocket"], users=rows["user"].n_unique(),
+                 lists=len(rows), candidates="uni99", templates=Path(templates).name or "templates.yaml",
+                 chat=recommender.reader.ends[0] is not None, versions=versions(), **commit(), machine=device_words())
+    return Inquiry(recommender, own, bank, rows, lists, reader.titles, about, home, home / ".scores" / key)
+
+# %% ../nbs/38_robustness.ipynb #38-070
+def whole_report(
+    q:Inquiry, # What to ask
+) -> tuple: # (what report.json says, the page)
+    "Ask everything."
+    asked, users = (q.model, q.own, q.bank, q.rows, q.lists), q.rows["user"]
+    scores = score_bank(*asked, q.about["model"], q.kept)
+    order = agreement(scores)
+    table, floor = template_table(scores, q.bank, order), chance(np.array(list(map(len, q.lists))))
+    sure, each = bank_intervals(scores, q.bank, users, order)
+    about = q.about | dict(
+        chance=floor, yes=float((scores[0, :, 0] > 0).mean()), verdict=verdict(table, floor),
+        measured=measure_bank(scores, q.bank, users, order), intervals=dict(by_split=sure, by_template=each),
+        tokens=tokens_of(*asked), histories=under_histories(q.model, q.own, q.bank[0], q.rows, q.lists, scores,
+                                                            len(q.titles), q.kept / "histories"),
+        by_template=[dict(text=t["text"]) | row for t, row in zip(q.bank, table.to_dicts())])
+    return about, report_page(about, table, scores, q.bank, q.rows, q.lists, q.titles)
+
+# %% ../nbs/38_robustness.ipynb #38-072
+def ask_part(
+    q:Inquiry, # What to ask
+    asked:np.ndarray, # bool[templates, rows]
+) -> np.ndarray: # HR@10, f64[templates, rows]; NaN where nothing was asked
+    "Each template of its own users."
+    scores = score_bank(q.model, q.own, q.bank, q.rows, q.lists, q.about["model"],
+                        q.kept / digest(asked.tolist())[:8], asked)
+    hits = np.full(asked.shape, np.nan)
+    for row, z, at in zip(hits, scores, asked): row[at] = by_template(z[None, at])["hit@10"][0]
+    return hits
+
+def part_report(
+    q:Inquiry, # What to ask
+    share:float, # Part of the questions, 0 to 1
+    draws:int=100, # Times that users are drawn again
+) -> tuple: # (what estimate.json says, the page)
+    "Ask a part, and estimate HR@10 under every template."
+    users, rng = q.rows["user"].to_numpy(), np.random.default_rng(0)
+    asked = part_of(len(q.bank), len(q.rows), share, rng)
+    asked[0] = True
+    hits, groups, unseen = ask_part(q, asked), [t["group"] for t in q.bank], by_split(q.bank)["unseen"]
+    of = {u: np.flatnonzero(users == u) for u in np.unique(users)}
+    def figures(at):
+        means = estimated(hits[:, at], asked[:, at], groups)
+        return np.r_[means[0], means[unseen].mean(), np.quantile(means[unseen], .05), means]
+    again = [np.concatenate([of[u] for u in rng.choice([*of], len(of))]) for _ in range(draws)]
+    found = np.stack([figures(at) for at in [np.arange(len(users)), *again]])
+    sure = [ends(column, True) for column in found.T]
+    about = q.about | dict(share=share, questions=int(asked.sum()), of=asked.size,
+                           estimated=dict(zip(("clean", "unseen", "q05"), sure)),
+                           by_template=[{k: t[k] for k in ("id", "group", "split", "text")}
+                                        | {"asked": int(n), "hit@10": x}
+                                        for t, n, x in zip(q.bank, asked.sum(axis=1), sure[3:])])
+    return about, part_page(about)
+
+def part_page(
+    about:dict, # What estimate.json says
+) -> Page:
+    "HR@10 by split and by template, estimated."
+    said = [f"{about['model']} on {about['dataset']}{' (synthetic)' * about['synthetic']}: {about['users']} users, "
+            f"uni99, {about['questions']:,} of {about['of']:,} pairs of template and user were asked, the clean template "
+            "of all; the rest is estimated from easy users, good templates and their groups (Polo et al. 2024)."
+            + " A pocket model." * about["pocket"], "Intervals: 95 %, 1.96 standard deviations with users drawn again."]
+    split = [[name, spread(x)] for name, x in about["estimated"].items()]
+    each = [[t["id"], t["group"], t["split"], str(t["asked"]), spread(t["hit@10"])] for t in about["by_template"]]
+    return Page(f"Robustness of {about['model']}, estimated", said,
+                [Block("HR@10", ["templates", "HR@10"], [split]),
+                 Block("Every template", ["id", "group", "split", "asked of", "HR@10"], [each])])
+
+# %% ../nbs/38_robustness.ipynb #38-073
 def make_report(
     model:str, # Folder of a recommender of a run, a local folder, or a hub name of a language model
     run:str="", # Run whose users and candidates are asked about; empty: the recommender's own, or demo
@@ -332,38 +441,15 @@ def make_report(
     download:bool=False, # Whether hub models may be fetched
     out:str="", # Folder for the two files; empty: robustness/<model> in the run folder
     chat:bool=True, # Whether an untuned chat model is asked through its template
-) -> Path: # report.html; report.json lies beside it
+    share:float=1., # Part of the questions to ask; below 1 the rest is estimated
+) -> Path: # report.html; report.json lies beside it; or estimate.html
     """Measure how much a recommender minds the wording; after an interruption it goes on. `UserError` for a wrong
     template file or model, before anything is scored."""
     refuse(check_report(locals()))
-    own_run = Path(model).resolve().parent.parent if is_saved(model) else None
-    run = run or (str(own_run) if own_run else "demo")
-    need(run, "attributes", make_attributes)
-    home = Path(model).resolve().parent # the stage that the model is a part of
-    if own_run and (home / "manifest.json").exists(): need(own_run, home.name)
-    (reader, _), own, (rows, lists) = reader_for(run), own_attributes(run), test_lists(run, users)
-    bank, start = bank_for(reader, templates), time.time()
-    recommender, name = load_recommender(model, reader, download, chat), Path(model).name
-    folder, info = Path(out) if out else run_folder(run) / "robustness" / name, dataset_info(run)
-    key = score_key(model, home, download, [*own.items()], bank, reader.titles, rows.to_dicts(), [*map(list, lists)],
-                    chat)
-    scores = score_bank(recommender, own, bank, rows, lists, name, folder / ".scores" / key)
-    order, pocket = agreement(scores), own_run is not None and backbone(run, "encoder")["pocket"]
-    table, floor = template_table(scores, bank, order), chance(np.array(list(map(len, lists))))
-    sure, each = bank_intervals(scores, bank, rows["user"], order)
-    about = dict(model=name, run=run_folder(run).name, dataset=info["dataset"], synthetic=info["synthetic"],
-                 pocket=pocket, users=rows["user"].n_unique(), lists=len(rows), candidates="uni99",
-                 templates=Path(templates).name or "templates.yaml", chat=recommender.reader.ends[0] is not None,
-                 chance=floor, yes=float((scores[0, :, 0] > 0).mean()), verdict=verdict(table, floor),
-                 measured=measure_bank(scores, bank, rows["user"], order),
-                 intervals=dict(by_split=sure, by_template=each),
-                 tokens=tokens_of(recommender, own, bank, rows, lists),
-                 histories=under_histories(recommender, own, bank[0], rows, lists, scores, len(reader.titles),
-                                           folder / ".scores" / key / "histories"),
-                 by_template=[dict(text=t["text"]) | row for t, row in zip(bank, table.to_dicts())],
-                 versions=versions(), **commit(), machine=device_words(), seconds=time.time() - start)
-    write_json(folder / "report.json", about)
-    page = report_page(about, table, scores, bank, rows, lists, reader.titles)
-    (folder / "report.html").write_text(to_html(page), encoding="utf-8")
-    shutil.rmtree(folder / ".scores")
-    return folder / "report.html"
+    start, q = time.time(), inquiry(model, run, templates, users, download, out, chat)
+    about, page = whole_report(q) if share == 1 else part_report(q, share)
+    stem = q.home / ("report" if share == 1 else "estimate")
+    write_json(stem.with_suffix(".json"), about | dict(seconds=time.time() - start))
+    stem.with_suffix(".html").write_text(to_html(page), encoding="utf-8")
+    shutil.rmtree(q.home / ".scores")
+    return stem.with_suffix(".html")

@@ -11,6 +11,7 @@ from ganprompt import robustness as R, sensitivity as S
 from ganprompt.cli import main
 from ganprompt.templates import read_templates
 from ganprompt.files import UserError, root
+from ganprompt.scorer import Prompted
 
 RNG = np.random.default_rng(0)
 BANK = [dict(id=split, group=split, split=split, text="{purchase_history} {target_item} ?")
@@ -364,3 +365,30 @@ def test_everyone_is_asked_about_the_same_users(monkeypatch):
     some, theirs = R.test_lists("r", 2)
     assert some.height == 2 and [x[0] for x in theirs] == [10*u for u in some["user"]]
     assert R.test_lists("r", 0)[1] == lists
+
+
+def test_a_part_of_the_questions(finished, tmp_path, monkeypatch, capsys):
+    "Only what is named is asked; with all of it the figures are the report's; a tenth comes near, with an interval."
+    model, asked, real = str(finished/"recommender/ganprompt, t5-ranker"), [], Prompted.scores
+    def counted(self, questions, at, lists, *more):
+        asked.append(len(at))
+        return real(self, questions, at, lists, *more)
+    monkeypatch.setattr(Prompted, "scores", counted)
+    whole = R.make_report(model, users=30, out=str(tmp_path/"whole"))
+    said = json.loads(whole.with_suffix(".json").read_text())
+    n, hits = len(said["by_template"]), [t["hit@10"] for t in said["by_template"]]
+    asked.clear()
+    monkeypatch.setattr(sys, "argv", ["ganprompt", "robustness", model, "--users", "30", "--share", ".2", "--out",
+                                      str(tmp_path/"part")])
+    with pytest.raises(SystemExit) as end: main()
+    about = json.loads((tmp_path/"part/estimate.json").read_text())
+    assert not end.value.code and "estimate.html" in capsys.readouterr().out and asked == [30, *[6]*(n - 1)]
+    assert (about["questions"], about["of"]) == (30 + 6*(n - 1), 30*n) and not (tmp_path/"part/.scores").exists()
+    value, low, high = about["estimated"]["unseen"]
+    assert abs(value - said["measured"]["unseen"]["hit@10"]["avg"]) < .06 and low < value < high
+    assert about["estimated"]["clean"][0] == pytest.approx(hits[0])
+    q = R.inquiry(model, "", "", 30, False, str(tmp_path/"all"), True)
+    again = R.part_report(q, 1., draws=3)[0]
+    assert [t["hit@10"][0] for t in again["by_template"]] == pytest.approx(hits)
+    for share in 0., 1.5:
+        with pytest.raises(UserError, match="share=.* cannot be"): R.make_report(model, share=share)
