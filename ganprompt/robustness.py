@@ -423,9 +423,10 @@ def part_page(
 ) -> Page:
     "HR@10 by split and by template, estimated."
     said = [f"{about['model']} on {about['dataset']}{' (synthetic)' * about['synthetic']}: {about['users']} users, "
-            f"uni99, {about['questions']:,} of {about['of']:,} pairs of template and user were asked, the clean template "
-            "of all; the rest is estimated from easy users, good templates and their groups (Polo et al. 2024)."
-            + " A pocket model." * about["pocket"], "Intervals: 95 %, 1.96 standard deviations with users drawn again."]
+            f"uni99, {about['questions']:,} of {about['of']:,} pairs of template and user were asked, the clean "
+            "template of all; the rest is estimated from easy users, good templates and their groups (Polo et al. "
+            "2024)." + " A pocket model." * about["pocket"],
+            "Intervals: 95 %, 1.96 standard deviations with users drawn again."]
     split = [[name, spread(x)] for name, x in about["estimated"].items()]
     each = [[t["id"], t["group"], t["split"], str(t["asked"]), spread(t["hit@10"])] for t in about["by_template"]]
     return Page(f"Robustness of {about['model']}, estimated", said,

@@ -11,7 +11,7 @@ from conftest import make
 from ganprompt import baselines as B, idmodels as I, measures as G, metrics as M, pages as P, published, results as K
 from ganprompt import tables as T
 from ganprompt.data import load_candidates, load_sequences
-from ganprompt.files import UserError, write_json
+from ganprompt.files import UserError, root, write_json
 from ganprompt.runs import digest, manifest, stage
 
 HAND = {"HGN": ["2 3 9 12", "2 2 8 20"], "SASRec": ["1 2 3 4", "1 1 3 15"], "ganprompt": ["1 1 2 4", "1 1 1 4"]}
@@ -543,3 +543,24 @@ def test_the_kept_results_are_whole_and_small():
         if path.name == "data.json": continue
         named.add(K.ranks_path(path, json.loads(path.read_text())["ranks_digest"]))
     assert named == set(home.rglob("*.parquet")) and all(p.stat().st_size < 150_000 for p in home.rglob("*.*"))
+
+
+def test_sequences_are_compared_on_the_same_users_and_seeds(tmp_path):
+    "From the kept files, without the library: NDCG@10 of every user, paired differences, Student's t over seeds."
+    kept, at = root()/"data/results/sequences", {}
+    T.make_sequences("sequences", tmp_path)
+    said = pl.read_csv(tmp_path/"sequences.csv")
+    for model in "sasrec-ce", "sequence-towers":
+        for path in sorted((kept/"toys").glob(f"{model}-?.json")):
+            e = json.loads(path.read_text())
+            ranks = pl.read_parquet(kept/f"toys/{path.stem}.{e['ranks_digest'][:12]}.parquet")
+            r = ranks.filter(candidates="uni99")["rank"].to_numpy()
+            at.setdefault(model, {})[e["seed"]] = np.where(r <= 10, 1/np.log2(r + 1), 0.)
+    gaps = np.stack([at["sequence-towers"][s] - at["sasrec-ce"][s] for s in at["sequence-towers"]])
+    n, mean = len(gaps), gaps.mean()
+    half = np.sqrt(scipy.stats.t.ppf(.975, n - 1)**2*gaps.mean(axis=1).var(ddof=1)/n
+                   + 1.96**2*gaps.mean(axis=0).var(ddof=1)/gaps.shape[1])
+    row = said.filter(dataset="toys", model="Sequence (towers)", against="SASRec-CE", candidates="uni99",
+                      metric="ndcg@10").row(0, named=True)
+    np.testing.assert_allclose([row["value"], row["low"], row["high"]], [mean, mean - half, mean + half], atol=1e-5)
+    assert row["trainings"] == n and row["low"] > 0
