@@ -151,6 +151,7 @@ def kinds(
     return (LinearColorMapper(palette, low=-.5, high=len(names) - .5),
             "".join(map(_swatch, palette, names)))
 
+# %% ../nbs/21_explorer.ipynb #21-026
 def amounts(
     values:np.ndarray, # [points]
     what:str, # What they count
@@ -163,6 +164,7 @@ def amounts(
     return (LogColorMapper(list(Viridis256), low=low, high=high),
             f'{low} <span style="background:{scale}">{"&nbsp;" * 24}</span> {high} {html.escape(what)}')
 
+# %% ../nbs/21_explorer.ipynb #21-027
 def many(
     n:int, # How many
     what:str, # Of what
@@ -173,7 +175,7 @@ def many(
     palette = [Turbo256[i * 97 % 256] for i in range(256)]
     return LinearColorMapper(palette, low=-.5, high=255.5), f"{n} {what}; after 256 the colours begin again"
 
-# %% ../nbs/21_explorer.ipynb #21-026
+# %% ../nbs/21_explorer.ipynb #21-028
 def colourings(
     view:View, # What is shown
     data:dict, # From `columns_of`
@@ -187,7 +189,7 @@ def colourings(
             "history length": ("length", *amounts(data["length"], "items in the history")),
             "user": ("user", *many(users, "users"))}
 
-# %% ../nbs/21_explorer.ipynb #21-028
+# %% ../nbs/21_explorer.ipynb #21-030
 def columns_of(
     view:View, # What is shown
     places:tuple, # Both layouts, [points, 2]
@@ -203,7 +205,7 @@ def columns_of(
                      popularity=of(cards["popularity"], np.float32), length=of(cards["length"], np.float32),
                      user=row.astype(np.int32) % 256)
 
-# %% ../nbs/21_explorer.ipynb #21-030
+# %% ../nbs/21_explorer.ipynb #21-032
 CHOOSE = """
 const some = cb_obj.indices.slice(0, 500), {card, version} = points.data
 const said = Object.entries(users.data).map(([name, values]) => [name, some.map(i => values[card[i]])])
@@ -220,6 +222,8 @@ const u = users.data.user[value], version = points.data.version[special_vars.ind
 return `user ${u}, ${names[version]}`
 """
 THREE = '<%= value == null || value !== value ? "" : value.toFixed(3) %>'
+
+# %% ../nbs/21_explorer.ipynb #21-033
 SEARCH = """
 const word = cb_obj.value.trim().toLowerCase(), {card} = points.data, {history, next} = users.data
 const found = history.map((text, u) => word && `${text} ${next[u]}`.toLowerCase().includes(word))
@@ -231,7 +235,7 @@ for (const dot of dots) dot.fill_color = color
 legend.text = legends[j]
 """
 
-# %% ../nbs/21_explorer.ipynb #21-031
+# %% ../nbs/21_explorer.ipynb #21-034
 SHOW = """
 const [i] = shown.data.point, {card, version} = points.data, u = i === undefined ? -1 : card[i], said = users.data
 const at = rows => Object.fromEntries(["x0", "y0", "x1", "y1"].map(a => [a, rows.map(j => points.data[a][j])]))
@@ -253,13 +257,15 @@ panel.text = `<h3>User ${said.user[u]}, ${safe(names[version[i]])}</h3>`
   + part("Asked about that", said.answers[u])
   + `<div class="pair">${near.map(list).join("")}</div>`
 """
+
+# %% ../nbs/21_explorer.ipynb #21-035
 KEY = "The line joins the versions of the chosen point's user; rings are its nearest points in all dimensions."
 HINT = "Tap a point; or choose several by box, lasso or a word of a title, and tap one in the table."
 STYLE_SHEET = """h3 {margin: 0 0 .5em} h4 {margin: .8em 0 .1em; font-size: 12px; color: #666; font-weight: 600}
 p {margin: 0; white-space: pre-line; overflow-wrap: anywhere} ol {margin: 0; padding-left: 1.6em} small {color: #666}
 .pair {display: grid; grid-template-columns: 1fr 1fr; gap: 1em} :host {font: 13px/1.4 system-ui, sans-serif}"""
 
-# %% ../nbs/21_explorer.ipynb #21-033
+# %% ../nbs/21_explorer.ipynb #21-037
 FEW = 10_000 # Points below which the one under the mouse is marked on both sides
 
 def _panel(side, title, args, color):
@@ -281,7 +287,7 @@ def _panel(side, title, args, color):
     fig.toolbar.logo, fig.grid.visible, fig.axis.visible, fig.title.text_font_size = None, False, False, "12px"
     return fig, [dots.glyph, dots.selection_glyph, dots.nonselection_glyph, *[dots.hover_glyph] * few]
 
-# %% ../nbs/21_explorer.ipynb #21-034
+# %% ../nbs/21_explorer.ipynb #21-038
 COLUMNS = {"user": "user", "version": "version", "next": "bought next", "p": "P(yes), test", "rank": "rank, test",
            "length": "history", "popularity": "popularity", "own": "own attribute"} # of the table
 
@@ -300,7 +306,7 @@ def _wrap(*parts):
     from bokeh.layouts import row
     return row(*parts, sizing_mode="stretch_width", styles={"flex-wrap": "wrap", "gap": "12px"})
 
-# %% ../nbs/21_explorer.ipynb #21-035
+# %% ../nbs/21_explorer.ipynb #21-039
 def _sources(view, data):
     "What the scripts read and write, by the names that they use."
     from bokeh.models import ColumnDataSource, Div
@@ -315,7 +321,7 @@ def _sources(view, data):
                 panel=text(HINT, min_width=300, styles={"flex": "1 1 320px"}), legend=text(""),
                 title=text(f"<h3>{html.escape(view.title)}</h3><p>{KEY}</p>"))
 
-# %% ../nbs/21_explorer.ipynb #21-036
+# %% ../nbs/21_explorer.ipynb #21-040
 def arrange(
     view:View, # What is shown
     places:tuple, # Both layouts, [points, 2]
@@ -338,7 +344,7 @@ def arrange(
                   _wrap(args["panel"], _table(args["table"])), sizing_mode="stretch_width",
                   styles={"padding": "8px", "box-sizing": "border-box"})
 
-# %% ../nbs/21_explorer.ipynb #21-038
+# %% ../nbs/21_explorer.ipynb #21-042
 PROJECTIONS = {"umap": "UMAP", "tsne": "t-SNE"} # As the command names them, as chapter 20 does
 
 class Explorer(NamedTuple):
@@ -354,6 +360,7 @@ class Explorer(NamedTuple):
         return (f'<iframe srcdoc="{html.escape(self.html)}" style="width: 100%; height: 1000px; border: 0" '
                 'title="explorer"></iframe>')
 
+# %% ../nbs/21_explorer.ipynb #21-043
 def explorer_of(
     view:View, # What is shown
     projection:str="umap", # umap or tsne
@@ -368,7 +375,7 @@ def explorer_of(
     head = '{% block preamble %}<meta name="viewport" content="width=device-width">{% endblock %}'
     return Explorer(file_html(arrange(view, places), INLINE, view.title, template=head))
 
-# %% ../nbs/21_explorer.ipynb #21-041
+# %% ../nbs/21_explorer.ipynb #21-046
 @patch
 def explore(self:Run,
     other:str|Path|Run|None=None, # Another run, to be shown beside this one
@@ -379,7 +386,7 @@ def explore(self:Run,
     second = other if other is None or isinstance(other, Run) else Run(other)
     return explorer_of(view_of(self, second), projection, manifest(self, "encoder")["parameters"]["seed"])
 
-# %% ../nbs/21_explorer.ipynb #21-042
+# %% ../nbs/21_explorer.ipynb #21-047
 def explore_runs(
     runs:list, # One run, or two
     out:str|Path="", # The page; explorer.html in the first run's folder
