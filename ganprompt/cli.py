@@ -5,8 +5,8 @@ copy of anything: the notebook is the job."""
 
 # %% auto #0
 __all__ = ['RunCommand', 'cli', 'shown', 'chosen_chapters', 'run', 'stage_row', 'as_table', 'show', 'presets', 'read_plan',
-           'make_missing', 'studies', 'study_of', 'check_home', 'keep', 'plan_of', 'tables', 'compare', 'board',
-           'fetch', 'robustness', 'main']
+           'make_missing', 'studies', 'study_of', 'check_home', 'keep', 'plan_of', 'tables', 'compare', 'explore',
+           'board', 'fetch', 'robustness', 'main']
 
 # %% ../nbs/54_cli.ipynb #54-n04
 import importlib, itertools, os, sys
@@ -290,6 +290,17 @@ def compare(runs):
     "Draw the encoders of several runs of one data set side by side, as figures/coupling.png."
     from ganprompt import figures
     click.echo(shown(figures.compare_runs([absolute("run", run) for run in runs])))
+
+# %% ../nbs/54_cli.ipynb #54-058sv2
+@cli.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
+@click.option("--out", metavar="FILE", default="", help="The page  [explorer.html in the first run's folder]")
+@click.option("--projection", default="umap", help="umap or tsne  [umap]")
+def explore(runs, out, projection):
+    """Write a page on which every point of Figure 3 can be asked what it is: one run before and after stage 1, or two
+    runs after it."""
+    from ganprompt.explorer import explore_runs
+    click.echo(shown(explore_runs([absolute("run", run) for run in runs], out, projection)))
 
 # %% ../nbs/54_cli.ipynb #54-070
 @cli.command()
