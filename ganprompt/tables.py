@@ -395,23 +395,23 @@ def sequence_values(
     mine:list, # Entries of one data set
 ) -> dict: # Model -> seed -> f64[users, figures], by `SEQUENCE_FIGURES`
     "What is shown of each model."
-    kinds = {kind: by_training(people(mine, kind)) for kind in ("uni99", "full")}
+    ranked = {lists: by_training(people(mine, lists)) for lists in ("uni99", "full")}
     def one(model, seed):
-        return np.stack([kinds[kind][model][seed][:, METRICS.index(m)] for kind, m in SEQUENCE_FIGURES], axis=1)
-    return {model: {seed: one(model, seed) for seed in seeds} for model, seeds in kinds["uni99"].items()}
+        return np.stack([ranked[lists][model][seed][:, METRICS.index(m)] for lists, m in SEQUENCE_FIGURES], axis=1)
+    return {model: {seed: one(model, seed) for seed in seeds} for model, seeds in ranked["uni99"].items()}
 
 def sequence_blocks(
     mine:list, # Entries of one data set
 ) -> tuple: # (blocks, rows for other programs)
     "Each model, and how far it is ahead of its rivals."
     values, dataset, long = sequence_values(mine), data_name(mine[0]), []
-    head = [f"{label(m)}{', all items' * (kind == 'full')}" for kind, m in SEQUENCE_FIGURES]
+    head = [f"{label(m)}{', all items' * (lists == 'full')}" for lists, m in SEQUENCE_FIGURES]
     def cells(model, rival=""):
         x = trainings(values, model, rival)
         found = interval(x).T
-        long.extend(dict(dataset=mine[0]["dataset"], model=model, against=rival, candidates=kind, metric=m,
+        long.extend(dict(dataset=mine[0]["dataset"], model=model, against=rival, candidates=lists, metric=m,
                          trainings=len(x), **dict(zip(("value", "low", "high"), map(float, row))))
-                    for (kind, m), row in zip(SEQUENCE_FIGURES, found))
+                    for (lists, m), row in zip(SEQUENCE_FIGURES, found))
         return [str(len(x)), *(spread(row, bool(rival)) for row in found)]
     blocks = [Block(f"{dataset}, {mine[0]['users']:,} users", ["model", "trainings", *head],
                     [[[model, *cells(model)] for model in values]])]

@@ -182,10 +182,11 @@ def test_prompts_are_those_that_the_encoder_reads(finished, view):
             assert versions.tokenizer(text).input_ids == versions.ids(r, v)
 
 
-def test_scores_and_ranks_are_the_runs(finished, view):
+def test_scores_and_ranks_are_the_runs(finished, view, tmp_path):
     from ganprompt.metrics import MetricsSettings, make_metrics
-    make_metrics(MetricsSettings(str(finished)))
-    run, tests = Run(finished), Run(finished).sequences("test").unique("user", keep="first", maintain_order=True)
+    run = Run(shutil.copytree(finished, tmp_path/"ranked"))
+    make_metrics(MetricsSettings(str(run)))
+    tests = run.sequences("test").unique("user", keep="first", maintain_order=True)
     for card in view.cards.to_dicts():
         mine = run.ranks.filter(pl.col("user") == card["user"])
         lines = card["answers"].split("\n")
