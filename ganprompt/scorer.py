@@ -234,7 +234,7 @@ class Recommender(Protocol):
     attributes = False # whether every question has the row's attribute word
     on_encoder = True # whether chapter 14 trains it: on the encoder after stage 1, and before it
     plain = False # whether the models of chapter 14 do without its name in theirs
-    starts = "encoder", # the models that it is built on: t5, llm or adapter
+    starts = "encoder", # the models that it is built on: encoder, llm or adapter
     decided_by = () # settings that its weights depend on
     settings = None # class of its settings; None: those of chapter 14
 
