@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASKED', 'BOARD', 'SORT', 'of_entries', 'asked_rows', 'ranked_rows', 'report_faults', 'report_row', 'cell',
-           'board_page', 'kept_rows', 'make_board']
+           'board_page', 'to_board', 'kept_rows', 'make_board']
 
 # %% ../nbs/42_board.ipynb #42-003
 import json
@@ -74,7 +74,7 @@ def report_faults(
     known = {t["text"] for t in read_templates(bank)} if bank.is_file() else {t["text"] for t in table}
     sure = [x for part in said["intervals"]["by_split"].values() for x in part.values()]
     def close(a, b): return abs(a - b) < 1e-6
-    return [said for fault, said in (
+    return [words for fault, words in (
         (len(hits) < len(table), "two templates have one id"),
         (not all(0 <= h <= 1 for h in hits.values()), "an HR@10 lies outside of 0 to 1"),
         (not close(said["measured"]["clean"]["hit@10"], table[0]["hit@10"]),
@@ -107,13 +107,13 @@ def report_row(
 
 # %% ../nbs/42_board.ipynb #42-010
 BOARD = ["model", "reality", "dataset", "study", "bank", "users", "trainings", "clean", *ASKED, "tokens", "minutes",
-           "machine", "commit"]
-SORT = """<style>.tables thead th {cursor: pointer}</style>
+         "machine", "commit"]
+SORT = r"""<style>.tables thead th {cursor: pointer}</style>
 <script>
 for (const head of document.querySelectorAll("thead th")) head.onclick = () => {
   const body = head.closest("table").tBodies[0], at = head.cellIndex
   const up = head.dataset.up = head.dataset.up === "1" ? "" : "1"
-  const key = row => row.cells[at].textContent, number = row => parseFloat(key(row))
+  const key = row => row.cells[at].textContent, number = row => parseFloat(key(row).replace(/(\d),(?=\d)/g, "$1"))
   const order = (a, b) => isNaN(number(a)) || isNaN(number(b)) ? isNaN(number(a)) - isNaN(number(b))
     || key(a).localeCompare(key(b)) : number(b) - number(a)
   body.append(...[...body.rows].sort((a, b) => up ? order(a, b) : order(b, a)))
@@ -141,6 +141,12 @@ def board_page(
                                           [[[cell(row.get(c)) for c in BOARD] for row in rows]])])
 
 # %% ../nbs/42_board.ipynb #42-011
+def to_board(
+    page:Page, # From `board_page`
+) -> str: # A whole HTML file
+    "The page, which sorts."
+    return to_html(page).replace("</body>", f"{SORT}</body>")
+
 def kept_rows() -> list[dict]: # Rows of all studies of models under data/results
     "What the project keeps."
     names = sorted(p.name for p in results_folder("").iterdir() if any(p.glob("*/*.json")))
@@ -158,8 +164,7 @@ def make_board(
         if column in ("clean", *ASKED): return value[0] if isinstance(value, list) else None
         return value
     table = pl.DataFrame([{c: flat(c, row.get(c)) for c in BOARD} for row in rows], infer_schema_length=None)
-    page, folder = board_page(rows), pages_folder(out or (Path("board") if own else None))
-    made = write_page(page, table, folder/"board")
-    html = next(p for p in made if p.suffix == ".html")
-    html.write_text(to_html(page).replace("</body>", f"{SORT}</body>"), encoding="utf-8")
+    folder = pages_folder(out or (Path("board") if own else None))
+    made = write_page(page := board_page(rows), table, folder/"board")
+    (folder/"board.html").write_text(to_board(page), encoding="utf-8")
     return made

@@ -4,6 +4,7 @@ import copy, json, sys
 import numpy as np
 import polars as pl
 import pytest
+from test_explorer import Browser, browser, until
 
 from ganprompt import board as B
 from ganprompt.cli import main
@@ -81,3 +82,23 @@ def test_what_is_no_report_is_refused(tmp_path):
         (tmp_path/"report.json").write_text(text)
         with pytest.raises(UserError, match="is no report of this version"): B.report_row(tmp_path/"report.json")
     with pytest.raises(UserError, match="FileNotFoundError"): B.report_row(tmp_path/"none.json")
+
+
+@browser
+def test_a_click_on_a_head_sorts_by_number_or_word(tmp_path):
+    "Largest first, then smallest; 4,144 is a number; what has none stands at one end."
+    def row(model, users, clean, minutes):
+        return dict(model=model, dataset="Toy", users=users, trainings=1, clean=[clean, clean - .1, clean + .1],
+                    minutes=minutes)
+    page = B.to_board(B.board_page([row("b", 300, .5, 2.), row("a", 4144, .25, None), row("c", 1000, .75, 10.)]))
+    (tmp_path/"board.html").write_text(page)
+    tab = Browser(tmp_path/"profile")
+    try:
+        tab.call("Page.navigate", url=(tmp_path/"board.html").as_uri())
+        until(lambda: tab.js("document.querySelectorAll('tbody tr').length") == 3)
+        def sorted_by(column):
+            tab.js(f"document.querySelectorAll('thead th')[{B.BOARD.index(column)}].click()")
+            return "".join(tab.js("[...document.querySelectorAll('tbody tr')].map(r => r.cells[0].textContent)"))
+        assert [sorted_by(c) for c in ("users", "users", "clean", "model")] == ["acb", "bca", "cba", "abc"]
+        assert sorted_by("minutes") == "cba" and not tab.requests[1:] and not tab.faults
+    finally: tab.close()
