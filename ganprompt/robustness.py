@@ -5,7 +5,7 @@ survives?"""
 
 # %% auto #0
 __all__ = ['PALETTE', 'HISTORIES', 'score_bank', 'spelled', 'whole_logits', 'plot_templates', 'plot_heat', 'figure1', 'changed',
-           'changed_rows', 'under_histories', 'tokens_of', 'split_block', 'template_block', 'history_block',
+           'changed_rows', 'under_histories', 'tokens_of', 'split_block', 'template_block', 'history_block', 'subject',
            'report_notes', 'report_page', 'test_lists', 'check_report', 'score_key', 'Inquiry', 'inquiry',
            'whole_report', 'ask_part', 'part_report', 'part_page', 'make_report']
 
@@ -256,6 +256,12 @@ def history_block(
     return Block("The clean question about other histories", ["history", *head.values(), "drop"], [rows])
 
 # %% ../nbs/38_robustness.ipynb #38-n10
+def subject(
+    about:dict, # What a report says; JSON's content
+) -> str: # Begins a sentence
+    "Which model, on what, and whom it was asked about."
+    return f"{about['model']} on {about['dataset']}{' (synthetic)' * about['synthetic']}: {about['users']} users"
+
 def report_notes(
     about:dict, # What is said of the model and the data; JSON's content
     bank:list, # Templates
@@ -264,8 +270,7 @@ def report_notes(
     "Who was asked what, how to read the figures, and what the flips are worth."
     floor, users = about["chance"], about["users"]
     long = f"{sizes[0]} candidates each" if sizes[0] == sizes[-1] else f"{sizes[0]} to {sizes[-1]} candidates each"
-    said = (f"{about['model']} on {about['dataset']}{' (synthetic)' * about['synthetic']}: {users} "
-            f"users{f' with {len(sizes)} lists' * (len(sizes) > users)}, {long} "
+    said = (f"{subject(about)}{f' with {len(sizes)} lists' * (len(sizes) > users)}, {long} "
             f"(uni99{', which this shop is too small for' * (sizes[-1] < 100)}), {len(bank)} templates."
             + " Asked through its chat template." * about["chat"]
             + " A pocket model, trained from scratch on this data set's own text." * about["pocket"]
@@ -403,29 +408,28 @@ def part_report(
     users, rng = q.rows["user"].to_numpy(), np.random.default_rng(0)
     asked = part_of(len(q.bank), len(q.rows), share, rng)
     asked[0] = True
-    hits, groups, unseen = ask_part(q, asked), [t["group"] for t in q.bank], by_split(q.bank)["unseen"]
+    hits, groups, unseen = ask_part(q, asked), [t["group"] for t in q.bank], by_split(q.bank).get("unseen", [])
     of = {u: np.flatnonzero(users == u) for u in np.unique(users)}
     def figures(at):
         means = estimated(hits[:, at], asked[:, at], groups)
-        return np.r_[means[0], means[unseen].mean(), np.quantile(means[unseen], .05), means]
+        rest = [means[unseen].mean(), np.quantile(means[unseen], .05)] if unseen else []
+        return np.r_[means[0], rest, means]
     again = [np.concatenate([of[u] for u in rng.choice([*of], len(of))]) for _ in range(draws)]
     found = np.stack([figures(at) for at in [np.arange(len(users)), *again]])
-    sure = [ends(column, True) for column in found.T]
-    about = q.about | dict(share=share, questions=int(asked.sum()), of=asked.size,
-                           estimated=dict(zip(("clean", "unseen", "q05"), sure)),
+    sure, names = [ends(column, True) for column in found.T], ["clean", *["unseen", "q05"]*bool(unseen)]
+    about = q.about | dict(share=share, questions=int(asked.sum()), of=asked.size, estimated=dict(zip(names, sure)),
                            by_template=[{k: t[k] for k in ("id", "group", "split", "text")}
                                         | {"asked": int(n), "hit@10": x}
-                                        for t, n, x in zip(q.bank, asked.sum(axis=1), sure[3:])])
+                                        for t, n, x in zip(q.bank, asked.sum(axis=1), sure[len(names):])])
     return about, part_page(about)
 
 def part_page(
     about:dict, # What estimate.json says
 ) -> Page:
     "HR@10 by split and by template, estimated."
-    said = [f"{about['model']} on {about['dataset']}{' (synthetic)' * about['synthetic']}: {about['users']} users, "
-            f"uni99, {about['questions']:,} of {about['of']:,} pairs of template and user were asked, the clean "
-            "template of all; the rest is estimated from easy users, good templates and their groups (Polo et al. "
-            "2024)." + " A pocket model." * about["pocket"],
+    said = [f"{subject(about)}, uni99, {about['questions']:,} of {about['of']:,} pairs of template and user were "
+            "asked, the clean template of all; the rest is estimated from easy users, good templates and their groups "
+            "(Polo et al. 2024)." + " A pocket model." * about["pocket"],
             "Intervals: 95 %, 1.96 standard deviations with users drawn again."]
     split = [[name, spread(x)] for name, x in about["estimated"].items()]
     each = [[t["id"], t["group"], t["split"], str(t["asked"]), spread(t["hit@10"])] for t in about["by_template"]]

@@ -390,5 +390,7 @@ def test_a_part_of_the_questions(finished, tmp_path, monkeypatch, capsys):
     q = R.inquiry(model, "", "", 30, False, str(tmp_path/"all"), True)
     again = R.part_report(q, 1., draws=3)[0]
     assert [t["hit@10"][0] for t in again["by_template"]] == pytest.approx(hits)
+    seen = q._replace(bank=[t | {"split": "seen"} for t in q.bank[:3]])
+    assert list(R.part_report(seen, .5, draws=3)[0]["estimated"]) == ["clean"]
     for share in 0., 1.5:
         with pytest.raises(UserError, match="share=.* cannot be"): R.make_report(model, share=share)
