@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from .files import UserError, below, listed, pages_folder, refuse, run_folder, told
 from .runs import Run, STUDIES, Settings, Study, kept, manifest, need, stage
 from .data import dataset_info
-from .models import encoder_kind
+from .models import encoder_kind, width_of
 from .backbones import backbone
 from .encoder import make_encoder
 from .metrics import keep_metrics, summary
@@ -352,14 +352,16 @@ def framework_facts(
     "Sizes, names and what was trained, from the run's files."
     home, tuned, data = need(run, "encoder"), need(run, "recommender") / model, need(run, "data")
     people = {k: pl.scan_parquet(data / f"{k}.parquet").select(pl.len()).collect().item() for k in ("users", "items")}
-    untuned, states = Path(backbone(run, "encoder")["path"]), pl.read_parquet(home / "states.parquet")
+    parts = {part: backbone(run, part) for part in ("encoder", "bert")}
+    def name(of): return f"pocket {encoder_kind(of['path']).upper()}" if of["pocket"] else of["name"]
     if not (tuned / "config.json").is_file() or encoder_kind(home / "model") != "t5":
         raise UserError(f"Figure 2 is drawn of a T5 with its own decoder, and run {run} has no such recommender "
                         f"{model!r}; make one with --recommender t5-decoder")
-    return dict(about_run(run), **people, width=len(states["x"][0]),
-                held_out=states["user"].n_unique(), settings=manifest(run, "encoder")["parameters"],
-                reader=backbone(run, "encoder")["name"], asker=backbone(run, "bert")["name"],
-                stage_1=moved_weights(untuned, home / "model"), stage_2=moved_weights(home / "model", tuned))
+    return dict(about_run(run), **people, width=width_of(str(home / "model")),
+                settings=manifest(run, "encoder")["parameters"],
+                reader=name(parts["encoder"]), asker=name(parts["bert"]),
+                stage_1=moved_weights(Path(parts["encoder"]["path"]), home / "model"),
+                stage_2=moved_weights(home / "model", tuned))
 
 # %% ../nbs/20_figures.ipynb #20-042
 TRAINED, FROZEN, PLAIN = "#F6D7B0", "#CFE3F2", "#F4F4F4"

@@ -417,7 +417,7 @@ def sequence_blocks(
                     [[[model, *cells(model)] for model in values]])]
     blocks += [Block(f"{dataset}: ahead of {rival}", ["model", "trainings", *head],
                      [[[model, *cells(model, rival)] for model in values
-                       if model not in (*RIVALS[:2], rival, "popularity")]])
+                       if model.startswith("Sequence") and model != rival]])
                for rival in RIVALS if rival in values]
     return blocks, long
 
@@ -426,13 +426,14 @@ def make_sequences(
     out:Path|None=None, # Where the page goes; figures/ by default
 ) -> list[Path]: # Files
     "A page of all data sets, from kept entries alone."
-    found = {dataset: sequence_blocks(mine) for dataset, mine in by_dataset(read_tables(study)).items()}
-    read = sorted({e["backbone"] for e in read_tables(study) if e["backbone"]})
+    entries = read_tables(study)
+    found = [sequence_blocks(mine) for mine in by_dataset(entries).values()]
+    read = sorted({e["backbone"] for e in entries if e["backbone"]})
     said = ["Ranked by who has seen items or their titles and no question. Among 99 sampled items, and among all items "
             "that the user has not bought. Intervals: 95 %, over trainings and users; differences are paired, on the "
             f"same users and seeds. Titles are read by {', '.join(read) or 'nothing'}."]
-    return write_page(Page("Items in order", said, [b for blocks, _ in found.values() for b in blocks]),
-                      pl.DataFrame([row for _, long in found.values() for row in long]),
+    return write_page(Page("Items in order", said, [b for blocks, _ in found for b in blocks]),
+                      pl.DataFrame([row for _, long in found for row in long]),
                       pages_folder(out) / "sequences")
 
 # %% ../nbs/40_tables.ipynb #40-090

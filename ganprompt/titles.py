@@ -6,7 +6,7 @@
 __all__ = ['LONGEST', 'WIDTH', 'LAYERS', 'HEADS', 'START', 'VECTORS', 'KINDS', 'title_vectors', 'principal_vectors',
            'item_vectors', 'facing', 'causal_model', 'next_item_loss', 'new_net', 'listed_scores', 'towers_of',
            'TitlesSettings', 'reading_model', 'reads', 'kept_vectors', 'item_update', 'learn', 'ItemSequence',
-           'best_weights', 'Towers', 'tune_vectors', 'run_vectors', 'make_titles', 'by_frequency']
+           'best_weights', 'Towers', 'kind_of_model', 'tune_vectors', 'run_vectors', 'make_titles', 'by_frequency']
 
 # %% ../nbs/32_titles.ipynb #32-004
 import dataclasses, json, math, time
@@ -18,7 +18,7 @@ import polars as pl
 
 from .files import below, listed, not_positive, refuse, strange, told
 from .runs import Settings, digest, manifest, model_files, need, once, stage
-from .processes import device, seed_all, set_threads
+from .processes import device, moved, seed_all, set_threads
 from .data import load_training, make_data
 from .prompts import load_titles, pad
 from .models import is_here, load_encoder, load_tokenizer, resolve
@@ -190,7 +190,7 @@ class TitlesSettings(Settings):
         p = vars(self)
         share = [f"titles_dropout={self.titles_dropout} cannot be; it must be 0 or more, and less than 1: set "
                  "--titles-dropout"]
-        alone = ["vectors: towers is the mean of the others; name two or more of text, id and both before it"]
+        alone = ["vectors: towers is the mean of the others; name two or more of text, id and both beside it"]
         return [*strange(p | {"vectors": listed(self.vectors)}, vectors=VECTORS), *not_positive(p, "titles_lr"),
                 *alone*("towers" in listed(self.vectors) and len(towers_of(self.vectors)) < 2),
                 *below(p, 1, "titles_batch", "titles_epochs"), *below(p, 0, "seed", "test_users", "titles_patience"),
@@ -233,7 +233,7 @@ def item_update(
     past, nexts = rows["history"].to_list(), torch.from_numpy(rows["target"].to_numpy().astype(np.int64))
     def update(at, rng):
         seen, mask = pad([past[r] for r in at], 0, device())
-        loss = next_item_loss(net.train(), seen, mask.sum(1), nexts[at].to(device()))
+        loss = next_item_loss(net.train(), seen, mask.sum(1), moved(nexts[at], device()))
         descend(loss, opt, schedule)
         return {"loss": loss}
     return update
@@ -287,6 +287,8 @@ class ItemSequence(Recommender):
         cls(None, net.causal, net.items().detach()).save(folder)
         return curves
 
+    @property
+    def size(self): return sum(w.numel() for w in [*self.causal.parameters(), self.vectors])
     def ranked(self, rows, lists):
         "Scores of rows' lists."
         return listed_scores(self.causal, self.vectors, rows["history"].to_list(), lists)
@@ -333,6 +335,8 @@ class Towers(ItemSequence):
         return [{"step": 0, "valid_ndcg": ndcg(scores), "valid_auc": list_auc(scores)}
                 | {f"weight {name}": float(w) for name, w in zip(towers, model.weights)}]
 
+    @property
+    def size(self): return sum(tower.size for tower in self.towers.values())
     def ranked(self, rows, lists):
         each = [tower.ranked(rows, lists) for tower in self.towers.values()]
         return [sum(w*z for w, z in zip(self.weights.astype(np.float32), zs)) for zs in zip(*each)]
@@ -354,6 +358,12 @@ class Towers(ItemSequence):
 KINDS |= {"titles": ItemSequence, "towers": Towers}
 
 # %% ../nbs/32_titles.ipynb #32-040
+def kind_of_model(
+    vectors:str, # One of `VECTORS`
+)->str: # One of `KINDS`
+    "The towers are a kind of their own."
+    return vectors if vectors in KINDS else "titles"
+
 def tune_vectors(
     vectors:str, # One of `VECTORS`
     folder:Path, # The stage's folder
@@ -361,8 +371,7 @@ def tune_vectors(
 )->dict: # From `tune`
     "Train one of the models."
     of = ",".join(towers_of(p.vectors)) if vectors == "towers" else vectors
-    return tune(p.run, "towers" if vectors == "towers" else "titles", folder/vectors, {},
-                dataclasses.replace(p, vectors=of))
+    return tune(p.run, kind_of_model(vectors), folder/vectors, {}, dataclasses.replace(p, vectors=of))
 
 # %% ../nbs/32_titles.ipynb #32-041
 def run_vectors(
@@ -372,17 +381,15 @@ def run_vectors(
 ): # (frames, about) for `attempt`
     "Train a model and rank the test users' candidates, sampled and all."
     fit, began = tune_vectors(vectors, folder, p), time.time()
-    model = (Towers if vectors == "towers" else ItemSequence).load(folder/vectors, {}, None)
-    single = model.towers.values() if vectors == "towers" else [model]
+    model = KINDS[kind_of_model(vectors)].load(folder/vectors, {}, None)
     ranks = rank_all(VECTORS[vectors], p.run, p.test_users, model.ranked)
     about = {"pocket": False, "backbone": None} if vectors == "id" else {
         "pocket": json.loads((Path(reading_model(p))/"config.json").read_text()).get("pocket", False),
         "backbone": p.title_encoder or backbone(p.run, "encoder")["name"]}
-    weights = sum(w.numel() for one in single for w in [*one.causal.parameters(), one.vectors])
     return [ranks], about | {
         "settings": {k: getattr(p, k) for k in ("titles_lr", "titles_dropout", "titles_batch", "titles_epochs")},
         "search": [], "valid": max(row.get("valid_ndcg") or 0 for row in fit["curves"]), "valid_metric": VALID_METRIC,
-        "parameters": weights,
+        "parameters": model.size,
         "seconds": {"search": 0., "train": round(fit["seconds"], 2), "score": round(time.time() - began, 2)}}
 
 # %% ../nbs/32_titles.ipynb #32-042
