@@ -69,6 +69,7 @@ def slot_logits(
     try: return model(input_ids=ids, attention_mask=mask).logits[:, words].float()
     finally: hook.remove()
 
+# %% ../nbs/11_attributes.ipynb #f5352ba6
 def fill(
     model, # Masked or causal language model
     tokenizer, # Its tokenizer
@@ -125,6 +126,7 @@ def slot_ids(
     if not tokenizer.mask_token: return follows(tokenizer, f" {word}", "on")
     return [tokenizer.convert_tokens_to_ids(word)] if word in tokenizer.get_vocab() else []
 
+# %% ../nbs/11_attributes.ipynb #efbd985f
 def listener(
     run:str, # Run with complete stages up to `backbones`
 ): # (the model's tokenizer, function of histories and words -> log P(word | history), float32 (histories, words))
@@ -144,6 +146,7 @@ def listener(
         return fill(model, tokenizer, list(place), ids)[[place[p] for p in prompts]]
     return tokenizer, ask
 
+# %% ../nbs/11_attributes.ipynb #a8527755
 def ballot(
     run:str, # Run with complete stages up to `backbones`
     tokenizer, # Of the model that is asked

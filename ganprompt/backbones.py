@@ -147,6 +147,7 @@ class Curves:
         finite((row := figures())["loss"], f"{self.where}, step {step}")
         self.rows.append({"step": step, **row})
 
+# %% ../nbs/09_backbones.ipynb #dbb9e265
 def train(
     update, # (row numbers, numpy generator) -> dict of numbers, or of tensors that hold one, with the key "loss"
     parts:dict, # Name -> object with state_dict and load_state_dict: all that training changes
@@ -568,6 +569,7 @@ def check_reader(
         answers(tokenizer)
         check_t5(model)
 
+
 def t5_faults(
     kind:str, # Of the run's encoder; "" if nobody knows it yet
     who:str, # Who wants to know, for the message
@@ -577,6 +579,7 @@ def t5_faults(
     return [f"{who}: a T5 is needed, which has a decoder to write with, and the encoder is {MODELS[kind]}; take a run "
             "with another --encoder"]
 
+# %% ../nbs/09_backbones.ipynb #4386f9aa
 def kind_named(
     name:str, # Hub name, local folder, or "pocket"
 )->str: # "t5", "bert", "causal" or "bare"; "" for a model still to be fetched, or of no such kind

@@ -67,6 +67,7 @@ LLAMA_SIZES = {"pocket": dict(hidden_size=64, intermediate_size=128, num_hidden_
                "llama-1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
                                 num_key_value_heads=8)}
 
+
 def random_t5(
     size, # Name in `T5_SIZES`, or the numbers themselves
     pieces:int, # Smallest vocabulary; T5's own has 32128
@@ -78,6 +79,7 @@ def random_t5(
     return tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=vocabulary, dropout_rate=0., decoder_start_token_id=0,
                                                      pad_token_id=0, **numbers)).eval().to(device())
 
+# %% ../nbs/50_benchmarks.ipynb #a62c4e36
 def random_causal(
     size:str, # Name in `LLAMA_SIZES`
     t5, # T5 whose encoder is used
@@ -172,6 +174,7 @@ def train_with_trainer(
     bench.t5.eval()
     return np.array(steps)
 
+# %% ../nbs/50_benchmarks.ipynb #e29df742
 def train_on_states(
     bench:Bench, # Model
     states:States, # States of the prompts; every fifth was bought
@@ -216,6 +219,7 @@ def bench_training(
             "tokens": int(states.lengths[:batch].sum()), "losses": losses,
             "largest_loss_difference": float(np.abs(np.subtract(losses["frozen"], losses["kept"])).max())}
 
+# %% ../nbs/50_benchmarks.ipynb #e5c70368
 def bench_epochs(bench, repeats, folder, batch=40, batches=2, epochs=3):
     "Three epochs from the first prompt to the last step: the time that keeping the states costs is counted."
     prompts = bench.pairs(batch*batches//5, 5)
@@ -249,6 +253,7 @@ def generate_scores(
         out.append(scores_of(made.logits[0][:, bench.names], "yes-no", bench.names).cpu().numpy())
     return np.concatenate(out)
 
+# %% ../nbs/50_benchmarks.ipynb #b7086177
 def score_three_ways(bench, repeats, prompts):
     "Times, ratios and agreement for some prompts."
     found = {}
@@ -264,9 +269,11 @@ def score_three_ways(bench, repeats, prompts):
             "largest_difference": float(max(np.abs(z - found["ours"]).max() for z in found.values())),
             "spread": float(found["ours"].std())}
 
+
 def bench_scoring(bench, repeats, folder):
     "Candidates scored by a T5 whose prompt holds the candidate: the run's own prompts."
     return score_three_ways(bench, repeats, Bench(bench.run, "pocket", long=False).pairs(2, 32))
+
 
 def bench_scoring_long(bench, repeats, folder):
     "The same for long prompts."
@@ -364,8 +371,10 @@ def grow(axis, bench, folder):
     return [sum(p.numel() for p in m.encoder.block.parameters())
             for m in models], [best_of(lambda: score_prompts(T5Decoder(m, bench.reader), prompts)) for m in models]
 
+
 AXES = "users", "candidates", "tokens of a prompt", "parameters of the encoder"
 
+# %% ../nbs/50_benchmarks.ipynb #1d8e25df
 def bench_growth(bench, repeats, folder):
     "Times and exponents along four axes."
     found = {axis: grow(axis, bench, folder) for axis in AXES}
@@ -433,6 +442,7 @@ def peak_of(
     if done.returncode: raise UserError(f"a measurement failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
+# %% ../nbs/50_benchmarks.ipynb #20127421
 def bench_memory(bench, repeats, folder):
     "Peak memory in MB: a training step three ways, scoring, and an iteration of stage 1."
     head = (f"from ganprompt.benchmarks import *\nfrom ganprompt.scorer import *\nb = Bench({bench.run!r}, "
@@ -469,6 +479,7 @@ def generate_ratings(
                     == 0)
     return path
 
+# %% ../nbs/50_benchmarks.ipynb #2911a518
 def cut_with_pandas(
     path:str, # CSV file
     tuned:bool=False, # Whether ids are categories
@@ -690,6 +701,7 @@ def keep_benchmarks(
                                                    "peak_memory_mb")})
     return path
 
+# %% ../nbs/50_benchmarks.ipynb #86154f16
 def draw_benchmarks(
     study:str|Path="benchmarks", # Folder under data/results, or a path
     out:Path|None=None, # Where the pictures go; figures/ by default
@@ -702,6 +714,7 @@ def draw_benchmarks(
     for file, picture in made.items():
         plot_benchmarks(json.loads(file.read_text())).savefig(picture, dpi=110, metadata={"Software": None})
     return [*made.values()]
+
 
 STUDIES["benchmarks"] = Study(lambda run, study, out: [keep_benchmarks(run, study)], draw_benchmarks,
                               synthetic=True)

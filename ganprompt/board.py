@@ -25,6 +25,7 @@ from .study import PAGES, bank_of, by_entry, drawn, read_study_entries
 # %% ../nbs/42_board.ipynb #42-006
 ASKED = "unseen", "q05", "own worst", "CPS" # figures of a model that reads templates
 
+
 def of_entries(
     mine:list, # Kept entries of one model on one data set
     study:str, # Folder under data/results
@@ -36,6 +37,7 @@ def of_entries(
                 trainings=len(mine), minutes=float(np.mean(seconds))/60 if seconds else None, tokens=None,
                 machine=first["machine"], commit=", ".join(sorted({e.get("commit", "unknown")[:7] for e in mine})))
 
+# %% ../nbs/42_board.ipynb #0bb46700
 def asked_rows(
     study:str, # A study of wordings under data/results
 ) -> list[dict]: # A row a model and data set; figures are [value, low, high]
@@ -48,6 +50,7 @@ def asked_rows(
             rows.append(of_entries([e for e in mine if e["model"] == name], study) | dict(bank=bank) | figures)
     return rows
 
+# %% ../nbs/42_board.ipynb #0224e451
 def ranked_rows(
     study:str, # A study of models that were asked once, or not at all, under data/results
 ) -> list[dict]: # As of `asked_rows`, without figures of a bank
@@ -86,6 +89,7 @@ def report_faults(
         (any(t["text"] not in known for t in table[1:]), f"a template is not in {said['templates']}"),
         (said["users"] < 1, "nobody was asked")) if fault]
 
+# %% ../nbs/42_board.ipynb #c8a4d856
 def report_row(
     path:str|Path, # A report.json of `ganprompt robustness`
 ) -> dict: # As of `asked_rows`
@@ -121,6 +125,7 @@ for (const head of document.querySelectorAll("thead th")) head.onclick = () => {
 </script>
 """
 
+
 def cell(
     value, # A figure with its interval, a number, a word, or nothing
 ) -> str:
@@ -129,6 +134,7 @@ def cell(
     if isinstance(value, list): return spread(value)
     return f"{value:.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
 
+# %% ../nbs/42_board.ipynb #2f713e82
 def board_page(
     rows:list, # Of `asked_rows`, `ranked_rows`, `report_row`
 ) -> Page:
@@ -147,12 +153,14 @@ def to_board(
     "The page, which sorts."
     return to_html(page).replace("</body>", f"{SORT}</body>")
 
+
 def kept_rows() -> list[dict]: # Rows of all studies of models under data/results
     "What the project keeps."
     names = sorted(p.name for p in results_folder("").iterdir() if any(p.glob("*/*.json")))
     return ([row for name in names if kind_of(name) in PAGES for row in asked_rows(name)]
             + [row for name in names if name in ("tables", "sequences") for row in ranked_rows(name)])
 
+# %% ../nbs/42_board.ipynb #ddebbcba
 def make_board(
     reports:tuple=(), # report.json files of one's own
     out:Path|None=None, # Where the page goes; figures/, or board/ with reports

@@ -247,6 +247,7 @@ def gentler(
         tried.append((i + k, dict(rating=r, core=c, interactions=len(kept), users=len(users))))
     return [t for _, t in sorted(tried, key=lambda t: t[0])][1:]
 
+
 def _advice(source, kept, p):
     "Lines that name gentler values, if they keep more users."
     found = [g for g in gentler(source, p.rating, p.core, p.cut, p.min_history) if g["users"] > kept][:6]
@@ -254,8 +255,10 @@ def _advice(source, kept, p):
             f"{g['users']:,} users with more than "
             f"{p.min_history} of them" for g in found]
 
+# %% ../nbs/05_data.ipynb #0cc07fae
 def _drop_lines(drops):
     return [f"  {d['step']:>9} {d['rows_in']:>9,} -> {d['rows_out']:>9,}  {d['why']}" for d in drops]
+
 
 def _enough(made, drops, source, p):
     "Raise `UserError` with the drops if there is nothing to test on."
@@ -394,6 +397,7 @@ def load_sequences(
     "Sequences of one split."
     return pl.read_parquet(need(run, "data", make_data)/"sequences.parquet").filter(pl.col("split") == split)
 
+
 def load_training(
     run:str, # Run
 ) -> list[list[int]]: # Items of each user's training part, oldest first; the index is the user
@@ -404,6 +408,7 @@ def load_training(
     return pl.read_parquet(folder/"users.parquet").join(rows, on="user", how="left",
                                                         maintain_order="left")["item"].fill_null([]).to_list()
 
+# %% ../nbs/05_data.ipynb #ae2ac017
 def load_candidates(
     run:str, # Run
     name:str, # uni99, pop99 or full
@@ -425,10 +430,12 @@ def interactions(self:Run) -> pl.DataFrame: # user, item, rating, time, position
     "Who bought what, and when."
     return pl.read_parquet(need(self, "data")/"interactions.parquet")
 
+
 @patch(as_prop=True)
 def items(self:Run) -> pl.DataFrame: # item, raw_item, title
     "The catalogue."
     return pl.read_parquet(need(self, "data")/"items.parquet")
+
 
 @patch
 def sequences(self:Run,
@@ -437,6 +444,7 @@ def sequences(self:Run,
     "What is asked: histories and the item that came next."
     return load_sequences(self, split)
 
+# %% ../nbs/05_data.ipynb #a21afe56
 @patch
 def candidates(self:Run,
     name:str="uni99", # uni99, pop99 or full
@@ -446,6 +454,7 @@ def candidates(self:Run,
     users, lists = load_candidates(self, name, split)
     return pl.DataFrame({"user": users, "items": [x.tolist() for x in lists]},
                         schema={"user": pl.Int32, "items": pl.List(pl.Int32)})
+
 
 @patch
 def shopper(self:Run,

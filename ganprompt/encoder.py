@@ -227,6 +227,7 @@ def in_parts(
     if not 0 < size < n: return [function(np.arange(n))]
     return [checkpoint(function, at, use_reentrant=False) for at in np.array_split(np.arange(n), math.ceil(n/size))]
 
+
 def pooled(
     model, # Of `load_encoder`
     prompts:list[list[int]], # Token ids
@@ -236,6 +237,7 @@ def pooled(
     ids, mask = pad(prompts, pad_id, model.device)
     with fast_math(): return pool(encode(model, ids, mask).float(), mask)
 
+# %% ../nbs/12_encoder.ipynb #776bbb8b
 def vectors_of(
     model, # Of `load_encoder`
     prompts:list[list[int]], # Token ids

@@ -149,6 +149,7 @@ def answer_whole(
     seen = (torch.arange(x.shape[1], device=x.device) < ends[:, None]).long()
     return last_logits(lm, seen, rows, inputs_embeds=x, attention_mask=seen)
 
+# %% ../nbs/10_engine.ipynb #ee5817a8
 def shares_prefix(
     lm, # Causal language model
 )->bool:

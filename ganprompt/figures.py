@@ -345,6 +345,7 @@ def moved_weights(
         part[1] += w.numel()
     return {part: tuple(n) for part, n in counts.items()}
 
+# %% ../nbs/20_figures.ipynb #4dd3941d
 def framework_facts(
     run:str, # A run whose recommender is a T5's own decoder
     model:str="ganprompt", # As stage `recommender` names it
@@ -366,6 +367,7 @@ def framework_facts(
 # %% ../nbs/20_figures.ipynb #20-042
 TRAINED, FROZEN, PLAIN = "#F6D7B0", "#CFE3F2", "#F4F4F4"
 
+
 def box(
     ax, x:float, y:float, # Axes, and the middle of the box
     text:str, # Lines
@@ -378,6 +380,7 @@ def box(
                                 ec="#555555", lw=.8))
     ax.text(x, y, text, ha="center", va="center", fontsize=7.5)
 
+# %% ../nbs/20_figures.ipynb #fb57390d
 def arrow(
     ax, start:tuple, end:tuple, # Axes, and two points
     text:str="", # Above its middle
@@ -387,6 +390,7 @@ def arrow(
     ax.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", lw=.9, color="#333333", shrinkA=0, shrinkB=0,
                                                 **more))
     ax.text((start[0] + end[0])/2 + .08, (start[1] + end[1])/2 + .09, text, fontsize=6.5)
+
 
 def state_of(
     moved:tuple, # Of `moved_weights`
@@ -429,6 +433,7 @@ def draw_framework(
                  f"{', pocket models' * facts['pocket']}: the framework as this run did it", fontsize=9)
     return fig
 
+# %% ../nbs/20_figures.ipynb #a2b79ece
 def draw_stage_2(ax, facts):
     "Below: the same encoder, frozen, and the decoder on top."
     parts = [state_of(facts["stage_2"][part]) for part in ("encoder", "decoder")]
@@ -439,6 +444,7 @@ def draw_stage_2(ax, facts):
         box(ax, x, .8, text, ground)
         if after: arrow(ax, (x + .9, .8), (after[0] - .9, .8))
     arrow(ax, (6.6, 2.68), (6.6, 1.32), "the same weights")
+
 
 @patch
 def framework(self:Run):

@@ -86,6 +86,7 @@ def forwards(
     hook.remove()
     return tokens
 
+# %% ../nbs/51_gpu.ipynb #803c1fae
 def score_lm(
     lm, # Causal language model
     users:int, # Prefixes
@@ -157,6 +158,7 @@ def real_lm(
     return UntunedCausal(halved(load_model(path, "causal")).to(device()),
                          with_tokenizer(reader, reader.tokenizer, tuple(ends)), text)
 
+
 def asked_of(
     model:UntunedCausal, # From `real_lm`
     users:int, n:int, # Shoppers, and candidates of each
@@ -167,6 +169,7 @@ def asked_of(
     return (pl.DataFrame({"row": range(users), "history": longest}),
             list(rng.integers(len(reader.titles), size=(users, n))))
 
+# %% ../nbs/51_gpu.ipynb #14aba610
 def ask_bank(
     model:UntunedCausal, # From `real_lm`
     users:int=60, # Shoppers
@@ -248,6 +251,7 @@ GPU_FIGURES = {"pairs_a_second": "pairs/s", "rows_a_second": "rows/s", "tokens_a
          "seconds_a_template": "s a template", "share_of_matmul_rate": "of the matrix rate", "useful": "useful",
          "padding": "padding", "forwards": "forwards", "peak_gb": "peak GB", "tau": "tau", "matmul_tflops": "TFLOP/s"}
 
+
 def keep_gpu(
     run:str, # Run with the folder measured
     study:str|Path="gpu", # Folder under data/results, or a path
@@ -260,6 +264,7 @@ def keep_gpu(
     write_json(path, {"parts": [json.loads(f.read_text()) for f in files]})
     return path
 
+# %% ../nbs/51_gpu.ipynb #db62da25
 def draw_gpu(
     study:str|Path="gpu", # Folder under data/results, or a path
     out:Path|None=None, # Where the page goes; figures/ by default
@@ -278,6 +283,7 @@ def draw_gpu(
     said = ("Random weights, but for parts called real. A pair is a shopper and a candidate; a row is a training "
             "question with its candidates.")
     return write_page(Page("On a GPU", [said], blocks), table, pages_folder(out)/"gpu")
+
 
 STUDIES["gpu"] = Study(lambda run, study, out: [keep_gpu(run, study)], draw_gpu, synthetic=True)
 

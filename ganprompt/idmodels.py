@@ -64,6 +64,7 @@ def short_message(
     "What went wrong, with the kind of error unless it is the user's."
     return ("" if isinstance(e, UserError) else f"{type(e).__name__}: ") + " ".join(str(e).split())
 
+# %% ../nbs/30_idmodels.ipynb #4558c52e
 def attempt(
     models:dict, # Model -> what is known of it; gets an entry
     name:str, # Model
@@ -242,6 +243,7 @@ def score_pairs(
         out += np.split(net.predict(wide.to(net.device)).cpu().numpy(), np.cumsum(sizes)[:-1])
     return out
 
+# %% ../nbs/30_idmodels.ipynb #df302118
 def score_listed(
     rb, net, # From `recbole`; a model
     asked, # From `questions`
@@ -287,6 +289,7 @@ def bce(
     import torch.nn.functional as F
     return (F.softplus(-bought) + F.softplus(other)).mean()
 
+# %% ../nbs/30_idmodels.ipynb #b36a18ce
 def cross_entropy(
     h, # States (places, width)
     table, # Vectors of all items (items, width)

@@ -86,6 +86,7 @@ def job_cells(
                 and (texts[i].startswith("#| export") or "parameters" in cells[i]["metadata"].get("tags", [])))
     return [c for i, c in enumerate(cells) if i == 0 or defines(i) or i in section]
 
+# %% ../nbs/52_jobs.ipynb #3cff31dd
 def read_chapter(
     path:Path, # A notebook
 ) -> Chapter|None: # None if it makes no stage

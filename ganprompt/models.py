@@ -112,6 +112,7 @@ def load_tokenizer(
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token # masked wherever it stands for nothing
     return tokenizer
 
+# %% ../nbs/08_models.ipynb #65e1ae62
 def load_model(
     folder:str, # Folder from `resolve`, or a pocket model's
     kind:str, # "t5", "bert", "causal" or "bare"

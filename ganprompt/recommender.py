@@ -157,6 +157,7 @@ def new_decoder(
                       dropout_rate=0., is_decoder=True, is_encoder_decoder=False, use_cache=False, eos_token_id=0)
     return nn.ModuleDict({"decoder": T5Stack(config), "head": nn.Linear(width, 2)})
 
+# %% ../nbs/14_recommender.ipynb #5040fe42
 class Ranker(FromVectors):
     "Candidates as vectors, asked of a decoder of its own, over any encoder's states."
     names = [0, 1]
@@ -300,6 +301,7 @@ def add_adapters(
         raise UserError(f"no adapters for lora_modules={modules!r}: {str(e).splitlines()[0]}; name modules of the "
                         "model, as in q_proj,v_proj") from None
 
+# %% ../nbs/14_recommender.ipynb #91f3b0d7
 def save_adapters(
     lm, # From `add_adapters`
     folder:Path, # Where they go
@@ -311,10 +313,12 @@ def save_adapters(
     lm.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     (folder/"README.md").unlink(missing_ok=True)
 
+
 KINDS |= {"t5-decoder": T5Decoder, "causal-lm": CausalLM, "t5-ranker": T5Ranker, "ranker": Ranker}
 
 # %% ../nbs/14_recommender.ipynb #14-017b
 POCKET_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj") # of a Llama
+
 
 def linear_layers(
     llm:str, # Hub name, local folder, or "pocket"
@@ -323,6 +327,7 @@ def linear_layers(
     if llm == "pocket": return list(POCKET_LINEAR)
     return [k.removesuffix(".weight") for k, shape in weights(Path(resolve(llm))).items() if len(shape) == 2
             and k.endswith(".weight") and ".0." in k]
+
 
 def lora_faults(
     llm:str, # Hub name, local folder, or "pocket"
@@ -336,6 +341,7 @@ def lora_faults(
     return [f"lora_modules={lora_modules!r}: {llm} has no linear layer {m!r}; it has {known}; or leave it "
             "at all-linear" for m in wrong]
 
+# %% ../nbs/14_recommender.ipynb #6ef31448
 def llm_faults(
     p:Settings, # With llm, lora_rank, lora_modules, download, perhaps four_bit
 )->list[str]: # A sentence for everything that cannot work
@@ -369,6 +375,7 @@ class Trained:
         with torch.no_grad():
             for n, p in self.weights.items(): p.copy_(state[n])
 
+# %% ../nbs/14_recommender.ipynb #dd87c11a
 class Best:
     "The best weights so far; part of the checkpoint."
     def __init__(self,
@@ -409,6 +416,7 @@ def divergence(
     "Mean symmetric KL divergence of two yes/no distributions."
     return ((a.sigmoid() - b.sigmoid())*(a - b)).mean()/2
 
+
 class Reworded:
     "Questions, each in a wording of its own; with the interface of `Questions`."
     def __init__(self,
@@ -419,6 +427,7 @@ class Reworded:
     def ids(self, row, item): return self.each[self.choice[row]].ids(row, item)
     def context(self, row): return self.each[self.choice[row]].context(row)
 
+# %% ../nbs/14_recommender.ipynb #9f81c050
 def worded(
     reader:Reader, # With the T5's tokenizer
     own:dict, # Row -> attribute word

@@ -74,6 +74,7 @@ def _binary(path):
     with open(path, "rb") as f: packed = f.read(2) == b"\x1f\x8b"
     return gzip.open(path) if packed else open(path, "rb")
 
+
 @contextmanager
 def _reading(path, encoding="utf-8"):
     "Turn what goes wrong while a file is read into a `UserError`."
@@ -83,6 +84,7 @@ def _reading(path, encoding="utf-8"):
     except UnicodeDecodeError as e: raise _undecodable(path, encoding, e) from None
     except OSError as e: raise UserError(f"{path}: cannot be read ({e.strerror or e}); check the path") from None
 
+# %% ../nbs/03_reviews.ipynb #306d4c6b
 def _undecodable(path, encoding, error):
     "The error that names the first line with a byte that does not belong to the encoding."
     with _binary(path) as f:
@@ -100,6 +102,7 @@ def _undecodable(path, encoding, error):
 # %% ../nbs/03_reviews.ipynb #03-021a
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
+
 def _encoding(path, head, asked):
     "The encoding of a text file: by its mark, as asked for, or UTF-8."
     try: b"x".decode(asked or "utf-8", "ignore")
@@ -113,6 +116,7 @@ def _encoding(path, head, asked):
                         f"utf-16-{order}")
     return found or "utf-8"
 
+# %% ../nbs/03_reviews.ipynb #3af4aa9e
 def _kind(path, head, encoding):
     "json, csv or parquet, by how the file begins. Raises `UserError` for other kinds."
     text = head[:200].decode(encoding, "replace").lstrip("\ufeff \t\r\n")
@@ -137,6 +141,7 @@ def _object(line, where):
     fault = row if isinstance(row, str) else "not a JSON object"
     raise UserError(f"{where}: {fault}: {line.strip()[:80]!r}; correct or remove this line, or fetch the file again")
 
+
 def _split(lines, separator):
     "Pairs of a row's first line, counted from 1, and its fields. Raises `csv.Error` that begins with the line."
     if len(separator) > 1:
@@ -150,6 +155,7 @@ def _split(lines, separator):
             if row: yield start, row
             start = rows.line_num + 1
 
+# %% ../nbs/03_reviews.ipynb #179f27ff
 def _records(file):
     """Pairs of line and row: a dictionary of a JSON object, a list of fields. Raises `UserError` for what cannot be
     read."""
@@ -167,6 +173,7 @@ def _records(file):
 SEPARATORS = "::", "\t", ";", ",", "|"
 NUMBER = re.compile(r"\s*-?\d+([.,]\d+)?\s*")
 
+
 def _separator(lines, known):
     "The separator that suits the first lines best, and their rows under it."
     def rows(s):
@@ -180,6 +187,7 @@ def _separator(lines, known):
                 for r in rest), -SEPARATORS.index(s)
     return max(SEPARATORS, key=fit)
 
+# %% ../nbs/03_reviews.ipynb #69e21126
 def sniff(
     path:Path,
     encoding:str="", separator:str="", # As in the parameters
@@ -273,6 +281,7 @@ def _items(path, encoding, separator, pairs, forms):
                 pairs.get("item", "item"))
     return file, {"item": item, "title": pairs.get("title", "title")}
 
+# %% ../nbs/03_reviews.ipynb #5ca06c09
 def _own(path, columns, items_file="", separator="", encoding=""):
     "The `Source` of a user's own file: its columns as they were named, or else as one of the known forms names them."
     if not path.is_file(): raise UserError(f"no file {path}; check the path given as --dataset")
@@ -299,8 +308,10 @@ def _scale(text):
     if low < high: return low, high
     raise UserError(f"rating_scale={text!r} is not understood; write the least and the greatest rating, as in 0.5-5")
 
+
 OWN = re.compile(r"[/\\]|\.(csv|tsv|txt|dat|data|json|jsonl|ndjson|parquet)(\.gz)?$", re.I)
 
+# %% ../nbs/03_reviews.ipynb #517c6aff
 def find_source(
     dataset:str, # This and the others as in the parameters
     data_dir:str="", columns:str="", items_file:str="", separator:str="", encoding:str="", date_format:str="",
@@ -330,11 +341,13 @@ def _readable(file):
     with _reading(file.path, file.encoding), io.TextIOWrapper(_binary(file.path), file.encoding) as f: text = f.read()
     return (text if len(file.separator) == 1 else text.replace(file.separator, "\x1f")).encode()
 
+
 def _as_text(x):
     "A value of JSON or CSV as text; None if it is missing."
     if isinstance(x, float) and x.is_integer(): x = int(x)
     return None if x is None or x == "" else str(x)
 
+# %% ../nbs/03_reviews.ipynb #b95f5710
 def _rows(file):
     "Pairs of line and row (column → value). Raises `UserError` for a row with too many or too few fields."
     for line, row in itertools.islice(_records(file), int(file.kind == "csv" and file.header), None):
@@ -345,6 +358,7 @@ def _rows(file):
                                 f"{file.separator!r}, or correct or remove the line")
             row = dict(zip(file.names, row))
         yield line, row
+
 
 def _raw(file, types, careful=False):
     "All columns of a csv file, or those of `types` (column → polars type); row by row, all as text, if `careful`."
@@ -370,12 +384,15 @@ def _ragged(file):
     return lf.select((odd | line.is_null() | (pl.lit(one) & line.str.contains('"',
             literal=True))).any()).collect(engine="streaming").item()
 
+
 MISSING = ["", "NA", "N/A", "nan", "NaN", "null", "NULL", "None"]
+
 
 def _number(c):
     "Text → number, also with a decimal comma; null for what marks a missing value, and for what is no number."
     return pl.col(c).str.strip_chars().str.replace(",", ".", literal=True).cast(pl.Float64, strict=False).fill_nan(None)
 
+# %% ../nbs/03_reviews.ipynb #96a6e795
 def _id(c, type):
     "An id as text; whole numbers without a fraction, however they are kept."
     c = pl.col(c)
@@ -539,6 +556,7 @@ def note_drop(
     drops.append({"step": step, "rows_in": drops[-1]["rows_out"] if rows_in is None else rows_in, "rows_out": rows_out,
                   "why": why})
 
+# %% ../nbs/03_reviews.ipynb #37b20dd3
 def _check_values(source, lf, counts, dates):
     "Raise `UserError` for a column without any value, ratings above the scale, and times in two units."
     path, (low, high), r = source.reviews.path, source.scale, pl.col("rating")
@@ -597,6 +615,7 @@ def all_reviews(
         note_drop(drops, "scale", drops[-1]["rows_out"] - counts["below"], why)
     return df.sort("time", maintain_order=True), drops
 
+# %% ../nbs/03_reviews.ipynb #70443f71
 def first_loved(
     df:pl.DataFrame, # From `all_reviews`
     rating:float, # Least rating to keep
@@ -653,6 +672,7 @@ def _own_titles(file, item, title, wanted, checked):
                 raise UserError(f"{file.path}: cannot be read: {str(e).splitlines()[0]}; write the file "
                                 "again") from None
 
+# %% ../nbs/03_reviews.ipynb #84e47283
 def read_titles(
     source:Source,
     wanted:set, # Raw ids

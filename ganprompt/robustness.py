@@ -170,6 +170,7 @@ def figure1(
 # %% ../nbs/38_robustness.ipynb #38-061
 HISTORIES = "shuffled", "one left out", "one more", "last half"
 
+
 def changed(
     history:list, # Items, oldest first
     how:str, # One of `HISTORIES`
@@ -183,6 +184,7 @@ def changed(
     if how == "last half": return h[len(h)//2:]
     return h[:at % len(h)] + h[at % len(h) + 1:] or h
 
+# %% ../nbs/38_robustness.ipynb #7867625f
 def changed_rows(
     rows:pl.DataFrame, # user, history, target
     how:str, # One of `HISTORIES`
@@ -195,6 +197,7 @@ def changed_rows(
     new = [changed(row["history"], how, others(row), rng) for row in rows.iter_rows(named=True)]
     return rows.with_columns(history=pl.Series(new, dtype=rows.schema["history"]))
 
+# %% ../nbs/38_robustness.ipynb #a183eae5
 def under_histories(
     model, own:dict, clean:dict, rows:pl.DataFrame, lists:list, scores:np.ndarray, # As of `score_bank`; clean scores
     items:int, # Of the catalogue
@@ -207,6 +210,7 @@ def under_histories(
     table, each = template_table(z, bank), bank_intervals(z, bank, rows["user"])[1]
     return [{k: row[k] for k in ("id", "hit@10", "drop", "flips", "tau", "rbo")}
             | {"intervals": {k: v[i] for k, v in each.items()}} for i, row in enumerate(table.iter_rows(named=True))]
+
 
 def tokens_of(
     model, own:dict, bank:list, rows:pl.DataFrame, lists:list, # As of `score_bank`
@@ -262,6 +266,7 @@ def subject(
     "Which model, on what, and whom it was asked about."
     return f"{about['model']} on {about['dataset']}{' (synthetic)' * about['synthetic']}: {about['users']} users"
 
+# %% ../nbs/38_robustness.ipynb #78bc60fe
 def report_notes(
     about:dict, # What is said of the model and the data; JSON's content
     bank:list, # Templates
@@ -348,6 +353,7 @@ class Inquiry(NamedTuple):
     home: Path # Where the reports go
     kept: Path # Where scores are kept until they are there
 
+# %% ../nbs/38_robustness.ipynb #eabdd22a
 def inquiry(
     model:str, run:str, templates:str, users:int, download:bool, out:str, chat:bool, # As of `make_report`
 ) -> Inquiry:
@@ -399,6 +405,7 @@ def ask_part(
     for row, z, at in zip(hits, scores, asked): row[at] = by_template(z[None, at])["hit@10"][0]
     return hits
 
+# %% ../nbs/38_robustness.ipynb #e155c61c
 def part_report(
     q:Inquiry, # What to ask
     share:float, # Part of the questions, 0 to 1
@@ -423,6 +430,7 @@ def part_report(
                                         for t, n, x in zip(q.bank, asked.sum(axis=1), sure[len(names):])])
     return about, part_page(about)
 
+# %% ../nbs/38_robustness.ipynb #80917336
 def part_page(
     about:dict, # What estimate.json says
 ) -> Page:

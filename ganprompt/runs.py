@@ -118,6 +118,7 @@ def _plain(node):
                and ast.get_docstring(node) is not None)
     return [type(node).__name__, {k: _plain(v[1:] if has_doc and k == "body" else v) for k, v in fields.items()}]
 
+
 def _imports(nodes):
     "Name → (module of this package, name there) of all imports among some nodes."
     found = {}
@@ -130,10 +131,12 @@ def _imports(nodes):
                     node.value) for name in re.findall(r"\w+", names)}
     return found
 
+# %% ../nbs/01_runs.ipynb #7a753bf0
 def _reads(node):
     "Whether a definition is a reader, patched on `Run`: it makes nothing."
     return any("patch" in (getattr(d, "id", ""), getattr(getattr(d, "func", None), "id", ""))
                for d in getattr(node, "decorator_list", []))
+
 
 def _bound(node):
     "The names that a statement at the top of a module defines."
@@ -145,6 +148,7 @@ def _bound(node):
 # %% ../nbs/01_runs.ipynb #01-014e
 LOOKS = "check", "fits", "room", "disk", "imports" # methods that only look at values, or guess a size
 
+# %% ../nbs/01_runs.ipynb #16651245
 class _Definition:
     """A top-level statement: its hash, that of what other stages have of it, and the names that it uses with those
     that it imports."""
@@ -173,6 +177,7 @@ class _Definition:
         return {(n.value.id, n.attr) for n in self.inside if isinstance(n, ast.Attribute)
                 and isinstance(n.value, ast.Name)}
 
+# %% ../nbs/01_runs.ipynb #8c0faf99
 @cache
 def _definitions(*cells):
     """(name → `_Definition`, name → where it is imported from) of source text; a later definition of a name replaces
@@ -187,9 +192,11 @@ def _definitions(*cells):
                 if name != "__all__": found[name] = one
     return found, imported
 
+
 def _source(file):
     "A file of this package."
     return Path(ganprompt.__file__).with_name(file)
+
 
 def _typed():
     "The exported cells of the notebook that this process runs, as they were executed."
@@ -203,6 +210,7 @@ PLUMBING = {"UserError", "root", "run_folder", "stage", "need", "stale", "fresh"
             "versions", "device_words", "Settings", "settings_of", "once", "kept", "begun", "side_by_side",
             "beside", "is_large", "strange", "below", "not_positive", "told", "refuse", "possible"}
 
+# %% ../nbs/01_runs.ipynb #21d1c041
 def _reach(name, make=None):
     """(module, name) → (its hash, its `_Definition`) of all that the function `make_<name>` of the module `<name>`
     reaches."""
@@ -233,6 +241,7 @@ def _reach(name, make=None):
                  + [(known[n][0], part) for n, part in one.attributes if n in known])
     return reached
 
+# %% ../nbs/01_runs.ipynb #0528278b
 def sources(
     name:str, # Stage
     # The function that fills its folder; if it was defined in a notebook, that notebook's cells count in place of the
@@ -315,12 +324,14 @@ def changes(
 # %% ../nbs/01_runs.ipynb #01-019a
 _found = {} # Folder of a stage that was fresh → stamps of all files that were looked at
 
+
 def _still(folder):
     "Whether a stage was found fresh before, and nothing has been touched since."
     try:
         return (folder in _found and complete(folder)
                 and all(_stamp(path) == stamp for path, stamp in _found[folder].items()))
     except OSError: return False
+
 
 def _remember(run, name, was):
     "Note that a stage is fresh, unless a file is too young to tell whether it changes."
@@ -329,6 +340,7 @@ def _remember(run, name, was):
     for other in was["inputs"]: stamps |= _found.get(run_folder(run)/other, {"": (0, time.time_ns(), 0)})
     if all(map(_settled, stamps.values())): _found[run_folder(run)/name] = stamps
 
+# %% ../nbs/01_runs.ipynb #05f6eab0
 def stale(
     run:str|Path, # Run
     name:str, # Stage
@@ -345,6 +357,7 @@ def stale(
     if was["fingerprint"] != now["fingerprint"]: return "; ".join(changes(was, now)) or "it was made by another version"
     _remember(run, name, was)
     return ""
+
 
 def fresh(
     run:str|Path, # Run
@@ -412,6 +425,7 @@ def commit() -> dict: # commit: its hash; dirty: whether tracked files differ fr
 # %% ../nbs/01_runs.ipynb #01-026b
 _allowed = [False] # Whether stages may be replaced; the last entry counts
 
+
 @contextmanager
 def replacing(
     allowed:bool, # The parameter `replace` of a chapter
@@ -421,6 +435,7 @@ def replacing(
     try: yield
     finally: _allowed.pop()
 
+
 def remembered(
     run:str|Path, # Run
 ) -> dict: # Name → value
@@ -428,6 +443,7 @@ def remembered(
     try: return json.loads((run_folder(run)/"run.json").read_text(encoding="utf-8"))["parameters"]
     except (OSError, ValueError, KeyError): return {}
 
+# %% ../nbs/01_runs.ipynb #8ba2bda3
 def _wider(was, now, grows, larger):
     """`now`, with the old value of every list that holds more parts than the old one (or fewer, if that is not
     wanted `larger`)."""
@@ -436,12 +452,14 @@ def _wider(was, now, grows, larger):
     return now | {k: was[k] for k in grows if k in was and k in now
                   and within(*((was[k], now[k]) if larger else (now[k], was[k])))}
 
+
 def grown(
     was:dict, now:dict, # Name → value
     grows, # Names of parameters that list parts with commas
 ) -> dict: # `now`, with the old value of every list that has only got longer
     "Parameters without those in which a stage only gets more parts than before."
     return _wider(was, now, grows, True)
+
 
 def covered(
     was:dict, now:dict, # Name → value
@@ -478,6 +496,7 @@ def begun(
     "Whether a part is unfinished."
     return (part/".fingerprint").exists() and not (part/".part.json").exists()
 
+
 def _work(folder):
     """What only an unfinished folder has: checkpoints, halves of files, what has a hidden name, and parts that were
     given up."""
@@ -488,6 +507,7 @@ def _work(folder):
                 or not given_up.isdisjoint([path, *path.parents]))
     return {path for path in folder.rglob("*") if own(path)}
 
+# %% ../nbs/01_runs.ipynb #eb2f978d
 def _remove(path):
     """Remove a folder under another name, so that a kill on the way leaves no part of it that could be taken for the
     whole."""
@@ -495,6 +515,7 @@ def _remove(path):
     shutil.rmtree(gone, ignore_errors=True)
     if path.exists(): path.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
+
 
 def _begin(partial, key):
     """Make `partial` ready for work with this fingerprint; say whether there is something to go on from. Work with
@@ -510,6 +531,7 @@ def _begin(partial, key):
     new.rename(partial)
     return False
 
+# %% ../nbs/01_runs.ipynb #52a4ff9f
 def _useful(partial):
     "Whether a rerun could use what lies here."
     return any(p.is_file() and p.name != ".fingerprint" and p.suffix != ".half" for p in _work(partial))
@@ -616,6 +638,7 @@ def once(
         for path in folder.rglob("checkpoint.pt"): path.unlink()
     return json.loads((folder/".part.json").read_text())["result"]
 
+# %% ../nbs/01_runs.ipynb #7a8adab6
 def kept(
     file:Path, # Where it is kept while the stage is being made: a hidden folder, and the suffix .npy
     compute, # Function without arguments; returns an array
@@ -675,11 +698,13 @@ class Run:
         "The folder of a stage that is complete and up to date; `UserError` otherwise."
         return need(self, name)
 
+# %% ../nbs/01_runs.ipynb #950c75d7
 def kind_of(
     study:str|Path, # Name of a study, or a folder
 ) -> str: # robustness of robustness-mine
     "What a study is about, as its name says."
     return Path(study).name.partition("-")[0]
+
 
 class Study(NamedTuple):
     """A kind of study: what it keeps of a run, and what is drawn of what is kept. A chapter enters its kinds
@@ -687,5 +712,6 @@ class Study(NamedTuple):
     keep:Callable # (run, study, folder of the pages or None) -> files that were written
     draw:Callable # (study, folder of the pages or None) -> files that were written
     synthetic:bool = False # Whether the project's own may hold made-up data
+
 
 STUDIES = {} # Kind -> `Study`; "" for what no other chapter knows

@@ -217,6 +217,7 @@ def bank_intervals(
 # %% ../nbs/37_sensitivity.ipynb #37-039a
 APART = .3 # standard deviation of templates, and of their groups, in log-odds; that of users is 1
 
+
 def part_of(
     templates:int, users:int, # Of the bank
     share:float, # Part of the questions to ask, above 0, up to 1
@@ -227,6 +228,7 @@ def part_of(
     for k, t in enumerate(rng.permutation(templates)): asked[t, order[(k * n + np.arange(n)) % users]] = True
     return asked
 
+# %% ../nbs/37_sensitivity.ipynb #841e0eed
 def estimated(
     values:np.ndarray, # A figure of 0 and 1, f64[templates, users]; only what was asked is read
     asked:np.ndarray, # bool[templates, users]

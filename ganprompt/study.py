@@ -218,6 +218,7 @@ def unshifted(
     x[1:] += x[0]
     return x
 
+
 def answers_of(
     e:dict, # What the JSON says
     table:pl.DataFrame, # From `answers_table`
@@ -230,6 +231,7 @@ def answers_of(
     ranks = ranks_of(table.with_columns(rank=rank.ravel()), *rank.shape)
     return dict(by_template=about.to_dicts(), ranks=ranks) | shown_of(table, len(about)) | owners_of(table, lists)
 
+# %% ../nbs/41_study.ipynb #6c3e2d9b
 def shown_of(
     table:pl.DataFrame, # From `answers_table`; the first entries were kept without heads
     templates:int, # How many
@@ -276,12 +278,14 @@ def stage_page(
     return Page("The study", notes, [Block("Under clean and unseen templates", head,
                                            [[row(name, e) for name, e in found.items()]])])
 
+
 def asked_entries(
     study_entries:str, # As in the parameters
 )->list[str]: # Names
     "The entries that are asked for."
     return list(read_entries()[1]) if study_entries == "all" else listed(study_entries)
 
+# %% ../nbs/41_study.ipynb #c4baf021
 def unseen_in(
     bank:Path, # Template file
     study_bank:str, # As in the parameters
@@ -350,6 +354,7 @@ def kept_measures(
     def rest(found): return {k: v for k, v in found.items() if k not in FIGURES}
     return {s: found if s in ("clean", "unseen") else rest(found) for s, found in measured.items()}
 
+# %% ../nbs/41_study.ipynb #34659beb
 def keep_study(
     run:str, # A run with stage `study`
     study:str|Path="robustness", # Folder under data/results, or a path
@@ -442,8 +447,10 @@ def epochs_of(
     return (f"{first['epochs']} ({first['stage']})" if first else "–", str(e["parameters"]["recommender_epochs"]),
             *(str(how.get(k, default)) for k, default in (("wordings", 1), ("nonsense", 0), ("consistency", 0))))
 
+
 SEPARABILITY = {"silhouette": "silhouette", "knn_purity": "kNN purity", "linear_probe": "linear probe",
                 "d_accuracy": "D"}
+
 
 def separated(
     mine:list, # Kept entries of one data set
@@ -454,6 +461,7 @@ def separated(
     return {name: {k: float(np.mean([e["encoder"]["after"][k] for e in mine if e["model"] == name]))
                    for k in SEPARABILITY} for name in names}
 
+# %% ../nbs/41_study.ipynb #0668e742
 def costliest(
     mine:list, # Kept entries of one data set
     n:int=5, # Templates wanted
@@ -493,6 +501,7 @@ def study_notes(
 # %% ../nbs/41_study.ipynb #41-019p
 SHARES = .05, .1, .2 # parts of the questions
 
+
 def part_errors(
     mine:list, # Kept entries of one data set
     share:float, # Part of the questions under unseen templates that is asked
@@ -508,6 +517,7 @@ def part_errors(
                            abs(np.quantile(g, .05) - np.quantile(whole, .05))] for g in guesses])
     return np.moveaxis(np.array(found), 0, -1)
 
+# %% ../nbs/41_study.ipynb #ede2276b
 def part_block(
     mine:list, # Kept entries of one data set
 )->Block: # A row for each of `SHARES`
@@ -589,6 +599,7 @@ def plot_study_groups(
 # entries whose answers are shown user by user
 HEAT = "one template", "random templates", "GANPrompt", "gathered amid nonsense"
 
+
 def plot_study_heat(
     mine:list, # Kept entries of one data set
 ): # A matplotlib figure
@@ -599,6 +610,7 @@ def plot_study_heat(
     fig.suptitle(data_name(mine[0]), fontsize=9)
     return fig
 
+# %% ../nbs/41_study.ipynb #64b074b2
 def plot_separated(
     mine:list, # Kept entries of one data set
 ): # A matplotlib figure

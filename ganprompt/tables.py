@@ -391,6 +391,7 @@ def make_tables(
 SEQUENCE_FIGURES = [*(("uni99", m) for m in ("hit@1", "hit@10", "ndcg@10", "auc")), ("full", "ndcg@10")]
 RIVALS = "SASRec-CE", "S3Rec", "Sequence (ids)" # the best id models of Tables 2 to 4, and the same model without titles
 
+
 def sequence_values(
     mine:list, # Entries of one data set
 ) -> dict: # Model -> seed -> f64[users, figures], by `SEQUENCE_FIGURES`
@@ -400,6 +401,7 @@ def sequence_values(
         return np.stack([ranked[lists][model][seed][:, METRICS.index(m)] for lists, m in SEQUENCE_FIGURES], axis=1)
     return {model: {seed: one(model, seed) for seed in seeds} for model, seeds in ranked["uni99"].items()}
 
+# %% ../nbs/40_tables.ipynb #15188a72
 def sequence_blocks(
     mine:list, # Entries of one data set
 ) -> tuple: # (blocks, rows for other programs)
@@ -421,6 +423,7 @@ def sequence_blocks(
                for rival in RIVALS if rival in values]
     return blocks, long
 
+# %% ../nbs/40_tables.ipynb #3932a651
 def make_sequences(
     study:str|Path="sequences", # Folder under data/results, or a path
     out:Path|None=None, # Where the page goes; figures/ by default

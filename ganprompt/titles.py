@@ -57,6 +57,7 @@ def principal_vectors(
 WIDTH, LAYERS, HEADS = 128, 2, 2 # of the causal model
 START = .2 # length of an id's vector before training; that of a title is about 1
 
+
 def item_vectors(
     items:int, # Items of the catalogue
     text, # From `principal_vectors`, as a tensor (items, directions); None: no titles
@@ -76,6 +77,7 @@ def item_vectors(
             return torch.cat([sum(parts), self.often[:, None]], 1)
     return ItemVectors()
 
+# %% ../nbs/32_titles.ipynb #45c1a8fd
 def facing(
     vectors, # Of items, from `item_vectors` (items, width + 1)
 ): # The same with vectors of length 1
@@ -164,12 +166,14 @@ def listed_scores(
 VECTORS = {"text": "Sequence (titles)", "id": "Sequence (ids)", "both": "Sequence (titles, ids)",
            "towers": "Sequence (towers)"} # -> name in tables
 
+
 def towers_of(
     vectors:str, # As in the settings
 )->list[str]: # Those of them that are trained
     "What `towers` is a mean of."
     return [name for name in listed(vectors) if name != "towers"]
 
+# %% ../nbs/32_titles.ipynb #3ef96206
 @dataclass(frozen=True)
 class TitlesSettings(Settings):
     "What stage `titles` is asked for."
@@ -320,6 +324,7 @@ def best_weights(
     def value(w): return ndcg([sum(a*z for a, z in zip(w, zs)) for zs in zip(*said)])
     return max((np.array(w)/parts for w in shares(len(said), parts)), key=value)
 
+# %% ../nbs/32_titles.ipynb #b991e3e6
 class Towers(ItemSequence):
     "The weighted mean of what several of them say, each trained alone."
     def __init__(self, reader, towers:dict, weights): self.reader, self.towers, self.weights = reader, towers, weights
@@ -355,6 +360,7 @@ class Towers(ItemSequence):
         return cls(reader, {name: ItemSequence.load(folder/name, {}, reader) for name in weights},
                    np.array([w.item() for w in weights.values()]))
 
+# %% ../nbs/32_titles.ipynb #50b977c0
 KINDS |= {"titles": ItemSequence, "towers": Towers}
 
 # %% ../nbs/32_titles.ipynb #32-040
