@@ -14,6 +14,7 @@ from pathlib import Path
 from .files import UserError, lock, refuse, root, run_folder, workspace, write_json
 from .processes import cores
 from .runs import fresh, manifest, stale
+from .report import run_report
 from .jobs import Chapter, PASSING, ask_first, ask_run, job_cells, note_run, stage_settings, upstream
 
 # %% ../nbs/53_launcher.ipynb #53-n09
@@ -236,24 +237,14 @@ def run_all(
 
 # %% ../nbs/53_launcher.ipynb #53-037
 def write_report(
-    run:str, # Run
-    notebooks:list, # Executed notebooks
+    run:str, # Run with executed chapters
 ) -> Path: # `report.html` in the run folder
-    "One page of what the chapters' stages made, figures embedded; the definitions are left to the notebooks."
-    import nbformat
-    from nbconvert import HTMLExporter
-    page = nbformat.v4.new_notebook()
-    for path in notebooks:
-        for i, cell in enumerate(nbformat.read(path, as_version=4).cells):
-            if cell.source.startswith("#| export"): continue
-            cell.id = f"{path.stem.replace('_', '-')}-{i}"
-            page.cells.append(cell)
-    html, _ = HTMLExporter(embed_images=True).from_notebook_node(page,
-            {"metadata": {"name": f"GANPrompt, run {Path(run).name}"}})
-    report = run_folder(run)/"report.html"
-    half = report.with_suffix(".half")
-    half.write_text(html, encoding="utf-8")
-    return half.replace(report)
+    "Write the page of a run, unless it is younger than all its chapters."
+    page, notebooks = run_folder(run)/"report.html", sorted((run_folder(run)/"notebooks").glob("*.ipynb"))
+    if page.exists() and page.stat().st_mtime > max(p.stat().st_mtime for p in notebooks): return page
+    half = page.with_suffix(".half")
+    half.write_text(run_report(run, notebooks), encoding="utf-8")
+    return half.replace(page)
 
 # %% ../nbs/53_launcher.ipynb #53-038
 def launch(
@@ -271,8 +262,5 @@ def launch(
     if not run_folder(run).is_dir(): console.print(f"a new run: {run_folder(run)}", highlight=False)
     with lock(run, "run", wait=0):
         note_run(chapters[0].path.parent, values)
-        executed = run_all(chapters, values, console, may_replace)
-        report, notebooks = run_folder(run)/"report.html", [run_folder(run)/"notebooks"/c.path.name for c in chapters]
-        if any(executed) or not report.exists() or report.stat().st_mtime < max(p.stat().st_mtime for p in notebooks):
-            write_report(run, notebooks)
-    return report
+        run_all(chapters, values, console, may_replace)
+        return write_report(run)

@@ -4,7 +4,7 @@ import copy, json, sys
 import numpy as np
 import polars as pl
 import pytest
-from test_explorer import Browser, browser, until
+from chromium import Browser, browser, until
 
 from ganprompt import board as B
 from ganprompt.cli import main

@@ -1,13 +1,13 @@
 "The explorer's page: whole without a network, the same points on both sides, and it says what the run says."
-import base64, gzip, html, json, re, shutil, subprocess, time, urllib.request
+import base64, gzip, html, json, re, shutil
 from html.parser import HTMLParser
 
 import numpy as np
 import polars as pl
 import pytest
-import websocket
 from click.testing import CliRunner
 
+from chromium import Browser, browser, until
 from conftest import SMALL, copy_run
 from ganprompt import explorer as E
 from ganprompt.cli import cli
@@ -241,60 +241,11 @@ def test_a_notebook_shows_the_same_page(page):
     assert tag == "iframe" and frame["srcdoc"] == page.html
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-def browser(test): return pytest.mark.browser(pytest.mark.skipif(not CHROMIUM, reason="no chromium")(test))
-
-
-class Browser:
-    "A page in a headless browser that has no network, by the protocol of its developer tools."
-    def __init__(self, folder, width=1440, height=1400):
-        flags = ["--headless=new", "--no-sandbox", "--remote-debugging-port=0", "--enable-unsafe-swiftshader",
-                 "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder}"]
-        self.process, mark = subprocess.Popen([CHROMIUM, *flags, "about:blank"], stderr=subprocess.DEVNULL), \
-            folder/"DevToolsActivePort"
-        until(lambda: mark.exists() and len(mark.read_text().split()) == 2)
-        with urllib.request.urlopen(f"http://127.0.0.1:{mark.read_text().split()[0]}/json") as f: tabs = json.load(f)
-        self.socket = websocket.create_connection(next(t for t in tabs if t["type"] == "page")["webSocketDebuggerUrl"],
-                                                  suppress_origin=True, timeout=60)
-        self.n, self.requests, self.faults = 0, [], []
-        for part in ("Network", "Page", "Runtime"): self.call(f"{part}.enable")
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-
-    def call(self, method, **params):
-        self.n += 1
-        self.socket.send(json.dumps(dict(id=self.n, method=method, params=params)))
-        while (said := json.loads(self.socket.recv())).get("id") != self.n:
-            if said.get("method") == "Network.requestWillBeSent": self.requests.append(said["params"]["request"]["url"])
-            if said.get("method") == "Runtime.exceptionThrown": self.faults.append(said["params"])
-        assert "error" not in said, said
-        return said["result"]
-
-    def js(self, code):
-        said = self.call("Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in said, said
-        return said["result"].get("value")
-
-    def open(self, path):
-        self.call("Page.navigate", url=path.absolute().as_uri())
-        until(lambda: self.js("!!(window.Bokeh && Bokeh.documents[0] && Bokeh.documents[0].is_idle)"))
-        self.js(FIND)
-
-    def click(self, x, y):
-        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="none" if kind == "mouseMoved" else
-                      "left", clickCount=int(kind != "mouseMoved"))
-
-    def close(self):
-        self.socket.close(); self.process.terminate(); self.process.wait()
-
-
-def until(true, seconds=60):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "nothing came of it"
-        time.sleep(.1)
+def opened(tab, path):
+    "The page, once its panels stand still."
+    tab.open(path)
+    until(lambda: tab.js("!!(window.Bokeh && Bokeh.documents[0] && Bokeh.documents[0].is_idle)"))
+    tab.js(FIND)
 
 
 FIND = """
@@ -320,7 +271,7 @@ var lone = () => { // a point with no other near it, on the left
 def tab(page, tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser")
     tab = Browser(folder)
-    tab.open(page.save(folder/"page.html"))
+    opened(tab, page.save(folder/"page.html"))
     yield tab
     tab.close()
 
