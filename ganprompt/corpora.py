@@ -9,8 +9,7 @@ __all__ = ['ATTRIBUTES', 'THINGS', 'FILLERS', 'BRANDS', 'SIZES', 'generate_demo'
 import gzip, http.client, json, random, time, urllib.error, urllib.request, zlib
 from pathlib import Path
 
-from .files import UserError, refuse, strange, workspace, write_json
-from .runs import sha256
+from .files import UserError, refuse, sha256, strange, workspace, write_json
 from .reviews import categories, read_sources
 
 # %% ../nbs/04_corpora.ipynb #04-006
