@@ -19,7 +19,8 @@ from fastcore.basics import patch
 
 from .files import UserError, below, refuse, root, strange, told, write_json
 from .runs import Run, Settings, need, stage
-from .reviews import Source, all_reviews, find_source, first_loved, note_drop, read_reviews, read_titles
+from .reviews import Source, all_reviews, first_loved, note_drop, read_reviews, read_titles
+from .corpora import find_source
 
 # %% ../nbs/05_data.ipynb #05-041
 def k_core(

@@ -186,7 +186,7 @@ def read_preset(
 # %% ../nbs/52_jobs.ipynb #52-025
 def _own(dataset):
     "Whether a data set is a file of the user's."
-    from ganprompt.reviews import OWN
+    from ganprompt.corpora import OWN
     return bool(OWN.search(dataset))
 
 def absolute(
