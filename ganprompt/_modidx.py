@@ -332,6 +332,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ganprompt.encoder.language_loss': ('encoder.html#language_loss', 'ganprompt/encoder.py'),
                                    'ganprompt.encoder.make_encoder': ('encoder.html#make_encoder', 'ganprompt/encoder.py'),
                                    'ganprompt.encoder.pairs': ('encoder.html#pairs', 'ganprompt/encoder.py'),
+                                   'ganprompt.encoder.players': ('encoder.html#players', 'ganprompt/encoder.py'),
                                    'ganprompt.encoder.pool': ('encoder.html#pool', 'ganprompt/encoder.py'),
                                    'ganprompt.encoder.pooled': ('encoder.html#pooled', 'ganprompt/encoder.py'),
                                    'ganprompt.encoder.reader_for': ('encoder.html#reader_for', 'ganprompt/encoder.py'),

@@ -332,7 +332,7 @@ def _write_names(folder, made, source):
     items.write_parquet(folder/"items.parquet")
     return len(titles)
 
-# %% ../nbs/05_data.ipynb #f0000021
+# %% ../nbs/05_data.ipynb #05-f1
 def _note_cut(drops, reviews, made, p):
     "Note what the cut has dropped; returns the number of users to test on."
     if p.cut == "holdout-first":

@@ -160,7 +160,7 @@ def lock(
         try: yield
         finally: _held.discard(path)
 
-# %% ../nbs/00_files.ipynb #f0000002
+# %% ../nbs/00_files.ipynb #00-f2
 def stamp(
     path:str|Path, # A file
 ) -> tuple: # Size, time of the last change (ns), inode
@@ -296,7 +296,7 @@ def _definitions(*cells):
                 if name != "__all__": found[name] = one
     return found, imported
 
-# %% ../nbs/00_files.ipynb #f0000003
+# %% ../nbs/00_files.ipynb #00-f3
 def package_file(
     name:str, # File name, as encoder.py
 ) -> Path: # It need not exist
@@ -316,7 +316,7 @@ def _module(m, typed):
     if not path.is_file(): return {}, {}
     return _definitions(*typed) if typed else _definitions(path.read_text(encoding="utf-8"))
 
-# %% ../nbs/00_files.ipynb #f0000004
+# %% ../nbs/00_files.ipynb #00-f4
 def _used(one, m, defined, imported):
     """(module, name) of what a definition of module `m` may use: names that it reads there, statements that the module
     executes, what is imported, and parts of imported modules."""
@@ -325,7 +325,7 @@ def _used(one, m, defined, imported):
             + [known[n] for n in {*one.names, *one.imports} & known.keys()]
             + [(known[n][0], part) for n, part in one.attributes if n in known])
 
-# %% ../nbs/00_files.ipynb #f0000005
+# %% ../nbs/00_files.ipynb #00-f5
 def _reach(name, make=None):
     """(module, name) → (its hash, its `_Definition`) of all that the function `make_<name>` of the module `<name>`
     reaches."""

@@ -316,7 +316,7 @@ def _types(source):
     numbers = {"rating": plain(rating, r"-?\d+(\.\d+)?"), "time": plain(time, r"-?\d+") and not source.date_format}
     return TYPES | {c: pl.String for c, is_one in numbers.items() if not is_one}
 
-# %% ../nbs/03_reviews.ipynb #f0000013
+# %% ../nbs/03_reviews.ipynb #03-f3
 def _misfits(lf, name, orders):
     "Order → number of times in a column that none of its formats reads."
     if not orders: return {}
@@ -455,7 +455,7 @@ def _check_values(source, lf, counts, dates):
         raise UserError(f"{path}: times from {early} to {late} cannot all be seconds, nor all milliseconds; write "
                         "them in one unit")
 
-# %% ../nbs/03_reviews.ipynb #f0000014
+# %% ../nbs/03_reviews.ipynb #03-f4
 INCOMPLETE = pl.any_horizontal(pl.col("user", "item", "rating").is_null())
 
 

@@ -378,7 +378,7 @@ def _stand(partial, final):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         (final/".fingerprint").unlink()
 
-# %% ../nbs/01_runs.ipynb #f0000006
+# %% ../nbs/01_runs.ipynb #01-f1
 being_made = [] # (partial folder, fingerprint and what it was made of) of the stages that this process is making
 
 

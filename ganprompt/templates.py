@@ -211,7 +211,7 @@ def _faults(
         faults.append(("noise", f"noise must be one of {', '.join(NOISES)}, not {t['noise']!r}"))
     return faults + [("text", f) for f in (_faults_of_slots(t["text"], t["task"]) if t["task"] in SLOTS else [])]
 
-# %% ../nbs/06_templates.ipynb #f0000031
+# %% ../nbs/06_templates.ipynb #06-f1
 def _entries(path):
     "The entries of a template file as YAML nodes, which know their places."
     if not Path(path).is_file():
