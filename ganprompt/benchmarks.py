@@ -509,7 +509,8 @@ def bench_data(
     source = inspect.getsource(cut_with_pandas)
     code = {"pandas": f"{source}\nbegin(); rows = len(cut_with_pandas({str(path)!r}))",
             "pandas, tuned": f"{source}\nbegin(); rows = len(cut_with_pandas({str(path)!r}, True))",
-            "ours": "from ganprompt.data import cut_reviews\nfrom ganprompt.reviews import find_source, read_reviews\n"
+            "ours": "from ganprompt.corpora import find_source\nfrom ganprompt.data import cut_reviews\n"
+                    "from ganprompt.reviews import read_reviews\n"
                     "begin(); rows = "
                     f"len(cut_reviews(read_reviews(find_source({str(path)!r}))[0])[0])"}
     found = {name: [] for name in code}

@@ -234,7 +234,7 @@ def check_home(
     runs, # Runs to keep
 ):
     "Raise `UserError` if results of one's own would be written into the repository."
-    from ganprompt import data, reviews
+    from ganprompt import corpora, data
     if "/" in study: return
     if not results_folder(study).is_dir():
         raise UserError(f"--study: the project has no study {study!r}; for one of your own name a folder, as in "
@@ -242,7 +242,7 @@ def check_home(
     for run in runs:
         name = data.dataset_info(run)["dataset"]
         made_up = name == "demo" and not study_of(study)[2].synthetic
-        what = "made up" if made_up else "data of your own" if told(reviews.categories, name) else ""
+        what = "made up" if made_up else "data of your own" if told(corpora.categories, name) else ""
         if what:
             raise UserError(f"{name} is {what}, and data/results/{study} is the project's, about real data that "
                             f"others can get; nothing was kept. Name a folder of your own, as in --study ./{study}: "

@@ -19,7 +19,8 @@ from fastcore.basics import patch
 
 from .files import UserError, below, refuse, root, strange, told, write_json
 from .runs import Run, Settings, need, stage
-from .reviews import Source, all_reviews, find_source, first_loved, note_drop, read_reviews, read_titles
+from .reviews import Source, all_reviews, first_loved, note_drop, read_reviews, read_titles
+from .corpora import find_source
 
 # %% ../nbs/05_data.ipynb #05-041
 def k_core(
@@ -75,7 +76,7 @@ def split_of(
     name = pl.when(test).then(pl.lit("test")).when(valid).then(pl.lit("valid")).otherwise(pl.lit("train"))
     return rows.select(split=name)["split"]
 
-# %% ../nbs/05_data.ipynb #05-052
+
 def split_rows(
     rows:pl.DataFrame, # From `histories`
     times:pl.Series, # Times of all interactions
@@ -99,7 +100,7 @@ def _names(raw):
     "Raw ids → uint64 hashes, the same on every machine."
     return np.array([int.from_bytes(hashlib.blake2b(str(s).encode(), digest_size=8).digest()) for s in raw], np.uint64)
 
-# %% ../nbs/05_data.ipynb #05-056
+
 def uniforms(
     users:np.ndarray, targets:np.ndarray, # uint64 [n]: hashes of the rows' users and targets
     items:np.ndarray, # uint64 [m]: hashes of all items
@@ -170,7 +171,7 @@ def table1_row(dataset, source, cut, made):
     return dict(dataset=dataset, source=source, cut=cut, users=u, items=i, interactions=n, sequences=sequences,
                 sparsity=sparsity)
 
-# %% ../nbs/05_data.ipynb #05-068
+
 def table1(
     dataset:str, # Short name
     made:dict, # Cut → result of `prepare`
@@ -190,6 +191,13 @@ def _source(p):
     if p.rating <= source.scale[1]: return source
     raise UserError(f"rating={p.rating:g} is above the scale of {p.rating_scale}, so no row would be left; "
                     "lower --rating, or give the scale with --rating-scale")
+
+
+def _check_lengths(core, min_history, max_history, max_sequence):
+    "Raise `UserError` for lengths that make no sense."
+    if core < 1 or max_sequence < 0: raise UserError("core must be at least 1, and max_sequence 0 or more")
+    if not 1 <= min_history <= max_history:
+        raise UserError(f"min_history={min_history} must be at least 1, and at most max_history={max_history}")
 
 # %% ../nbs/05_data.ipynb #05-s01
 @dataclass(frozen=True)
@@ -222,13 +230,6 @@ class DataSettings(Settings):
     def room(self, values):
         "Room for the rows that are kept."
         return 3*_source(self).reviews.path.stat().st_size
-
-# %% ../nbs/05_data.ipynb #05-073
-def _check_lengths(core, min_history, max_history, max_sequence):
-    "Raise `UserError` for lengths that make no sense."
-    if core < 1 or max_sequence < 0: raise UserError("core must be at least 1, and max_sequence 0 or more")
-    if not 1 <= min_history <= max_history:
-        raise UserError(f"min_history={min_history} must be at least 1, and at most max_history={max_history}")
 
 # %% ../nbs/05_data.ipynb #05-074
 def gentler(
@@ -331,6 +332,27 @@ def _write_names(folder, made, source):
     items.write_parquet(folder/"items.parquet")
     return len(titles)
 
+# %% ../nbs/05_data.ipynb #05-f1
+def _note_cut(drops, reviews, made, p):
+    "Note what the cut has dropped; returns the number of users to test on."
+    if p.cut == "holdout-first":
+        note_drop(drops, "hold out", len(reviews) - reviews["user"].n_unique(), "each user's last item, set aside")
+    note_drop(drops, "core", len(made["core"]), f"user or item with fewer than {p.core} interactions")
+    if p.cut == "holdout-first":
+        note_drop(drops, "give back", len(made["interactions"]), "last items of users and items that are still there")
+    tested = made["sequences"].filter(pl.col("split") == "test")["user"].n_unique()
+    note_drop(drops, "test", tested, "users (not rows): those without a test sequence", rows_in=len(made["users"]))
+    return tested
+
+
+def _about(source, titles, sizes, notes, p):
+    "What dataset.json says."
+    return dict(dataset=source.name, item_noun=source.noun, has_titles=titles > 0, titles=titles,
+                titles_from=source.meta.path.name if source.meta else None,
+                titles_missing="" if titles else _where_titles(source), synthetic=source.name == "demo", cut=p.cut,
+                protocol=p.protocol, rating=p.rating, core=p.core,
+                candidates={name: dict(least=s[0], most=s[1]) for name, s in sizes.items()}, notes=notes)
+
 # %% ../nbs/05_data.ipynb #05-077
 def _make(folder, source, p):
     "Fill the stage's folder."
@@ -339,30 +361,17 @@ def _make(folder, source, p):
                    max_sequence=p.max_sequence)
     this = make(cut=p.cut)
     seconds = time.time() - start
-    if p.cut == "holdout-first":
-        note_drop(drops, "hold out", len(reviews) - reviews["user"].n_unique(), "each user's last item, set aside")
-    note_drop(drops, "core", len(this["core"]), f"user or item with fewer than {p.core} interactions")
-    if p.cut == "holdout-first":
-        note_drop(drops, "give back", len(this["interactions"]), "last items of users and items that are still there")
-    tested = this["sequences"].filter(pl.col("split") == "test")["user"].n_unique()
-    note_drop(drops, "test", tested, "users (not rows): those without a test sequence", rows_in=len(this["users"]))
+    tested = _note_cut(drops, reviews, this, p)
     _enough(this, drops, source, p)
-    this["interactions"].write_parquet(folder/"interactions.parquet")
-    this["sequences"].write_parquet(folder/"sequences.parquet")
+    for name in ("interactions", "sequences"): this[name].write_parquet(folder/f"{name}.parquet")
     sizes, titles = _write_candidates(folder, this, p.split_seed), _write_names(folder, this, source)
     notes = _notes(source, drops, tested, sizes, titles, p)
     pl.DataFrame(drops).write_csv(folder/"drops.csv")
     (folder/"summary.txt").write_text("\n".join([*_drop_lines(drops), *(f"WARNING: {note}" for note in notes)]) + "\n",
                                       encoding="utf-8")
-    table1(source.name, {c: this if c == p.cut else make(cut=c)
-                         for c in ("literal", "holdout-first")}).write_csv(folder/"table1.csv")
-    write_json(folder/"dataset.json", dict(dataset=source.name, item_noun=source.noun, has_titles=titles > 0,
-                                           titles=titles,
-        titles_from=source.meta.path.name if source.meta else None, titles_missing="" if titles
-        else _where_titles(source),
-        synthetic=source.name == "demo", cut=p.cut, protocol=p.protocol,
-        rating=p.rating, core=p.core, candidates={name: dict(least=s[0], most=s[1]) for name, s in sizes.items()},
-        notes=notes))
+    cuts = {c: this if c == p.cut else make(cut=c) for c in ("literal", "holdout-first")}
+    table1(source.name, cuts).write_csv(folder/"table1.csv")
+    write_json(folder/"dataset.json", _about(source, titles, sizes, notes, p))
     split = dict(this["sequences"]["split"].value_counts().sort("split").rows())
     return dict(users=len(this["users"]), items=len(this["items"]), interactions=len(this["core"]), titles=titles,
                 load_and_cut_seconds=round(seconds, 2), **split)
@@ -389,7 +398,7 @@ def dataset_info(
     "What stage `data` says about the data set."
     return json.loads((need(run, "data", make_data)/"dataset.json").read_text())
 
-# %% ../nbs/05_data.ipynb #05-081
+
 def load_sequences(
     run:str, # Run
     split:str, # train, valid or test

@@ -6,7 +6,7 @@
 __all__ = ['COUPLINGS', 'TARGETS', 'pool', 'pairs', 'cosine', 'js', 'total', 'discriminator', 'version_loss', 'target_faults',
            'corrupt', 'hide', 'contrast', 'between', 'Versions', 'in_parts', 'pooled', 'vectors_of', 'language_loss',
            'among_all', 'title_contrast', 'EncoderSettings', 'adversarial_update', 'version_states', 'separability',
-           'split_users', 'reader_for', 'train_encoder', 'make_encoder', 'tune_encoder']
+           'split_users', 'reader_for', 'players', 'train_encoder', 'make_encoder', 'tune_encoder']
 
 # %% ../nbs/12_encoder.ipynb #12-004
 import math
@@ -427,6 +427,20 @@ def reader_for(
     reader.tokenizer = load_tokenizer(about["path"])
     return reader, about["path"]
 
+# %% ../nbs/12_encoder.ipynb #12-f1
+def players(
+    path:str, # Model to start from
+    versions:Versions, # Training histories
+    p:EncoderSettings, # What is asked for
+)->dict: # model and D, their optimizers opt_g and opt_d, the schedule of opt_g: all that training changes
+    "The two that are optimised in turn, encoder and discriminator."
+    model = load_encoder(path).to(device())
+    D = discriminator(width_of(model), len(versions.words) + 1).to(device())
+    steps = p.encoder_epochs*math.ceil(len(versions.past)/p.encoder_batch)
+    opt_g, schedule = adamw(model.parameters(), p.encoder_lr, steps, p.optimizer)
+    opt_d, _ = adamw(D.parameters(), p.encoder_lr, 1, p.optimizer)
+    return dict(model=model, D=D, opt_g=opt_g, schedule=schedule, opt_d=opt_d)
+
 # %% ../nbs/12_encoder.ipynb #12-031
 def train_encoder(
     path:str, # Model to start from
@@ -438,16 +452,12 @@ def train_encoder(
     import torch
     from safetensors.torch import save_file
     seed_all(p.seed)
-    model, n = load_encoder(path).to(device()), len(versions.past)
-    D = discriminator(width_of(model), len(versions.words) + 1).to(device())
+    parts = players(path, versions, p)
+    model, D = parts["model"], parts["D"]
     before = version_states(model, shown)
-    opt_g, schedule = adamw(model.parameters(), p.encoder_lr, p.encoder_epochs*math.ceil(n/p.encoder_batch),
-                            p.optimizer)
-    opt_d, _ = adamw(D.parameters(), p.encoder_lr, 1, p.optimizer)
-    update = adversarial_update(model.train(), D, versions, opt_g, schedule, opt_d, p)
-    parts = dict(model=model, D=D, opt_g=opt_g, schedule=schedule, opt_d=opt_d)
-    curves = train(update, parts, n, p.encoder_epochs, p.encoder_batch, folder, p.seed, "stage 1",
-                   np.array([len(h) for h in versions.past]))
+    model.train()
+    curves = train(adversarial_update(versions=versions, p=p, **parts), parts, len(versions.past), p.encoder_epochs,
+                   p.encoder_batch, folder, p.seed, "stage 1", np.array([len(h) for h in versions.past]))
     after = version_states(model.eval(), shown)
     with torch.inference_mode(): accuracy = version_loss(D, torch.from_numpy(after).to(device()))[1].item()
     if is_main():

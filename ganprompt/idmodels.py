@@ -22,8 +22,8 @@ import numpy as np
 import polars as pl
 import yaml
 
-from .files import Killed, UserError, root, write_json
-from .runs import digest, manifest, need, once
+from .files import Killed, UserError, digest, root, write_json
+from .runs import manifest, need, once
 from .processes import die_with, load_checkpoint, save_checkpoint, set_threads
 from .data import load_candidates, load_sequences, load_training, make_data
 from .backbones import EVERY

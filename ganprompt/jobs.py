@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import ganprompt
 
-from .files import UserError, refuse, root, run_folder, write_json
-from .runs import complete, covered, differing, digest, grown, manifest, remembered, settings_of, sha256
+from .files import UserError, digest, refuse, root, run_folder, sha256, write_json
+from .runs import complete, covered, differing, grown, manifest, remembered, settings_of
 
 # %% ../nbs/52_jobs.ipynb #52-005
 class Parameter(NamedTuple):
@@ -186,7 +186,7 @@ def read_preset(
 # %% ../nbs/52_jobs.ipynb #52-025
 def _own(dataset):
     "Whether a data set is a file of the user's."
-    from ganprompt.reviews import OWN
+    from ganprompt.corpora import OWN
     return bool(OWN.search(dataset))
 
 def absolute(

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from .files import UserError, results_folder, run_folder, write_json
-from .runs import complete, digest, manifest, sha256, stale
+from .files import UserError, digest, results_folder, run_folder, sha256, write_json
+from .runs import complete, manifest, stale
 from .data import dataset_info
 from .measures import METRICS, figures_of
 from .statistics import by_training, paired_gaps, trainings

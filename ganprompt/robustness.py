@@ -19,8 +19,8 @@ import numpy as np
 import polars as pl
 from tqdm import tqdm
 
-from .files import UserError, below, refuse, run_folder, told, write_json
-from .runs import commit, device_words, digest, kept, manifest, model_files, need, sha256, versions
+from .files import UserError, below, digest, model_files, refuse, run_folder, sha256, told, write_json
+from .runs import commit, device_words, kept, manifest, need, versions
 from .data import dataset_info, load_candidates, load_sequences
 from .templates import read_templates, render, slots
 from .prompts import pad

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np, polars as pl, yaml
 
 # %% ../nbs/41_study.ipynb #41-005
-from .files import (UserError, below, listed, pages_folder, refuse, results_folder, root, run_folder, strange,
-                             told, write_json)
-from .runs import STUDIES, Settings, Study, digest, kind_of, manifest, need, once, stage
+from .files import (UserError, below, digest, listed, pages_folder, refuse, results_folder, root, run_folder,
+                             strange, told, write_json)
+from .runs import STUDIES, Settings, Study, kind_of, manifest, need, once, stage
 from .data import dataset_info
 from .templates import read_templates
 from .models import resolve

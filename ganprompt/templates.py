@@ -211,20 +211,24 @@ def _faults(
         faults.append(("noise", f"noise must be one of {', '.join(NOISES)}, not {t['noise']!r}"))
     return faults + [("text", f) for f in (_faults_of_slots(t["text"], t["task"]) if t["task"] in SLOTS else [])]
 
-# %% ../nbs/06_templates.ipynb #06-018
-def read_templates(
-    path, # YAML file: a list of templates
-)->list[dict]: # Templates in file order, each with the keys of `TEMPLATE_FIELDS`
-    "Read and check a template file. UserError with all faults, each with line and column."
+# %% ../nbs/06_templates.ipynb #06-f1
+def _entries(path):
+    "The entries of a template file as YAML nodes, which know their places."
     if not Path(path).is_file():
         raise UserError(f"no template file {path}; leave `templates` empty for data/templates.yaml")
     try: node = yaml.compose(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is not YAML: {e}; see data/templates.yaml for the form") from None
-    if not isinstance(node, yaml.SequenceNode):
-        raise UserError(f"{path}, line 1: a list of templates was expected; see data/templates.yaml")
+    if isinstance(node, yaml.SequenceNode): return node.value
+    raise UserError(f"{path}, line 1: a list of templates was expected; see data/templates.yaml")
+
+# %% ../nbs/06_templates.ipynb #06-018
+def read_templates(
+    path, # YAML file: a list of templates
+)->list[dict]: # Templates in file order, each with the keys of `TEMPLATE_FIELDS`
+    "Read and check a template file. UserError with all faults, each with line and column."
     found, faults = [], []
-    for n in node.value:
+    for n in _entries(path):
         values = ({k.value: v for k, v in n.value if isinstance(v, yaml.ScalarNode)} if isinstance(n, yaml.MappingNode)
                   else {})
         t = {k: v.value for k, v in values.items()}

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from .files import below, listed, not_positive, refuse, strange, told
-from .runs import Settings, digest, manifest, model_files, need, once, stage
+from .files import below, digest, listed, model_files, not_positive, refuse, strange, told
+from .runs import Settings, manifest, need, once, stage
 from .processes import device, moved, seed_all, set_threads
 from .data import load_training, make_data
 from .prompts import load_titles, pad

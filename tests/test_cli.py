@@ -405,8 +405,8 @@ def test_a_notebook_that_was_edited_but_not_exported_is_told_apart(tmp_path):
              if c["cell_type"] == "code"]
     cells = [nbformat.v4.new_code_cell(text) for text in texts if text.startswith("#| export")]
     cells.append(nbformat.v4.new_code_cell("import json\nfrom ganprompt import "
-                                           "runs\njson.dump(runs.sources('prompts', make_prompts) == "
-                                           "runs.sources('prompts'), open('said.json', 'w'))"))
+                                           "files\njson.dump(files.sources('prompts', make_prompts) == "
+                                           "files.sources('prompts'), open('said.json', 'w'))"))
     for edit in False, True:
         if edit: cells[-2].source += "\n\ndef make_prompts(run): return 1" # as a cell that was typed and not exported
         nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/"nb.ipynb")

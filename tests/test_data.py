@@ -9,9 +9,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ganprompt import data, reviews
-from ganprompt.reviews import find_source, read_reviews
-from ganprompt.corpora import fetch_category, generate_demo
+from ganprompt import data
+from ganprompt.reviews import read_reviews
+from ganprompt.corpora import categories, fetch_category, find_source, generate_demo
 from ganprompt.data import DataSettings, load_candidates, load_sequences, make_data, prepare
 from ganprompt.files import UserError, root
 from ganprompt.runs import replacing
@@ -401,7 +401,7 @@ REAL = Path(os.environ.get("GANPROMPT_AMAZON", root()/"data"/"raw"))
     ("beauty", "literal", (4144, 2675, 36414)), ("toys", "literal", (3963, 2929, 30605)),
     ("beauty", "holdout-first", (2090, 1446, 20845)), ("toys", "holdout-first", (1689, 1466, 13664))])
 def test_counts_of_the_2014_files(name, cut, counts):
-    file = REAL/f"reviews_{reviews.categories(name)[1][0]}_5.json.gz"
+    file = REAL/f"reviews_{categories(name)[1][0]}_5.json.gz"
     if not file.exists(): pytest.skip("the release is not here")
     made = prepare(read_reviews(find_source(name, str(REAL)))[0], cut=cut)
     assert (len(made["users"]), len(made["items"]), len(made["core"])) == counts

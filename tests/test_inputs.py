@@ -5,7 +5,8 @@ import csv, datetime, gzip, io, json
 import polars as pl
 import pytest
 
-from ganprompt.reviews import date_formats, find_source, read_reviews, read_titles
+from ganprompt.corpora import find_source
+from ganprompt.reviews import date_formats, read_reviews, read_titles
 from ganprompt.data import DataSettings, dataset_info, gentler, make_data, prepare
 from ganprompt.files import UserError
 

@@ -5,8 +5,7 @@ import pytest
 import ganprompt
 from ganprompt import Run
 from ganprompt.data import load_candidates, load_sequences
-from ganprompt.files import UserError, root
-from ganprompt.runs import _definitions
+from ganprompt.files import UserError, _definitions, root
 
 
 def test_every_reader_gives_frames_that_fit_together(finished):

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from ganprompt import files, runs
-from ganprompt.files import UserError, lock, root, run_folder, write_json
-from ganprompt.runs import (Settings, commit, complete, fresh, kept, manifest, need, once, replacing, sources, stage,
-                            stale)
+from ganprompt.files import UserError, lock, root, run_folder, sources, write_json
+from ganprompt.runs import Settings, commit, complete, fresh, kept, manifest, need, once, replacing, stage, stale
 from ganprompt.processes import finite, load_checkpoint, save_checkpoint, seed_all
 
 WALK = '''
@@ -484,7 +483,7 @@ def test_the_demo_is_made_again_where_it_is_out_of_date(home, capsys):
 def package(tmp_path, monkeypatch):
     "A copy of the package's text, that `sources` looks at."
     shutil.copytree(root()/"ganprompt", tmp_path/"ganprompt", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(runs, "_source", lambda file: tmp_path/"ganprompt"/file)
+    for module in files, runs: monkeypatch.setattr(module, "package_file", lambda name: tmp_path/"ganprompt"/name)
     def change(file, old, new):
         text, path = (tmp_path/"ganprompt"/file).read_text(), tmp_path/"ganprompt"/file
         assert len(re.findall(old, text)) == 1
@@ -532,9 +531,9 @@ def test_sources_change_with_what_a_stage_reaches(package, file, old, new, wante
 @pytest.mark.parametrize("name", STAGES)
 def test_every_file_of_data_that_a_stage_reads_is_among_its_files(name):
     "Its name stands where the stage is made, or in what is used there; not only somewhere below."
-    files = {p.name for p in (root()/"data").iterdir() if p.is_file()} - {"presets.yaml"}
-    named = lambda one: {file for file in files if re.search(rf"['/]{re.escape(file)}'", repr(runs._plain(one.node)))}
-    reached = runs._reach(name)
+    data = {p.name for p in (root()/"data").iterdir() if p.is_file()} - {"presets.yaml"}
+    named = lambda one: {file for file in data if re.search(rf"['/]{re.escape(file)}'", repr(files._plain(one.node)))}
+    reached = files._reach(name)
     start = reached[name, f"make_{name}"][1]
     told = named(start).union(*(named(one) for (_, what), (_, one) in reached.items() if what in start.names))
     # that one reads a stage's

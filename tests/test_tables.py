@@ -11,8 +11,8 @@ from conftest import make
 from ganprompt import baselines as B, idmodels as I, measures as G, metrics as M, pages as P, published, results as K
 from ganprompt import tables as T
 from ganprompt.data import load_candidates, load_sequences
-from ganprompt.files import UserError, root, write_json
-from ganprompt.runs import digest, manifest, stage
+from ganprompt.files import UserError, digest, root, write_json
+from ganprompt.runs import manifest, stage
 
 HAND = {"HGN": ["2 3 9 12", "2 2 8 20"], "SASRec": ["1 2 3 4", "1 1 3 15"], "ganprompt": ["1 1 2 4", "1 1 1 4"]}
 
