@@ -393,6 +393,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ganprompt.figures.draw_legend': ('figures.html#draw_legend', 'ganprompt/figures.py'),
                                    'ganprompt.figures.draw_panel': ('figures.html#draw_panel', 'ganprompt/figures.py'),
                                    'ganprompt.figures.draw_row': ('figures.html#draw_row', 'ganprompt/figures.py'),
+                                   'ganprompt.figures.draw_stage_1': ('figures.html#draw_stage_1', 'ganprompt/figures.py'),
                                    'ganprompt.figures.draw_stage_2': ('figures.html#draw_stage_2', 'ganprompt/figures.py'),
                                    'ganprompt.figures.embed': ('figures.html#embed', 'ganprompt/figures.py'),
                                    'ganprompt.figures.framework_facts': ('figures.html#framework_facts', 'ganprompt/figures.py'),
