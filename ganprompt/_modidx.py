@@ -1143,6 +1143,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'ganprompt/sensitivity.py'),
                                        'ganprompt.sensitivity.part_of': ('sensitivity.html#part_of', 'ganprompt/sensitivity.py'),
                                        'ganprompt.sensitivity.posix': ('sensitivity.html#posix', 'ganprompt/sensitivity.py'),
+                                       'ganprompt.sensitivity.fixed_bank_intervals': ( 'sensitivity.html#fixed_bank_intervals',
+                                                                                       'ganprompt/sensitivity.py'),
                                        'ganprompt.sensitivity.pss': ('sensitivity.html#pss', 'ganprompt/sensitivity.py'),
                                        'ganprompt.sensitivity.ranks': ('sensitivity.html#ranks', 'ganprompt/sensitivity.py'),
                                        'ganprompt.sensitivity.rbo': ('sensitivity.html#rbo', 'ganprompt/sensitivity.py'),
