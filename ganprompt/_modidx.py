@@ -657,6 +657,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'ganprompt.p5.run_p5': ('p5.html#run_p5', 'ganprompt/p5.py'),
                               'ganprompt.p5.score_items': ('p5.html#score_items', 'ganprompt/p5.py'),
                               'ganprompt.p5.spell': ('p5.html#spell', 'ganprompt/p5.py'),
+                              'ganprompt.p5.p5_update': ('p5.html#p5_update', 'ganprompt/p5.py'),
                               'ganprompt.p5.train_p5': ('p5.html#train_p5', 'ganprompt/p5.py'),
                               'ganprompt.p5.tune_variant': ('p5.html#tune_variant', 'ganprompt/p5.py'),
                               'ganprompt.p5.tuned': ('p5.html#tuned', 'ganprompt/p5.py')},
