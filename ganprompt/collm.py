@@ -5,7 +5,7 @@ collaborative model knows."""
 
 # %% auto #0
 __all__ = ['INSTRUCTION', 'STEPS', 'KINDS', 'soft_words', 'collaborative', 'text_reader', 'TALLRec', 'CoLLM', 'Texts',
-           'CollmSettings', 'tune_text', 'run_model', 'make_collm']
+           'CollmSettings', 'tune_text', 'run_model', 'copy_or_find_llm', 'make_collm']
 
 # %% ../nbs/34_collm.ipynb #34-004
 import shutil, time
@@ -245,6 +245,19 @@ def run_model(
         "parameters": sum(t.numel() for t in [*model.module.parameters(), *model.module.buffers()]),
         "seconds": {"search": 0., "train": round(fit["seconds"], 2), "score": round(time.time() - began, 2)}}
 
+# %% ../nbs/34_collm.ipynb #4294a029
+def copy_or_find_llm(
+    run:str, # Run
+    p:CollmSettings, # What is asked for
+    folder:Path, # Where it goes
+):
+    "The pocket Llama of stage `recommender` if it has the same seed; otherwise as `find_llm`."
+    made = run_folder(run)/"recommender/llm"
+    if p.llm == "pocket" and made.exists() and fresh(run, "recommender") and manifest(run,
+            "recommender")["seed"] == p.seed:
+        once(folder, {}, lambda home: shutil.copytree(made, home, dirs_exist_ok=True) and None, weight_files(made))
+    else: find_llm(run, p, folder)
+
 # %% ../nbs/34_collm.ipynb #34-030
 def make_collm(
     p:CollmSettings, # What is asked for
@@ -256,12 +269,8 @@ def make_collm(
     backbone(run, "encoder")
     found = "" if p.llm == "pocket" else resolve(p.llm, p.download)
     def make(folder):
-        made, models = run_folder(run)/"recommender/llm", {}
-        if not found and made.exists() and fresh(run, "recommender") and manifest(run, "recommender")["seed"] == p.seed:
-            once(folder/"llm", {}, lambda home: shutil.copytree(made, home, dirs_exist_ok=True) and None,
-                 weight_files(made))
-        else: find_llm(run, p, folder/"llm")
-        start = {"llm": found or str(folder/"llm"), "text": INSTRUCTION if found else "{title_seq}"}
+        copy_or_find_llm(run, p, folder/"llm")
+        models, start = {}, {"llm": found or str(folder/"llm"), "text": INSTRUCTION if found else "{title_seq}"}
         ranks = [attempt(models, name, "text", lambda: run_model(run, name, folder, start, p), folder)
                  for name in STEPS]
         merits = finish(folder, ranks, models)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CTRL_MODELS', 'STEP_1', 'collaborative_model', 'place_states', 'last_states', 'item_scores', 'subspaces', 'max_sim',
            'info_nce', 'Aligner', 'CtrlSettings', 'train_aligner', 'matched', 'nearer', 'similarities',
-           'plot_alignment', 'windows', 'purchase_loss', 'catalogue_scores', 'score_run', 'fine_tune', 'save_model',
-           'load_ctrl', 'step_1', 'new_model', 'train_ctrl', 'make_ctrl']
+           'plot_alignment', 'windows', 'purchase_loss', 'catalogue_scores', 'score_run', 'purchase_update',
+           'fine_tune', 'save_model', 'load_ctrl', 'step_1', 'step_2', 'new_model', 'train_ctrl', 'make_ctrl']
 
 # %% ../nbs/35_ctrl.ipynb #35-004
 import math, time
@@ -272,6 +272,23 @@ def score_run(
     return users[rows], [scores[lists[r]] for scores, r in zip(z, rows)]
 
 # %% ../nbs/35_ctrl.ipynb #35-033
+def purchase_update(
+    model, # From `collaborative_model`
+    pieces:list, # Item ids, oldest first
+    opt, schedule, # From `adamw`
+    drawn:int, # Items drawn at random a batch
+): # update(row numbers, rng) for `train`
+    "One step down the loss of purchases."
+    import torch
+    def update(rows, rng):
+        items, mask = pad([pieces[r] for r in rows], 0, device())
+        others = torch.from_numpy(rng.integers(model["item"].num_embeddings, size=drawn)).to(device())
+        loss = purchase_loss(model.train(), items, mask, others)
+        descend(loss, opt, schedule)
+        return {"loss": loss}
+    return update
+
+# %% ../nbs/35_ctrl.ipynb #e978b3f8
 def fine_tune(
     run:str, # Run
     model, # From `collaborative_model`; trained in place, ends with the best weights
@@ -280,25 +297,16 @@ def fine_tune(
     size:int=64, # Pieces a batch
 )->list[dict]: # One row a step; the last step of an epoch has valid_auc
     "Step 2: purchases, with the AUC on validation lists to say when to stop."
-    import torch
-    pieces, at = windows(load_training(run), len(model["place"].weight)), sample_rows(load_sequences(run,
-            "valid")["user"], p.valid_users, p.seed)
+    pieces = windows(load_training(run), len(model["place"].weight))
+    at = sample_rows(load_sequences(run, "valid")["user"], p.valid_users, p.seed)
     opt, schedule = adamw(model.parameters(), p.ctrl_lr, p.ctrl_epochs*math.ceil(len(pieces)/size))
-    trained = Trained(model)
-    best = Best(trained, p.ctrl_patience)
-    def update(rows, rng):
-        model.train()
-        items, mask = pad([pieces[r] for r in rows], 0, device())
-        loss = purchase_loss(model, items, mask, torch.from_numpy(rng.integers(model["item"].num_embeddings,
-                size=p.ctrl_negatives)).to(device()))
-        descend(loss, opt, schedule)
-        return {"loss": loss}
+    best = Best(trained := Trained(model), p.ctrl_patience)
     def after_epoch(epoch, curves):
         curves[-1]["valid_auc"] = list_auc([z[:21] for z in score_run(run, model, "valid", at, "uni99")[1]])
         return best.stop(curves[-1]["valid_auc"])
-    curves = train(update, dict(model=trained, opt=opt, schedule=schedule, best=best), len(pieces), p.ctrl_epochs,
-                   size, folder, p.seed, f"{folder.name}, step 2",
-                   np.array([len(x) for x in pieces]), after_epoch)
+    curves = train(purchase_update(model, pieces, opt, schedule, p.ctrl_negatives),
+                   dict(model=trained, opt=opt, schedule=schedule, best=best), len(pieces), p.ctrl_epochs,
+                   size, folder, p.seed, f"{folder.name}, step 2", np.array([len(x) for x in pieces]), after_epoch)
     trained.load_state_dict(best.weights)
     return curves
 
@@ -342,6 +350,18 @@ def step_1(
     pl.DataFrame(curves).write_parquet(folder/"curves.parquet")
     save_model(model, folder/"model.safetensors")
 
+# %% ../nbs/35_ctrl.ipynb #5d8edcca
+def step_2(
+    run:str, # Run
+    model, # From `collaborative_model`; trained in place
+    folder:Path, # Gets the model and its curves
+    p:CtrlSettings, # What is asked for
+):
+    "Tune the model on purchases."
+    seed_all(p.seed)
+    pl.DataFrame(fine_tune(run, model, folder, p), infer_schema_length=None).write_parquet(folder/"curves.parquet")
+    save_model(model, folder/"model.safetensors")
+
 # %% ../nbs/35_ctrl.ipynb #35-037
 CTRL_MODELS = {"CTRL": "text", "CTRL (no alignment)": "id"} # Name -> family: what it was trained on
 STEP_1 = "ctrl_spaces", "ctrl_temperature", "ctrl_align_epochs", "ctrl_align_lr"
@@ -365,12 +385,8 @@ def train_ctrl(
     "Train, save and rank one model."
     began, aligned, work = time.time(), name == "CTRL", folder/name
     if aligned: once(folder/"alignment", None, lambda home: step_1(run, new_model(run, p), home, p))
-    def make(home):
-        model = load_ctrl(folder/"alignment/model.safetensors").to(device()) if aligned else new_model(run, p)
-        seed_all(p.seed)
-        pl.DataFrame(fine_tune(run, model, home, p), infer_schema_length=None).write_parquet(home/"curves.parquet")
-        save_model(model, home/"model.safetensors")
-    once(work, None, make)
+    def start(): return load_ctrl(folder/"alignment/model.safetensors").to(device()) if aligned else new_model(run, p)
+    once(work, None, lambda home: step_2(run, start(), home, p))
     curves, model = pl.read_parquet(work/"curves.parquet"), load_ctrl(work/"model.safetensors").to(device())
     trained, rows = time.time(), sample_rows(load_sequences(run, "test")["user"], p.test_users, 0)
     frames = [rank_rows(name, users, kind, z) for kind in ("uni99", "full")

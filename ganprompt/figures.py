@@ -7,8 +7,8 @@ they can be compared."""
 __all__ = ['SMALL', 'COLORS', 'MARKERS', 'TRAINED', 'FROZEN', 'PLAIN', 'align', 'principal', 'nearest', 'keep_compiled',
            'load_umap', 'embed', 'layouts', 'pick_states', 'layout_points', 'draw_panel', 'draw_legend', 'caption',
            'numbers', 'draw_row', 'draw_figure3', 'about_run', 'save_figure', 'FiguresSettings', 'make_figures',
-           'keep_figure', 'draw_couplings', 'compare_runs', 'keep_run', 'moved_weights', 'framework_facts', 'box',
-           'arrow', 'state_of', 'draw_framework', 'draw_stage_2']
+           'keep_figure', 'draw_couplings', 'compare_runs', 'keep_run', 'moved_weights', 'framework_facts', 'state_of',
+           'box', 'arrow', 'chain', 'draw_stage_1', 'draw_stage_2', 'draw_framework']
 
 # %% ../nbs/20_figures.ipynb #20-003
 import json, shutil, sys, warnings
@@ -367,6 +367,13 @@ def framework_facts(
 # %% ../nbs/20_figures.ipynb #20-042
 TRAINED, FROZEN, PLAIN = "#F6D7B0", "#CFE3F2", "#F4F4F4"
 
+def state_of(
+    moved:tuple, # Of `moved_weights`
+) -> tuple: # (words, colour)
+    "Whether a part was trained."
+    changed, whole = moved
+    if not changed: return f"frozen\n{whole:,} weights", FROZEN
+    return f"trained: {changed:,}\nof {whole:,} weights", TRAINED
 
 def box(
     ax, x:float, y:float, # Axes, and the middle of the box
@@ -391,32 +398,25 @@ def arrow(
                                                 **more))
     ax.text((start[0] + end[0])/2 + .08, (start[1] + end[1])/2 + .09, text, fontsize=6.5)
 
-
-def state_of(
-    moved:tuple, # Of `moved_weights`
-) -> tuple: # (words, colour)
-    "Whether a part was trained."
-    changed, whole = moved
-    if not changed: return f"frozen\n{whole:,} weights", FROZEN
-    return f"trained: {changed:,}\nof {whole:,} weights", TRAINED
+def chain(
+    ax, y:float, # Axes, and the height of the row
+    parts:list, # (middle, lines, ground) of each box, from left to right
+):
+    "A row of parts, each with an arrow to the next."
+    for (x, text, ground), after in zip(parts, [*parts[1:], None]):
+        box(ax, x, y, text, ground)
+        if after: arrow(ax, (x + .9, y), (after[0] - .9, y))
 
 # %% ../nbs/20_figures.ipynb #20-043
-def draw_framework(
-    facts:dict, # From `framework_facts`
-): # A matplotlib figure
-    "Both stages: what goes where, how large it is, and what was trained."
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(9.6, 4.1), layout="constrained")
-    ax, k, p = fig.subplots(), len(facts["words"]), facts["settings"]
-    said, color = state_of(facts["stage_1"]["encoder"])
-    top = [(0, f"history\n{facts['users']:,} users\n{facts['items']:,} items", PLAIN),
-           (2.2, f"{k} attribute words\n{', '.join(facts['words'][:2])} …\n{facts['asker']}, frozen", FROZEN),
-           (4.4, f"{k + 1} versions\nplain, and with one of\n{k} words", PLAIN),
-           (6.6, f"encoder E, {facts['reader']}\n{said}", color),
-           (8.8, f"states\n{k + 1} × {facts['width']}\na history", PLAIN)]
-    for (x, text, ground), after in zip(top, [*top[1:], None]):
-        box(ax, x, 3.2, text, ground)
-        if after: arrow(ax, (x + .9, 3.2), (after[0] - .9, 3.2))
+def draw_stage_1(ax, facts):
+    "Above: the versions of a history, what the encoder makes of them, and the terms of its loss."
+    k, p, (said, color) = len(facts["words"]), facts["settings"], state_of(facts["stage_1"]["encoder"])
+    chain(ax, 3.2, [
+        (0, f"history\n{facts['users']:,} users\n{facts['items']:,} items", PLAIN),
+        (2.2, f"{k} attribute words\n{', '.join(facts['words'][:2])} …\n{facts['asker']}, frozen", FROZEN),
+        (4.4, f"{k + 1} versions\nplain, and with one of\n{k} words", PLAIN),
+        (6.6, f"encoder E, {facts['reader']}\n{said}", color),
+        (8.8, f"states\n{k + 1} × {facts['width']}\na history", PLAIN)])
     terms = [(3.95, f"discriminator D, trained\nwhich version is it?\n{p['coupling']}", TRAINED),
              (3.2, f"$D_{{cos}}$, $D_{{JS}}$\nα {p['alpha']}, β {p['beta']}, sign {p['js_sign']}", PLAIN),
              (2.45, f"$L_{{LM}}$: {p['lm_target']}", PLAIN)]
@@ -425,26 +425,31 @@ def draw_framework(
         arrow(ax, (9.7, 3.2), (10.1, y))
     arrow(ax, (11.1, 2.1), (6.6, 2.68), linestyle="--", connectionstyle="arc3,rad=-.18")
     ax.text(8.9, 1.72, f"gradient of $L_{{LM}} + γ\\,D_{{total}}$, γ {p['gamma']}", ha="center", fontsize=6.5)
-    draw_stage_2(ax, facts)
+
+# %% ../nbs/20_figures.ipynb #05999bda
+def draw_stage_2(ax, facts):
+    "Below: the same encoder, frozen, and the decoder on top."
+    (encoder, ground), (decoder, color) = (state_of(facts["stage_2"][part]) for part in ("encoder", "decoder"))
+    chain(ax, .8, [(2.2, "question\nhistory, candidate,\nattribute word", PLAIN),
+                   (6.6, f"encoder E\n{encoder}", ground), (8.8, f"decoder\n{decoder}", color),
+                   (11.1, "P(yes)\nranks the candidates", PLAIN)])
+    arrow(ax, (6.6, 2.68), (6.6, 1.32), "the same weights")
+
+# %% ../nbs/20_figures.ipynb #a2b79ece
+def draw_framework(
+    facts:dict, # From `framework_facts`
+): # A matplotlib figure
+    "Both stages: what goes where, how large it is, and what was trained."
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(9.6, 4.1), layout="constrained")
+    ax = fig.subplots()
+    draw_stage_1(ax, facts); draw_stage_2(ax, facts)
     for y, text in (3.2, "stage 1"), (.8, "stage 2"):
         ax.text(-1.35, y, text, rotation=90, va="center", weight="bold", fontsize=9)
     ax.set(xlim=(-1.6, 12.2), ylim=(.1, 4.4)); ax.axis("off")
     ax.set_title(f"{facts['dataset'].capitalize()}{' (synthetic data)' * facts['synthetic']}"
                  f"{', pocket models' * facts['pocket']}: the framework as this run did it", fontsize=9)
     return fig
-
-# %% ../nbs/20_figures.ipynb #a2b79ece
-def draw_stage_2(ax, facts):
-    "Below: the same encoder, frozen, and the decoder on top."
-    parts = [state_of(facts["stage_2"][part]) for part in ("encoder", "decoder")]
-    row = [(2.2, "question\nhistory, candidate,\nattribute word", PLAIN),
-           (6.6, f"encoder E\n{parts[0][0]}", parts[0][1]),
-           (8.8, f"decoder\n{parts[1][0]}", parts[1][1]), (11.1, "P(yes)\nranks the candidates", PLAIN)]
-    for (x, text, ground), after in zip(row, [*row[1:], None]):
-        box(ax, x, .8, text, ground)
-        if after: arrow(ax, (x + .9, .8), (after[0] - .9, .8))
-    arrow(ax, (6.6, 2.68), (6.6, 1.32), "the same weights")
-
 
 @patch
 def framework(self:Run):

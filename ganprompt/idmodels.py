@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['RECENT', 'VALID_ROWS', 'VALID_METRIC', 'rank_rows', 'mean_figures', 'short_message', 'attempt', 'prefixes',
-           'title_words', 'write_rows', 'write_atomic', 'has_recbole', 'recbole', 'open_data', 'their_ids', 'questions',
-           'score_pairs', 'score_listed', 'Trimmed', 'bce', 'cross_entropy', 'train_every_place', 'resumable',
-           'count_from_the_end', 'as_its_authors_built_it', 'ndcg', 'pretrain', 'fit', 'known_models', 'search',
-           'sampled', 'rank_all', 'train_model', 'serve', 'trainer_process']
+           'title_words', 'write_rows', 'interactions', 'write_atomic', 'has_recbole', 'recbole', 'open_data',
+           'their_ids', 'questions', 'score_pairs', 'score_listed', 'Trimmed', 'bce', 'cross_entropy',
+           'train_every_place', 'TrainerState', 'resumable', 'count_from_the_end', 'sasrec_block',
+           'as_its_authors_built_it', 'ndcg', 'pretrain', 'new_trainer', 'fit', 'known_models', 'search', 'sampled',
+           'rank_all', 'train_model', 'serve', 'trainer_process']
 
 # %% ../nbs/30_idmodels.ipynb #30-n04
 import html, importlib.util, json, logging, math, os, re, subprocess, sys, time, warnings
@@ -45,7 +46,6 @@ def rank_rows(
                    rank=r["rank"], ties=r["ties"], size=r["size"])
     return pl.DataFrame(columns).cast({c: pl.Int64 for c in ("rank", "ties", "size")})
 
-# %% ../nbs/30_idmodels.ipynb #30-008
 def mean_figures(
     ranks:pl.DataFrame, # From `rank_rows`
     candidates:str="uni99", # Which lists
@@ -125,26 +125,34 @@ def write_rows(
 # %% ../nbs/30_idmodels.ipynb #30-029
 RECENT = 5
 
+def interactions(
+    training:list, # Items of each user's training part, oldest first
+    held:dict, # Split -> its sequences
+    longest:int, # Longest history
+)->dict: # Folder -> part -> its rows: user, target, and history
+    "The rows of the folders `pairs`, `sequences` and `recent`."
+    def lists(n):
+        return ({"train": prefixes(training, n)}
+                | {split: rows.with_columns(pl.col("history").list.tail(n)) for split, rows in held.items()})
+    bought = pl.DataFrame({"user": range(len(training)), "target": training},
+                          schema={"user": pl.Int32, "target": pl.List(pl.Int32)}).explode("target").drop_nulls()
+    sequences, pieces = lists(longest), prefixes(training, longest, step=longest)
+    copies = max(1, round(len(sequences["train"])/max(1, len(pieces))))
+    sequences |= {"cloze": prefixes(training, longest, True), "whole": pl.concat([pieces]*copies)}
+    return {"pairs": {"train": bought, **held}, "sequences": sequences, "recent": lists(RECENT)}
+
+# %% ../nbs/30_idmodels.ipynb #6b99392d
 def write_atomic(
     run:str, # Run with stage `data`
     folder:Path, # Where
 )->dict: # Folder -> length of its longest history
     "Write the folders `pairs`, `sequences` and `recent`."
-    training, home, longest = load_training(run), need(run, "data", make_data), manifest(run,
-            "data")["parameters"]["max_history"]
-    held, titles = {split: load_sequences(run, split)
-                    for split in ("valid", "test")}, pl.read_parquet(home/"items.parquet")["title"].to_list()
-    bought = pl.DataFrame({"user": range(len(training)), "target": training},
-                          schema={"user": pl.Int32, "target": pl.List(pl.Int32)}).explode("target").drop_nulls()
+    training, home = load_training(run), need(run, "data", make_data)
+    tables = interactions(training, {split: load_sequences(run, split) for split in ("valid", "test")},
+                          manifest(run, "data")["parameters"]["max_history"])
+    titles = pl.read_parquet(home/"items.parquet")["title"].to_list()
     users = pl.DataFrame({"user_id:token": range(len(training))})
     items = pl.DataFrame({"item_id:token": range(len(titles)), "class:token_seq": title_words(titles)})
-    def lists(n):
-        return ({"train": prefixes(training, n)}
-                | {split: rows.with_columns(pl.col("history").list.tail(n)) for split, rows in held.items()})
-    sequences, pieces = lists(longest), prefixes(training, longest, step=longest)
-    sequences |= {"cloze": prefixes(training, longest, True), "whole": pl.concat([pieces]*max(1,
-            round(len(sequences["train"])/max(1, len(pieces)))))}
-    tables = {"pairs": {"train": bought, **held}, "sequences": sequences, "recent": lists(RECENT)}
     for name, parts in tables.items():
         (folder/name).mkdir(parents=True, exist_ok=True)
         for part, rows in parts.items(): write_rows(folder/name/f"{name}.{part}.inter", rows, name != "pairs")
@@ -337,6 +345,30 @@ def train_every_place(
     net.calculate_loss = loss
 
 # %% ../nbs/30_idmodels.ipynb #30-042d
+class TrainerState:
+    "All that training changes: in a trainer of RecBole, in its batches, and the best so far."
+    def __init__(self,
+        trainer, # RecBole's, with its model
+        train, # Its batches
+        best:dict, # The best so far; changed in place
+    ):
+        self.trainer, self.best = trainer, best
+        self.loader, self.order = getattr(train, "loader", train), getattr(train, "rng", None)
+
+    def state_dict(self):
+        t = self.trainer
+        return dict(weights=t.model.state_dict(), opt=t.optimizer.state_dict(), waited=t.cur_step,
+                    value=float(t.best_valid_score), best=self.best, drawn=self.loader.generator.get_state(),
+                    order=json.dumps(self.order.bit_generator.state) if self.order else "")
+
+    def load_state_dict(self, s):
+        t = self.trainer
+        t.model.load_state_dict(s["weights"]); t.optimizer.load_state_dict(s["opt"]); self.best.update(s["best"])
+        t.cur_step, t.best_valid_score = s["waited"], s["value"]
+        self.loader.generator.set_state(s["drawn"])
+        if self.order: self.order.bit_generator.state = json.loads(s["order"])
+
+# %% ../nbs/30_idmodels.ipynb #741a691b
 def resumable(
     trainer, # RecBole's, with its model
     train, # Its batches
@@ -345,24 +377,17 @@ def resumable(
     every:float=EVERY, # Seconds between checkpoints, which are written between epochs
 ):
     "Let a trainer go on from its last checkpoint, and end as if it had never stopped."
-    loader, order, epoch_of, last = getattr(train, "loader", train), getattr(train, "rng",
-            None), trainer._train_epoch, [time.time()]
-    def keep(epoch):
-        state = dict(weights=trainer.model.state_dict(), opt=trainer.optimizer.state_dict(), waited=trainer.cur_step,
-                     value=float(trainer.best_valid_score), best=best,
-                     drawn=loader.generator.get_state(), order=json.dumps(order.bit_generator.state) if order else "")
-        save_checkpoint(folder, epoch, state)
-        last[0] = time.time()
+    state, epoch_of, last = TrainerState(trainer, train, best), trainer._train_epoch, time.time()
     def train_epoch(data, epoch, *args, **kwargs):
-        if time.time() - last[0] > every: keep(epoch)
+        nonlocal last
+        if time.time() - last > every:
+            save_checkpoint(folder, epoch, state.state_dict())
+            last = time.time()
         return epoch_of(data, epoch, *args, **kwargs)
     folder.mkdir(exist_ok=True)
     if saved := load_checkpoint(folder):
-        trainer.start_epoch, s = saved
-        trainer.model.load_state_dict(s["weights"]); trainer.optimizer.load_state_dict(s["opt"]); best.update(s["best"])
-        trainer.cur_step, trainer.best_valid_score = s["waited"], s["value"]
-        loader.generator.set_state(s["drawn"])
-        if order: order.bit_generator.state = json.loads(s["order"])
+        trainer.start_epoch, found = saved
+        state.load_state_dict(found)
     trainer._train_epoch = train_epoch
 
 # %% ../nbs/30_idmodels.ipynb #30-042e
@@ -379,26 +404,39 @@ def count_from_the_end(
     table.register_forward_pre_hook(lambda _, places: ((places[0] + table.shift).clamp(max=net.max_seq_length - 1),))
 
 # %% ../nbs/30_idmodels.ipynb #30-042g
+def sasrec_block(
+    width:int, # Numbers a state
+    heads:int, # Attention heads
+    dropout:float, # Share of the numbers to drop in training
+): # Module: states (n, places, width), and which places each may not see (places, places) -> states
+    "A block of SASRec as its authors built it."
+    from torch import nn
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
+            self.net = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout), nn.ReLU(),
+                                     nn.Linear(width, width), nn.Dropout(dropout))
+            self.first, self.second = nn.LayerNorm(width, 1e-8), nn.LayerNorm(width, 1e-8)
+        def forward(self, x, later):
+            x = self.second(x + self.attention(self.first(x), x, x, attn_mask=later, need_weights=False)[0])
+            return x + self.net(x)
+    return Block()
+
+# %% ../nbs/30_idmodels.ipynb #48717c34
 def as_its_authors_built_it(
     net, # RecBole's SASRec; changed in place
 ):
     "Put the blocks of SASRec's authors in the place of RecBole's."
     import torch
     from torch import nn
-    d, heads, layers, p = net.hidden_size, net.n_heads, net.n_layers, net.hidden_dropout_prob
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(d, heads, p, batch_first=True)
-            self.net = nn.Sequential(nn.Linear(d, d), nn.Dropout(p), nn.ReLU(), nn.Linear(d, d), nn.Dropout(p))
-            self.first, self.second = nn.LayerNorm(d, 1e-8), nn.LayerNorm(d, 1e-8)
-        def forward(self, x, later):
-            x = self.second(x + self.attention(self.first(x), x, x, attn_mask=later, need_weights=False)[0])
-            return x + self.net(x)
+    d = net.hidden_size
     class Blocks(nn.Module):
         def __init__(self):
             super().__init__()
-            self.blocks, self.last = nn.ModuleList(Block() for _ in range(layers)), nn.LayerNorm(d, 1e-8)
+            self.blocks = nn.ModuleList(sasrec_block(d, net.n_heads, net.hidden_dropout_prob)
+                                        for _ in range(net.n_layers))
+            self.last = nn.LayerNorm(d, 1e-8)
         def forward(self, x, *_, **__):
             later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
             for block in self.blocks: x = block(x, later)
@@ -433,14 +471,12 @@ def pretrain(
     trainer.fit(batches, verbose=False)
     torch.save({"state_dict": net.state_dict()}, "pretrained.pt")
 
-# %% ../nbs/30_idmodels.ipynb #30-044
-def fit(
-    job:dict, # See `train_model`
+# %% ../nbs/30_idmodels.ipynb #3f2f5bf9
+def new_trainer(
+    rb, job:dict, # From `recbole`; see `train_model`
     settings:dict, # RecBole's settings
-    exam:tuple, # Validation rows and their lists
-): # (validation NDCG@10, epochs, function of rows and lists that gives scores, data set, model)
-    "Train with one setting, stopping early."
-    rb = recbole()
+): # (RecBole's trainer with its model, data set, batches to learn from, validation batches)
+    "An untrained model of one setting, changed as the job wants it."
     config, dataset = open_data(rb, job, settings)
     rb.init_seed(job["seed"], True)
     train, valid, _ = rb.data_preparation(config, dataset)
@@ -451,9 +487,19 @@ def fit(
         train_every_place(net)
         if hasattr(net, "position_embedding"): count_from_the_end(net)
     trainer = rb.get_trainer(config["MODEL_TYPE"], config["model"])(config, net)
-    ids, best = their_ids(dataset, "item_id"), {"valid": -1., "epochs": 0}
+    return trainer, dataset, Trimmed(train, job["seed"]) if job["trim"] else train, valid
+
+# %% ../nbs/30_idmodels.ipynb #30-044
+def fit(
+    job:dict, # See `train_model`
+    settings:dict, # RecBole's settings
+    exam:tuple, # Validation rows and their lists
+): # (validation NDCG@10, epochs, function of rows and lists that gives scores, data set, model)
+    "Train with one setting, stopping early."
+    trainer, dataset, train, valid = new_trainer(rb := recbole(), job, settings)
+    net, ids, best = trainer.model, their_ids(dataset, "item_id"), {"valid": -1., "epochs": 0}
     def scores(rows, lists):
-        asked = questions(rb, dataset, rows, config["MAX_ITEM_LIST_LENGTH"], int(job["rows"] == "cloze"))
+        asked = questions(rb, dataset, rows, trainer.config["MAX_ITEM_LIST_LENGTH"], int(job["rows"] == "cloze"))
         return score_listed(rb, net, asked, [ids[x] for x in lists])
     def after_epoch(*_, **__):
         value = ndcg(scores(*exam))
@@ -462,9 +508,8 @@ def fit(
             best.update(valid=value, weights=deepcopy(net.state_dict()), other=net.other_parameter())
         return value, {"ndcg@10": value}
     trainer._valid_epoch = after_epoch
-    batches = Trimmed(train, job["seed"]) if job["trim"] else train
-    resumable(trainer, batches, Path(f".{job['name']} {digest(settings)[:8]}"), best, job["every"])
-    trainer.fit(batches, valid, verbose=False, saved=False)
+    resumable(trainer, train, Path(f".{job['name']} {digest(settings)[:8]}"), best, job["every"])
+    trainer.fit(train, valid, verbose=False, saved=False)
     net.load_state_dict(best["weights"]); net.load_other_parameter(best["other"])
     return best["valid"], best["epochs"], scores, dataset, net
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRIVIAL', 'trivial_scores', 'collect_scores', 'standing', 'notes', 'metrics_page', 'long_table', 'plot_ranks',
-           'evaluate', 'MetricsSettings', 'make_metrics', 'keep_metrics', 'group_names', 'read_study', 'entries',
-           'means_block', 'methods_block', 'pairs_block', 'seeds_block', 'plot_study', 'summary_page', 'summary']
+           'comparisons', 'evaluate', 'MetricsSettings', 'make_metrics', 'keep_metrics', 'group_names', 'read_study',
+           'entries', 'means_block', 'methods_block', 'pairs_block', 'seeds_block', 'plot_study', 'summary_page',
+           'summary']
 
 # %% ../nbs/19_metrics.ipynb #19-n04
 import json
@@ -144,6 +145,15 @@ def plot_ranks(
     ax.set(xlabel="k", ylabel="HR@k: users with rank ≤ k", xlim=(1, None), ylim=(0, 1)); ax.grid(alpha=.3); ax.legend()
     return fig
 
+# %% ../nbs/19_metrics.ipynb #b0896611
+def comparisons(
+    models, # Names, as in scores.parquet
+) -> list: # Pairs of names
+    "Each of our recommenders beside itself without stage 1, popularity and, if it is another kind, the T5 decoder."
+    ours = [model for model in models if model.startswith("ganprompt")]
+    return [(model, other) for model in ours for other in (model.replace("ganprompt", "no-stage-1"), "popularity",
+            "ganprompt") if other in models and other != model]
+
 # %% ../nbs/19_metrics.ipynb #19-064
 def evaluate(
     run:str, # Run with the stages `data` and `recommender`
@@ -159,18 +169,14 @@ def evaluate(
         if wrong:
             raise UserError(f"{model}: {', '.join(sorted(wrong))} contradict the hit rates; the scores' files are "
                             "damaged: run `ganprompt run` again")
-    # "" is the T5 decoder
-    kinds = [model.removeprefix("ganprompt") for model in metrics if model.startswith("ganprompt")]
-    pairs = [(f"ganprompt{kind}", other) for kind in kinds for other in (f"no-stage-1{kind}", "popularity",
-            *(["ganprompt"] if kind and "" in kinds else [])) if other in metrics]
-    def to(model):
-        return {other: difference(people, model, other, resamples, seed) for other in TRIVIAL if other in metrics}
+    def apart(a, b): return difference(people, a, b, resamples, seed)
     return dict(dataset=info["dataset"], synthetic=info["synthetic"], notes=info.get("notes", []),
                 pocket=made["pocket"], candidates=made["candidates"],
                 users=people["user"].n_unique(), rows=people["row"].n_unique(), metrics=metrics,
-                standing={model: to(model) for model in metrics if model not in TRIVIAL},
+                standing={model: {other: apart(model, other) for other in TRIVIAL if other in metrics}
+                          for model in metrics if model not in TRIVIAL},
                 reported=reported(info["dataset"]),
-                differences={f"{a} - {b}": difference(people, a, b, resamples, seed) for a, b in pairs})
+                differences={f"{a} - {b}": apart(a, b) for a, b in comparisons(metrics)})
 
 # %% ../nbs/19_metrics.ipynb #19-065
 @dataclass(frozen=True)

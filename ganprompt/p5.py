@@ -5,8 +5,8 @@ them."""
 
 # %% auto #0
 __all__ = ['PROMPTS', 'PIECES', 'VARIANTS', 'KINDS', 'RATE', 'Asker', 'add_tokens', 'prompt_words', 'random_numbers', 'spell',
-           'read_items', 'log_likelihood', 'score_items', 'P5Settings', 'train_p5', 'likelier', 'P5', 'P5Numbers',
-           'tuned', 'item_texts', 'asker_for', 'tune_variant', 'run_p5', 'make_p5']
+           'read_items', 'log_likelihood', 'score_items', 'P5Settings', 'p5_update', 'train_p5', 'likelier', 'P5',
+           'P5Numbers', 'tuned', 'item_texts', 'asker_for', 'tune_variant', 'run_p5', 'make_p5']
 
 # %% ../nbs/33_p5.ipynb #33-004
 import dataclasses, math, time
@@ -185,6 +185,25 @@ class P5Settings(Settings):
         return 2*5*model_bytes(values["encoder"])
 
 # %% ../nbs/33_p5.ipynb #33-028
+def p5_update(
+    model, # T5
+    asker:Asker, # Prompts and items
+    rows:pl.DataFrame, # history, target
+    opt, schedule, # From `adamw`
+): # update(row numbers, rng) for `train`
+    "One step down equation 1."
+    past, nexts = rows["history"].to_list(), rows["target"].to_list()
+    def padded(texts): return pad(texts, asker.pad_id, model.device)
+    def update(at, rng):
+        ids, mask = padded([asker.ask_somehow(past[r], rng) for r in at])
+        labels, used = padded([asker.items[nexts[r]] for r in at])
+        with fast_math():
+            loss = label_loss(model.train(), labels.masked_fill(used == 0, -100), input_ids=ids, attention_mask=mask)
+        descend(loss, opt, schedule)
+        return {"loss": loss}
+    return update
+
+# %% ../nbs/33_p5.ipynb #dbc13e9a
 def train_p5(
     model, # T5; trained in place, ends with the best weights, in evaluation mode
     asker:Asker, # Prompts and items
@@ -195,26 +214,17 @@ def train_p5(
     where:str, # For messages
 )->list[dict]: # One row a step; the last step of an epoch has valid_auc
     "Minimise equation 1 over whole histories."
-    past, nexts, steps = (rows["history"].to_list(), rows["target"].to_list(),
+    opt, schedule = adamw(model.parameters(), p.recommender_lr,
                           p.recommender_epochs*math.ceil(len(rows)/p.recommender_batch))
-    opt, schedule = adamw(model.parameters(), p.recommender_lr, steps)
-    trained = Trained(model)
-    best = Best(trained, p.patience)
-    def padded(texts): return pad(texts, asker.pad_id, model.device)
-    def update(at, rng):
-        ids, mask = padded([asker.ask_somehow(past[r], rng) for r in at])
-        labels, used = padded([asker.items[nexts[r]] for r in at])
-        with fast_math():
-            loss = label_loss(model.train(), labels.masked_fill(used == 0, -100), input_ids=ids, attention_mask=mask)
-        descend(loss, opt, schedule)
-        return {"loss": loss}
+    best = Best(trained := Trained(model), p.patience)
     def after_epoch(epoch, curves):
         curves[-1]["valid_auc"] = list_auc(score_items(model.eval(), asker, *valid))
         return best.stop(curves[-1]["valid_auc"])
-    lengths = np.array([len(asker.ask(h)) for h in past])
+    lengths = np.array([len(asker.ask(h)) for h in rows["history"].to_list()])
     model.set_attn_implementation("eager")
-    curves = train(update, dict(model=trained, opt=opt, schedule=schedule, best=best), len(rows),
-                   p.recommender_epochs, p.recommender_batch, folder, p.seed, where, lengths, after_epoch)
+    curves = train(p5_update(model, asker, rows, opt, schedule), dict(model=trained, opt=opt, schedule=schedule,
+                   best=best), len(rows), p.recommender_epochs, p.recommender_batch, folder, p.seed, where,
+                   lengths, after_epoch)
     trained.load_state_dict(best.weights)
     model.eval()
     return curves

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIGURES', 'APART', 'over_templates', 'drop_rate', 'pss', 'flips', 'posix', 'tau', 'ranks', 'rbo', 'unpadded',
            'agreement', 'diversity', 'by_template', 'mean_known', 'template_table', 'by_split', 'measure_bank',
-           'bank_intervals', 'part_of', 'estimated', 'chance', 'verdict']
+           'fixed_bank_intervals', 'bank_intervals', 'part_of', 'estimated', 'chance', 'verdict']
 
 # %% ../nbs/37_sensitivity.ipynb #37-n04
 import numpy as np
@@ -184,6 +184,21 @@ def measure_bank(
             | {s: one(at) for s, at in by_split(bank).items()})
 
 # %% ../nbs/37_sensitivity.ipynb #37-038bu
+def fixed_bank_intervals(
+    hits:np.ndarray, odds:np.ndarray, # HR@10 and log-odds of the target, f64[templates, lists]
+    means:np.ndarray, # HR@10 of every draw, f64[draws, templates]
+    at:list, # Templates of a split
+    counts:np.ndarray, owner:np.ndarray, # From `user_draws`
+) -> dict: # worst, best, cps, each_worst, pss, posix: [value, low, high]
+    "How sure those measures are that are about these templates and no others: only users are drawn again."
+    best, worst = best_and_worst(hits[at], counts, owner, 10)
+    whole = sorted({0, *at})
+    return dict(worst=ends(worst, True), best=ends(best, True), cps=ends(cps(best, means[:, at].mean(axis=1)), True),
+                each_worst=ends(drawn_means(hits[at].min(axis=0, keepdims=True), counts)),
+                pss=ends(drawn_means(pss(hits[whole])[None], counts)),
+                posix=ends(drawn_means(posix(odds[whole])[None], counts)))
+
+# %% ../nbs/37_sensitivity.ipynb #6cddde5b
 def bank_intervals(
     scores:np.ndarray, # f[templates, lists, candidates], targets first; the first template is the clean one
     bank:list, # Templates
@@ -194,25 +209,20 @@ def bank_intervals(
     "How sure the measures of `measure_bank` and `template_table` are."
     order, (counts, owner), rng = order or agreement(scores), user_draws(users, resamples), np.random.default_rng(0)
     hits, odds = by_template(scores)["hit@10"], scores[:, :, 0].astype(float)
-    means = drawn_means(hits, counts)
-    others = {k: drawn_means(v, counts) for k, v in (dict(flips=flips(odds).astype(float)) | order).items()}
+    answers = {"flips": flips(odds).astype(float)} | order   # of every template but the clean one
+    means = {"hit@10": drawn_means(hits, counts)} | {k: np.insert(drawn_means(v, counts), 0, k != "flips", axis=1)
+                                                     for k, v in answers.items()}
     def one(at):
-        rest, whole = [t for t in at if t], sorted({0, *at})
-        all_drawn, rest_drawn = (template_draws(len(x), resamples, rng) for x in (at, rest))
-        def again(x): return np.take_along_axis(x, rest_drawn, axis=1)
-        drawn = np.take_along_axis(means[:, at], all_drawn, axis=1)
-        best, worst = best_and_worst(hits[at], counts, owner, 10)
-        with np.errstate(invalid="ignore", divide="ignore"): drop = 1 - again(means[:, rest]).mean(axis=1) / means[:, 0]
-        said = dict(avg=ends(drawn.mean(axis=1)), q05=ends(np.quantile(drawn, .05, axis=1)),
-                    drop=ends(np.where(np.isfinite(drop), drop, np.nan)), worst=ends(worst, True),
-                    best=ends(best, True), cps=ends(cps(best, means[:, at].mean(axis=1)), True),
-                    each_worst=ends(drawn_means(hits[at].min(axis=0, keepdims=True), counts)),
-                    pss=ends(drawn_means(pss(hits[whole])[None], counts)),
-                    posix=ends(drawn_means(posix(odds[whole])[None], counts)))
-        return said | {k: ends(mean_known(again(x[:, [t - 1 for t in rest]]), 1)) for k, x in others.items()}
-    each = {"hit@10": [ends(x) for x in means.T], **{k: [[1. if k != "flips" else 0.]*3, *(ends(v) for v in x.T)]
-                                                     for k, x in others.items()}}
-    return {s: one(at) for s, at in by_split(bank).items()}, each
+        drawn = np.take_along_axis(means["hit@10"][:, at], template_draws(len(at), resamples, rng), axis=1)
+        rest = [t for t in at if t]
+        again = template_draws(len(rest), resamples, rng)
+        over = {k: mean_known(np.take_along_axis(x[:, rest], again, axis=1), 1) for k, x in means.items()}
+        with np.errstate(invalid="ignore", divide="ignore"): drop = 1 - over.pop("hit@10") / means["hit@10"][:, 0]
+        return (dict(avg=ends(drawn.mean(axis=1)), q05=ends(np.quantile(drawn, .05, axis=1)),
+                     drop=ends(np.where(np.isfinite(drop), drop, np.nan)))
+                | fixed_bank_intervals(hits, odds, means["hit@10"], at, counts, owner)
+                | {k: ends(x) for k, x in over.items()})
+    return {s: one(at) for s, at in by_split(bank).items()}, {k: [ends(x) for x in v.T] for k, v in means.items()}
 
 # %% ../nbs/37_sensitivity.ipynb #37-039a
 APART = .3 # standard deviation of templates, and of their groups, in log-odds; that of users is 1

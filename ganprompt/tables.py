@@ -6,9 +6,9 @@ what they do and do not say."""
 # %% auto #0
 __all__ = ['FAMILIES', 'COUNTS', 'SEQUENCE_FIGURES', 'RIVALS', 'shown_as', 'line_up', 'grouped', 'measured_block',
            'against_block', 'interval_block', 'reported_figures', 'reported_block', 'sampling_block', 'sampling_note',
-           'time_block', 'missing_notes', 'Results', 'results_of', 'page_of', 'long_rows', 'plot_models',
-           'published_rows', 'write_published', 'table1_page', 'write_sampling', 'make_tables', 'sequence_values',
-           'sequence_blocks', 'make_sequences', 'keep_study_models']
+           'time_block', 'missing_notes', 'Results', 'results_of', 'page_of', 'long_rows', 'plot_metric', 'plot_models',
+           'fine', 'published_row', 'published_rows', 'write_published', 'table1_page', 'write_sampling', 'make_tables',
+           'sequence_values', 'sequence_blocks', 'make_sequences', 'keep_study_models']
 
 # %% ../nbs/40_tables.ipynb #40-n03
 import itertools
@@ -258,6 +258,22 @@ def long_rows(
 FAMILIES = {"simple": ("#888888", "simple"), "id": (COLORS[6], "item ids"), "text": (COLORS[1], "language models"),
             "ours": (COLORS[3], "GANPrompt")}
 
+def plot_metric(
+    ax, r:Results, # Axes; from `results_of`
+    rows:list, # Of `r.rows`, from the top down
+    seeds:pl.DataFrame, # model, seed, and the mean of each of `METRICS` over people
+    metric:str, # One of `METRICS`
+):
+    "Each model's figure with its interval, and a ring for each seed."
+    figures = {s["model"]: s for s in r.stats.filter(metric=metric).iter_rows(named=True)}
+    for y, row in enumerate(rows):
+        s, (color, _) = figures[row["model"]], FAMILIES[row["family"]]
+        ax.errorbar(s["mean"], y, xerr=[[s["mean"] - s["low"]], [s["high"] - s["mean"]]], fmt="o", ms=5, capsize=2,
+                    color=color)
+        values = seeds.filter(model=row["model"])[metric]
+        ax.plot(values, [y + .28] * len(values), "o", ms=3, mfc="none", mew=.7, color=color)
+    ax.set_title(label(metric), fontsize=10); ax.grid(axis="x", alpha=.3); ax.tick_params(labelsize=8)
+
 # %% ../nbs/40_tables.ipynb #40-069v1
 def plot_models(
     r:Results, # From `results_of`
@@ -267,15 +283,7 @@ def plot_models(
     rows, first = [row for row in r.rows if row["seeds"]], r.entries[0]
     seeds = people(r.entries).group_by("model", "seed", maintain_order=True).agg(pl.col(METRICS).mean())
     fig, axes = plt.subplots(1, 2, figsize=(10, 1.6 + .27 * len(rows)), sharey=True, layout="constrained")
-    for ax, metric in zip(axes, ("auc", "hit@10")):
-        for y, row in enumerate(rows):
-            s, (color, _) = r.stats.row(by_predicate=(pl.col("model") == row["model"]) & (pl.col("metric") == metric),
-                                        named=True), FAMILIES[row["family"]]
-            ax.errorbar(s["mean"], y, xerr=[[s["mean"] - s["low"]], [s["high"] - s["mean"]]], fmt="o", ms=5, capsize=2,
-                        color=color)
-            values = seeds.filter(model=row["model"])[metric]
-            ax.plot(values, [y + .28] * len(values), "o", ms=3, mfc="none", mew=.7, color=color)
-        ax.set_title(label(metric), fontsize=10); ax.grid(axis="x", alpha=.3); ax.tick_params(labelsize=8)
+    for ax, metric in zip(axes, ("auc", "hit@10")): plot_metric(ax, r, rows, seeds, metric)
     axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows]); axes[0].set_ylim(len(rows) - .4, -.6)
     there = {row["family"] for row in rows}
     keys = [plt.Line2D([], [], ls="", marker="o", color=color, label=name)
@@ -284,6 +292,21 @@ def plot_models(
     fig.suptitle(f"{data_name(first)}: {first['users']} users, uni99; a ring for each seed, dots with 95 % intervals "
                  "over trainings and users (of one training: over users)", fontsize=9)
     return fig
+
+# %% ../nbs/40_tables.ipynb #1eee8699
+def fine(
+    x:float, # 0 to 1
+) -> str:
+    "Four decimals, as others print them."
+    return f"{x:.4f}".lstrip("0")
+
+def published_row(
+    r:dict, # A row of `data/published.csv`
+) -> list: # Texts: data set, model, HR@10, NDCG@10, source
+    "What others have printed of a model."
+    figures = [fine(r[m]) + (f" ± {fine(sd)}" if (sd := r.get(f"sd {m}")) else "") for m in ("hit@10", "ndcg@10")]
+    return [r["dataset"], r["model"], *figures, f"reported: {r['source']}"
+            + (f" (mean ± standard deviation of {n} seeds)" if (n := r.get("seeds")) else "")]
 
 # %% ../nbs/40_tables.ipynb #40-071
 def published_rows(
@@ -294,7 +317,6 @@ def published_rows(
 ) -> list: # Groups of rows of text: ours on full lists, and below each model what others have printed; at the end what
     # we have not made
     "Our figures among all items beside published ones."
-    def fine(x): return f"{x:.4f}".lstrip("0")
     def one(dataset, model, mine):
         stats = method_figures(people(mine, "full"))
         ends = [stats.row(by_predicate=pl.col("metric") == m, named=True) for m in ("hit@10", "ndcg@10")]
@@ -303,11 +325,7 @@ def published_rows(
                 f"here: {mine[0]['users']:,} users, {seeds}"]
         return [ours, *reported_of(dataset, model)]
     def reported_of(dataset, model):
-        return [reported(r) for r in printed.filter(dataset=dataset, model=model).iter_rows(named=True)]
-    def reported(r):
-        figures = [fine(r[m]) + (f" ± {fine(sd)}" if (sd := r.get(f"sd {m}")) else "") for m in ("hit@10", "ndcg@10")]
-        return [r["dataset"], r["model"], *figures, f"reported: {r['source']}"
-                + (f" (mean ± standard deviation of {n} seeds)" if (n := r.get("seeds")) else "")]
+        return [published_row(r) for r in printed.filter(dataset=dataset, model=model).iter_rows(named=True)]
     groups = {key: list(mine) for key, mine in itertools.groupby([e for e in entries if "full" in e["lists"]],
             key=lambda e: (e["dataset"], e["model"]))}
     alone = [key for key in printed.select("dataset", "model").unique(maintain_order=True).rows() if key not in groups]

@@ -93,7 +93,6 @@ def causal_model(
     "What has been read up to each place."
     import torch
     from torch import nn
-    from torch.nn.functional import normalize, pad
     class Causal(nn.Module):
         def __init__(self):
             super().__init__()
@@ -106,11 +105,10 @@ def causal_model(
             nn.init.normal_(self.place.weight, std=START/WIDTH**.5)
         def forward(self, x, lengths):
             at = torch.arange(x.shape[1], device=x.device)
-            later = at > at[:, None]
             place = self.place((at + places - lengths[:, None]).clamp(max=places - 1))
             x = self.drop(self.first(x[..., :WIDTH] + place))
-            for layer in self.layers: x = layer(x, later, is_causal=True)
-            return pad(self.sure.exp()*normalize(self.last(x), dim=-1), (0, 1), value=1.)
+            for layer in self.layers: x = layer(x, at > at[:, None], is_causal=True)
+            return nn.functional.pad(self.sure.exp()*nn.functional.normalize(self.last(x), dim=-1), (0, 1), value=1.)
     return Causal()
 
 # %% ../nbs/32_titles.ipynb #32-023
