@@ -928,7 +928,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ganprompt.report.mathml': ('report.html#mathml', 'ganprompt/report.py'),
                                   'ganprompt.report.output': ('report.html#output', 'ganprompt/report.py'),
                                   'ganprompt.report.prose': ('report.html#prose', 'ganprompt/report.py'),
-                                  'ganprompt.report.results': ('report.html#results', 'ganprompt/report.py'),
+                                  'ganprompt.report.result_parts': ('report.html#result_parts', 'ganprompt/report.py'),
                                   'ganprompt.report.rows': ('report.html#rows', 'ganprompt/report.py'),
                                   'ganprompt.report.run_report': ('report.html#run_report', 'ganprompt/report.py'),
                                   'ganprompt.report.stage_line': ('report.html#stage_line', 'ganprompt/report.py')},

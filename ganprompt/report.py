@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BACKTICKS', 'FORMULA', 'REPORT_STYLE', 'RESULTS', 'mathml', 'prose', 'folded', 'log', 'image', 'output', 'cells_html',
-           'rows', 'results', 'stage_line', 'chosen', 'run_report', 'chapter', 'document']
+           'rows', 'result_parts', 'stage_line', 'chosen', 'run_report', 'chapter', 'document']
 
 # %% ../nbs/43_report.ipynb #43-003
 import base64, html, json, re
@@ -117,7 +117,7 @@ def rows(
     return '<div class="wide"><table>' + line(head, "th") + "".join(line(c, "td") for c in lines) + "</table></div>"
 
 # %% ../nbs/43_report.ipynb #43-014
-def results(
+def result_parts(
     run:Run, # Run
     stages:list[str], # Its stages
 ) -> str: # HTML
@@ -162,7 +162,7 @@ def run_report(
     last = manifest(run, stages[-1])
     about = (f"{last['finished'][:10]} · {last['device']} · commit {last['commit'][:7]}"
              + " and changes"*(last["dirty"] is True))
-    parts = {"What came out": results(run, stages),
+    parts = {"What came out": result_parts(run, stages),
              "What ran": rows(["stage", "seconds", "MB", "finished (UTC)", "figures of merit"],
                               [stage_line(run, s) for s in stages]), "What was chosen": chosen(run),
              "Chapter by chapter": "\n".join(chapter(s, cells) for s, cells in read.items())}

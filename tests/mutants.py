@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = {"templates": ["prompts"], "prompts": ["prompts", "equations"], "engine": ["engine", "heads"],
+TESTS = {"templates": ["prompts"], "prompts": ["prompts", "equations"], "engine": ["engine", "heads", "sizes"],
          "encoder": ["equations", "encoders"], "scorer": ["sizes", "equations", "scorer", "heads", "engine"],
          "recommender": ["equations", "scorer", "models", "heads", "told"], "gather": ["equations", "study"],
          "measures": ["metrics", "equations"], "statistics": ["statistics", "metrics", "sensitivity"],

@@ -202,6 +202,11 @@ def test_gradients_flow_through_a_shared_prefix():
     for a, b in zip(ours, own): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
+def test_rows_begin_with_whichever_prefix_comes_first():
+    assert lay_out(np.array([1, 1, 2]), np.array([3, 3, 3]), 64).tolist() == [0, 0, 1]
+    assert lay_out(np.array([1, 1, 2]), np.array([3, 3, 3]), 3).tolist() == [0, 1, 2]
+
+
 def test_every_tail_lies_in_a_row_of_its_prefix():
     rng = np.random.default_rng(0)
     owner, lengths = np.arange(5).repeat([40, 1, 7, 100, 2]), rng.integers(1, 12, 150)

@@ -192,6 +192,8 @@ def test_other_wordings_are_seen_templates_and_differ(finished):
         assert len({bank[0]["id"], *names}) == 3
         used += names
     assert len(set(used)) == len(by_template) - 1 # all of them, over sixty rows
+    every = worded(reader, own, rows, attributes=False, wordings=len(by_template), nonsense=0, seed=1)
+    assert len(every) == len(by_template)
     with pytest.raises(UserError, match=f"choose 1 to {len(by_template)}"):
         worded(reader, own, rows, attributes=False, wordings=len(by_template) + 1, nonsense=0, seed=1)
 

@@ -48,6 +48,18 @@ def test_half_of_what_is_free_is_taken(need, memory, file, shared, where, machin
     assert place(need, memory, file, tmp_path, shared) == where
 
 
+def test_processes_beside_each_other_share_what_is_free(machine, monkeypatch, tmp_path):
+    monkeypatch.setattr(scorer, "beside", lambda: 2)
+    assert [place(n, 1, 1, tmp_path) for n in (1_024_000, 1_024_001)] == ["memory", "a mapped file"]
+
+
+def test_a_number_stands_behind_its_name(tmp_path):
+    (tmp_path/"meminfo").write_text("MemTotal: 512 kB\nMemAvailable: 123 kB\n")
+    (tmp_path/"limit").write_text("max\n")
+    assert scorer._number(tmp_path/"meminfo", "MemAvailable:") == 123 and scorer._number(tmp_path/"meminfo") == np.inf
+    assert [scorer._number(tmp_path/n, m) for n, m in (("meminfo", "x"), ("limit", ""), ("none", ""))] == [np.inf]*3
+
+
 def test_a_gpu_comes_first_and_half_of_its_free_memory_is_taken(machine, monkeypatch, tmp_path):
     monkeypatch.setattr(scorer, "device", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (6_000, 10**12))
@@ -72,6 +84,7 @@ def test_states_are_the_same_wherever_they_are_kept(memory_gb, file_gb, world, t
     _, model = world
     prompts = [[5, 6, 7, 1], [8, 1], [9, 10, 1]]
     states = States(prompts, 32, 0, tmp_path/"states.bin", memory_gb, file_gb).fill(model)
+    assert (states.where == "nowhere") == (states.data is None) == (memory_gb == file_gb == 0)
     x, mask = states.get(np.array([2, 0]))
     assert mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     for row, ids in zip(x, (prompts[2], prompts[0])):

@@ -274,3 +274,16 @@ def test_other_values_are_not_mixed(small, tmp_path):
     after = load_file(tmp_path/"run/titles/text/model.safetensors")
     assert not torch.equal(before["items"], after["items"])
     assert "title_encoder" not in json.loads((tmp_path/"run/titles/text/model.json").read_text())
+
+
+def test_hits_by_frequency_count_ranks_up_to_ten():
+    "Targets bought once and ninety times; rank 10 is a hit, rank 11 is none."
+    ranks = pl.DataFrame(dict(model=["m"]*6, user=range(6), rank=[10, 11, 11, 1, 10, 11]))
+    found = T.by_frequency(np.array([1, 1, 1, 90, 90, 90]), ranks, groups=2)
+    assert found["bought"].to_list() == ["1 to 1", "90 to 90"] and found["lists"].to_list() == [3, 3]
+    np.testing.assert_allclose(found["HR@10"], [1/3, 2/3])
+
+
+@pytest.mark.parametrize("share, fits", [(0., True), (.5, True), (1., False), (-.1, False)])
+def test_no_number_may_be_dropped_or_nearly_all(share, fits):
+    assert any("titles_dropout" in fault for fault in TitlesSettings("demo", titles_dropout=share).check()) is not fits
