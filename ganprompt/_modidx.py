@@ -505,6 +505,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ganprompt.jobs.chapters': ('jobs.html#chapters', 'ganprompt/jobs.py'),
                                 'ganprompt.jobs.chosen_values': ('jobs.html#chosen_values', 'ganprompt/jobs.py'),
                                 'ganprompt.jobs.compose_yaml': ('jobs.html#compose_yaml', 'ganprompt/jobs.py'),
+                                'ganprompt.jobs.contradiction': ('jobs.html#contradiction', 'ganprompt/jobs.py'),
                                 'ganprompt.jobs.convert': ('jobs.html#convert', 'ganprompt/jobs.py'),
                                 'ganprompt.jobs.job_cells': ('jobs.html#job_cells', 'ganprompt/jobs.py'),
                                 'ganprompt.jobs.note_run': ('jobs.html#note_run', 'ganprompt/jobs.py'),
