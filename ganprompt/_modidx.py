@@ -173,6 +173,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'ganprompt.cli.compare': ('cli.html#compare', 'ganprompt/cli.py'),
                                'ganprompt.cli.explore': ('cli.html#explore', 'ganprompt/cli.py'),
                                'ganprompt.cli.fetch': ('cli.html#fetch', 'ganprompt/cli.py'),
+                               'ganprompt.cli.given_by': ('cli.html#given_by', 'ganprompt/cli.py'),
                                'ganprompt.cli.keep': ('cli.html#keep', 'ganprompt/cli.py'),
                                'ganprompt.cli.main': ('cli.html#main', 'ganprompt/cli.py'),
                                'ganprompt.cli.make_missing': ('cli.html#make_missing', 'ganprompt/cli.py'),

@@ -716,4 +716,5 @@ def draw_study(
     return made
 
 # %% ../nbs/41_study.ipynb #41-022z
-STUDIES |= {kind: Study(lambda run, study, out: keep_study(run, study), draw_study) for kind in PAGES}
+STUDIES |= {kind: Study(lambda run, study, out: keep_study(run, study), draw_study, asks={"study": "study_entries"})
+            for kind in PAGES}
