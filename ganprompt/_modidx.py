@@ -122,6 +122,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'ganprompt/benchmarks.py'),
                                       'ganprompt.benchmarks.draw_benchmarks': ( 'benchmarks.html#draw_benchmarks',
                                                                                 'ganprompt/benchmarks.py'),
+                                      'ganprompt.benchmarks.draw_growth': ('benchmarks.html#draw_growth', 'ganprompt/benchmarks.py'),
+                                      'ganprompt.benchmarks.draw_ratios': ('benchmarks.html#draw_ratios', 'ganprompt/benchmarks.py'),
                                       'ganprompt.benchmarks.exponent': ('benchmarks.html#exponent', 'ganprompt/benchmarks.py'),
                                       'ganprompt.benchmarks.generate_ratings': ( 'benchmarks.html#generate_ratings',
                                                                                  'ganprompt/benchmarks.py'),
