@@ -7,10 +7,10 @@ repetition kept."""
 __all__ = ['T5_SIZES', 'LLAMA_SIZES', 'AXES', 'PARTS', 'in_turn', 'random_t5', 'random_causal', 'Bench', 'trainer_for',
            'train_with_trainer', 'train_on_states', 'bench_training', 'bench_epochs', 'generate_scores',
            'score_three_ways', 'bench_scoring', 'bench_scoring_long', 'bench_prefix', 'bench_wordings', 'bench_ranking',
-           'exponent', 'best_of', 'grow', 'bench_growth', 'versions_of', 'stage_1', 'saved_mb', 'read_versions',
+           'exponent', 'best_of', 'bench_growth', 'grow', 'versions_of', 'stage_1', 'saved_mb', 'read_versions',
            'peak_of', 'bench_memory', 'generate_ratings', 'cut_with_pandas', 'bench_data', 'matmul_rate', 'utilisation',
-           'bench_utilisation', 'bench_catalogue', 'plot_benchmarks', 'measure_part', 'asked_parts',
-           'BenchmarksSettings', 'make_benchmarks', 'keep_benchmarks', 'draw_benchmarks']
+           'bench_utilisation', 'bench_catalogue', 'draw_ratios', 'draw_growth', 'plot_benchmarks', 'measure_part',
+           'asked_parts', 'BenchmarksSettings', 'make_benchmarks', 'keep_benchmarks', 'draw_benchmarks']
 
 # %% ../nbs/50_benchmarks.ipynb #50-004
 import json, math, subprocess, sys, time
@@ -126,50 +126,49 @@ class Bench:
 
 # %% ../nbs/50_benchmarks.ipynb #50-014
 def trainer_for(
-    bench:Bench, # Model
+    bench:Bench, # Model, with gradients where it is to be trained
     prompts:list[list[int]], # Training prompts; every fifth was bought
-    frozen:bool, # Whether the encoder is left alone
-    batch:int, # Prompts a batch
-    epochs:int, # Passes
+    batch:int, epochs:int, # Prompts a batch, passes
     folder:Path, # The Trainer wants one
-): # (Trainer, list that receives (seconds, loss) of each step)
+): # (Trainer, list that receives the loss of each step)
     "transformers' Trainer on the yes/no question: full forward passes, prompts in the given order."
     import torch, transformers as tf
-    model, steps = bench.t5, []
-    model.requires_grad_(True)
-    if frozen: freeze_encoder(model)
-    class YesNo(tf.Trainer):
-        def compute_loss(self, model, inputs, **_):
-            labels = inputs.pop("labels")
-            start = torch.full((len(labels), 1), 0, device=labels.device)
-            z = scores_of(model(**inputs, decoder_input_ids=start).logits[:, 0, bench.names], "yes-no", bench.names)
-            return torch.nn.functional.binary_cross_entropy_with_logits(z, labels)
-        def training_step(self, *args, **more):
-            loss = super().training_step(*args, **more)
-            steps.append([None, loss.item()])
-            return loss
-        def _get_train_sampler(self, *_): return torch.utils.data.SequentialSampler(self.train_dataset)
-    class Clock(tf.TrainerCallback):
-        def on_step_begin(self, *_, **__): self.start = time.perf_counter()
-        def on_step_end(self, *_, **__): steps[-1][0] = time.perf_counter() - self.start
+    losses, trained = [], [p for p in bench.t5.parameters() if p.requires_grad]
     def collate(rows):
         ids, mask = pad([prompts[r] for r in rows], bench.pad_id)
-        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([float(r % 5 == 0) for r in rows])}
+        return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": torch.full((len(rows), 1), 0),
+                "labels": torch.tensor([float(r % 5 == 0) for r in rows])}
+    def loss(outputs, labels, **_):
+        z = scores_of(outputs.logits[:, 0, bench.names], "yes-no", bench.names)
+        found = torch.nn.functional.binary_cross_entropy_with_logits(z, labels)
+        losses.append(found.detach())
+        return found
     args = tf.TrainingArguments(str(folder), per_device_train_batch_size=batch, num_train_epochs=epochs,
-                                report_to="none", save_strategy="no", logging_strategy="no",
-                                disable_tqdm=True, remove_unused_columns=False, max_grad_norm=1.,
-                                dataloader_pin_memory=False)
-    opt = adamw([p for p in model.parameters() if p.requires_grad], 1e-5, epochs*math.ceil(len(prompts)/batch))
-    return YesNo(model, args, train_dataset=list(range(len(prompts))), data_collator=collate, optimizers=opt,
-                 callbacks=[Clock()]), steps
+                                train_sampling_strategy="sequential", max_grad_norm=1., remove_unused_columns=False,
+                                average_tokens_across_devices=False, dataloader_pin_memory=False, report_to="none",
+                                save_strategy="no", logging_strategy="no", disable_tqdm=True)
+    return tf.Trainer(bench.t5, args, data_collator=collate, train_dataset=range(len(prompts)), compute_loss_func=loss,
+                      optimizers=adamw(trained, 1e-5, epochs*math.ceil(len(prompts)/batch))), losses
 
 # %% ../nbs/50_benchmarks.ipynb #50-015
 def train_with_trainer(
-    bench:Bench, prompts:list[list[int]], frozen:bool, batch:int, epochs:int, folder:Path, # As for `trainer_for`
+    bench:Bench, prompts:list[list[int]], # As for `trainer_for`
+    frozen:bool, # Whether the encoder is left alone
+    batch:int, epochs:int, folder:Path, # As for `trainer_for`
 )->np.ndarray: # Seconds and loss of each step (steps, 2)
     "Train with transformers' Trainer."
-    trainer, steps = trainer_for(bench, prompts, frozen, batch, epochs, folder)
-    trainer.remove_callback(type(next(c for c in trainer.callback_handler.callbacks if "Printer" in type(c).__name__)))
+    import transformers as tf
+    steps, start = [], []
+    class Clock(tf.TrainerCallback):
+        def on_step_begin(self, *_, **__): start[:] = [time.perf_counter()]
+        def on_step_end(self, *_, **__):
+            loss = losses.pop().item() # waits for the device
+            steps.append([time.perf_counter() - start[0], loss])
+    bench.t5.requires_grad_(True)
+    if frozen: freeze_encoder(bench.t5)
+    trainer, losses = trainer_for(bench, prompts, batch, epochs, folder)
+    trainer.add_callback(Clock)
+    trainer.remove_callback(tf.trainer_callback.PrinterCallback)
     trainer.train()
     bench.t5.eval()
     return np.array(steps)
@@ -286,8 +285,7 @@ def bench_prefix(bench, repeats, folder, users=1, n=100):
     model, items, found = random_causal(bench.size, bench.t5, bench.reader), bench.candidates(users, n), {}
     contexts = [bench.questions.context(r) for r in range(users)]
     ids, mask = pad(contexts, bench.pad_id, device())
-    # the encoder's part is the same for both, and kept
-    with torch.inference_mode(): states = encode(bench.t5, ids, mask)
+    with torch.inference_mode(): states = encode(bench.t5, ids, mask) # the same for both, and kept
     owner, flat = np.repeat(np.arange(users), n), items.ravel()
     tails = np.array([len(model.tails[i]) for i in flat])
     lengths = np.array([len(contexts[o]) for o in owner]) + tails
@@ -349,6 +347,14 @@ def best_of(function, n=3):
     "The shortest of n times, in seconds; one more warms up."
     return min(in_turn({"": function}, n)[""])
 
+AXES = "users", "candidates", "tokens of a prompt", "parameters of the encoder"
+
+def bench_growth(bench, repeats, folder):
+    "Times and exponents along four axes."
+    found = {axis: grow(axis, bench, folder) for axis in AXES}
+    return {axis: {"sizes": sizes, "seconds": seconds, "exponent": exponent(sizes, seconds)}
+            for axis, (sizes, seconds) in found.items()}
+
 # %% ../nbs/50_benchmarks.ipynb #50-028
 def grow(axis, bench, folder):
     "(sizes, seconds) along one axis: users, candidates, history or parameters."
@@ -371,15 +377,6 @@ def grow(axis, bench, folder):
     return [sum(p.numel() for p in m.encoder.block.parameters())
             for m in models], [best_of(lambda: score_prompts(T5Decoder(m, bench.reader), prompts)) for m in models]
 
-
-AXES = "users", "candidates", "tokens of a prompt", "parameters of the encoder"
-
-# %% ../nbs/50_benchmarks.ipynb #1d8e25df
-def bench_growth(bench, repeats, folder):
-    "Times and exponents along four axes."
-    found = {axis: grow(axis, bench, folder) for axis in AXES}
-    return {axis: {"sizes": sizes, "seconds": seconds, "exponent": exponent(sizes, seconds)}
-            for axis, (sizes, seconds) in found.items()}
 
 # %% ../nbs/50_benchmarks.ipynb #50-e01
 def versions_of(
@@ -442,12 +439,10 @@ def peak_of(
     if done.returncode: raise UserError(f"a measurement failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
-# %% ../nbs/50_benchmarks.ipynb #20127421
 def bench_memory(bench, repeats, folder):
     "Peak memory in MB: a training step three ways, scoring, and an iteration of stage 1."
     head = (f"from ganprompt.benchmarks import *\nfrom ganprompt.scorer import *\nb = Bench({bench.run!r}, "
-            f"{bench.size!r})\n"
-            f"p, f = b.pairs(16, 5), {str(folder)!r}\n")
+            f"{bench.size!r})\np, f = b.pairs(16, 5), {str(folder)!r}\n")
     does = {"model alone": "", "full": "train_with_trainer(b, p, False, 40, 1, f)",
             "frozen": "train_with_trainer(b, p, True, 40, 1, f)",
             "kept": "train_on_states(b, States(p, b.t5.config.d_model, b.pad_id, f + '/states.bin').fill(b.t5), 40, 1)",
@@ -506,13 +501,12 @@ def bench_data(
     "Reading and cutting a ratings file: ours and pandas."
     import inspect, os
     path = generate_ratings(folder/"ratings.csv", rows)
-    source = inspect.getsource(cut_with_pandas)
-    code = {"pandas": f"{source}\nbegin(); rows = len(cut_with_pandas({str(path)!r}))",
-            "pandas, tuned": f"{source}\nbegin(); rows = len(cut_with_pandas({str(path)!r}, True))",
+    source, file = inspect.getsource(cut_with_pandas), str(path)
+    code = {"pandas": f"{source}\nbegin(); rows = len(cut_with_pandas({file!r}))",
+            "pandas, tuned": f"{source}\nbegin(); rows = len(cut_with_pandas({file!r}, True))",
             "ours": "from ganprompt.corpora import find_source\nfrom ganprompt.data import cut_reviews\n"
                     "from ganprompt.reviews import read_reviews\n"
-                    "begin(); rows = "
-                    f"len(cut_reviews(read_reviews(find_source({str(path)!r}))[0])[0])"}
+                    f"begin(); rows = len(cut_reviews(read_reviews(find_source({file!r}))[0])[0])"}
     found = {name: [] for name in code}
     for _ in range(repeats):
         for name in code: found[name].append(peak_of(code[name]))
@@ -522,8 +516,7 @@ def bench_data(
     times, peak = ({name: [f[key] for f in many] for name, many in found.items()} for key in ("seconds", "peak_mb"))
     memory = os.sysconf("SC_PHYS_PAGES")*os.sysconf("SC_PAGE_SIZE")
     return {"seconds": times, "ratios": median_ratios(times, "ours"), "peak_mb": peak, "rows": rows,
-            "rows_left": found["ours"][0]["rows"],
-            "memory_gb": round(memory/1e9, 1),
+            "rows_left": found["ours"][0]["rows"], "memory_gb": round(memory/1e9, 1),
             "rows_at_which_pandas_fills_it": int(memory/(min(peak["pandas"])*2**20)*rows)}
 
 # %% ../nbs/50_benchmarks.ipynb #50-035
@@ -576,37 +569,50 @@ def bench_catalogue(bench, repeats, folder):
     return {"seconds": times, "ratios": median_ratios(times, "t5-ranker"), "users": len(rows),
             "items": len(reader.titles), "pairs": pairs, "ranker_quality_on_full_lists": quality}
 
-# %% ../nbs/50_benchmarks.ipynb #50-039
-def plot_benchmarks(
-    found:dict, # What `benchmarks.json` holds
-): # matplotlib figure
-    "How many times as long everything else takes, each round a dot; and growth, in logarithms."
-    from matplotlib.figure import Figure
-    parts = {n: p for n, p in found["parts"].items() if "ratios" in p}
-    fig = Figure(figsize=(11, max(2, 1.2 + .25*sum(len(p["ratios"]) for p in parts.values()))), layout="constrained")
-    growth = found["parts"].get("growth", {})
-    left, *right = fig.subplots(1, 2 if growth else 1, width_ratios=(3, 2) if growth else None, squeeze=False)[0]
-    y, labels = 0, []
+# %% ../nbs/50_benchmarks.ipynb #ee27ee39
+def draw_ratios(
+    ax, # Where
+    parts:dict, # Part -> seconds and ratios
+):
+    "A bar for each alternative: how many times as long it takes, each round a dot."
     def words(seconds): return f"{seconds:,.0f} s" if seconds >= 100 else f"{seconds:.3g} s"
+    labels = []
     for name, part in parts.items():
         ours = next(k for k in part["seconds"] if k not in part["ratios"])
         for other, ratio in part["ratios"].items():
-            left.barh(y, ratio, color="#0072B2", alpha=.7)
-            left.plot(np.array(part["seconds"][other])/part["seconds"][ours], [y]*len(part["seconds"][ours]), ".",
-                      color="black", ms=4)
-            slow, fast = (float(np.median(part["seconds"][k])) for k in (other, ours))
-            left.annotate(f"  {ratio:.1f}×  ({words(slow)} / {words(fast)})",
-                          (max(np.array(part["seconds"][other])/part["seconds"][ours]), y), va="center", fontsize=7)
-            labels.append(f"{name}: {other} / {ours}"); y += 1
-    left.set(yticks=range(y), yticklabels=labels, xscale="log", title="time of the alternative / our time")
-    left.invert_yaxis()
-    left.set_xlim(1, left.get_xlim()[1]*8)
-    for ax in right:
-        for axis, line in growth.items():
-            x, t = np.array(line["sizes"]), np.array(line["seconds"])
-            ax.plot(x/x[0], t/t[0], "o-", ms=4, label=f"{axis}: exponent {line['exponent']:.2f}")
-        ax.set(xscale="log", yscale="log", xlabel="work, relative", ylabel="time, relative", title="growth")
-        ax.legend(fontsize=6, loc="upper center", bbox_to_anchor=(.45, -.18), ncols=2, columnspacing=1)
+            y, rounds = len(labels), np.array(part["seconds"][other])/part["seconds"][ours]
+            ax.barh(y, ratio, color="#0072B2", alpha=.7)
+            ax.plot(rounds, [y]*len(rounds), ".", color="black", ms=4)
+            slow, fast = (words(float(np.median(part["seconds"][k]))) for k in (other, ours))
+            ax.annotate(f"  {ratio:.1f}×  ({slow} / {fast})", (max(rounds), y), va="center", fontsize=7)
+            labels.append(f"{name}: {other} / {ours}")
+    ax.set(yticks=range(len(labels)), yticklabels=labels, xscale="log", title="time of the alternative / our time")
+    ax.invert_yaxis()
+    ax.set_xlim(1, ax.get_xlim()[1]*8)
+
+# %% ../nbs/50_benchmarks.ipynb #50-039
+def draw_growth(
+    ax, # Where
+    growth:dict, # Axis -> sizes, seconds, exponent
+):
+    "A line for each axis, in logarithms, from its smallest size on."
+    for axis, line in growth.items():
+        x, t = np.array(line["sizes"]), np.array(line["seconds"])
+        ax.plot(x/x[0], t/t[0], "o-", ms=4, label=f"{axis}: exponent {line['exponent']:.2f}")
+    ax.set(xscale="log", yscale="log", xlabel="work, relative", ylabel="time, relative", title="growth")
+    ax.legend(fontsize=6, loc="upper center", bbox_to_anchor=(.45, -.18), ncols=2, columnspacing=1)
+
+# %% ../nbs/50_benchmarks.ipynb #bebf327b
+def plot_benchmarks(
+    found:dict, # What `benchmarks.json` holds
+): # matplotlib figure
+    "How many times as long everything else takes; and growth, if it was measured."
+    from matplotlib.figure import Figure
+    parts, growth = {n: p for n, p in found["parts"].items() if "ratios" in p}, found["parts"].get("growth", {})
+    fig = Figure(figsize=(11, max(2, 1.2 + .25*sum(len(p["ratios"]) for p in parts.values()))), layout="constrained")
+    left, *right = fig.subplots(1, 2 if growth else 1, width_ratios=(3, 2) if growth else None, squeeze=False)[0]
+    draw_ratios(left, parts)
+    for ax in right: draw_growth(ax, growth)
     for ax in (left, *right): ax.spines[["top", "right"]].set_visible(False); ax.tick_params(labelsize=8)
     models = (f"{found['size']}-sized models with random weights" if found["random_weights"]
               else found.get("llm") or f"trained models of the run {found['run']}")

@@ -5,12 +5,12 @@ copy of anything: the notebook is the job."""
 
 # %% auto #0
 __all__ = ['RunCommand', 'cli', 'shown', 'chosen_chapters', 'run', 'stage_row', 'as_table', 'show', 'presets', 'read_plan',
-           'make_missing', 'studies', 'study_of', 'check_home', 'keep', 'plan_of', 'tables', 'compare', 'explore',
-           'board', 'fetch', 'robustness', 'main']
+           'studies', 'study_of', 'given_by', 'make_missing', 'check_home', 'keep', 'plan_of', 'tables', 'compare',
+           'explore', 'board', 'fetch', 'robustness', 'main']
 
 # %% ../nbs/54_cli.ipynb #54-n04
 import importlib, itertools, os, sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import click
@@ -180,39 +180,6 @@ def read_plan(
     return plan | {"datasets": datasets}
 
 
-# %% ../nbs/54_cli.ipynb #54-057
-def make_missing(
-    plan:dict, # From `read_plan`
-    study:str, # Folder under data/results
-    data_dir:str, # Where the files of the data sets are
-    runs:str="", # Where run folders go
-) -> list: # What failed, one line each
-    "Make the entries that are missing, and train nothing that is kept already; a failure does not stop the rest."
-    from ganprompt.study import keep_study
-    from ganprompt.results import entry_path, keep_models, lacking
-    failed, first = [], (next(iter(plan["datasets"])), plan["seeds"][0]) # it searches for the id models' settings
-    for dataset, seed in itertools.product(plan["datasets"], plan["seeds"]):
-        run = Path(runs or workspace()/"runs").absolute()/f"{Path(dataset).stem}-{seed}"
-        todo = {stage: missing for stage, models in plan["datasets"][dataset].items()
-                if (missing := lacking(study, dataset, seed, models))}
-        models = dict.fromkeys([*todo.get("baselines", []),
-                                *(m for stage in todo for m in plan["stages"][stage].get("reads", []))])
-        search = "" if (dataset, seed) == first else str(entry_path(study, Path(first[0]).name, "", 0).parent)
-        wanted = {"models": ",".join(models), "study_entries": ",".join(todo.get("study", []))}
-        given = (dict(dataset=dataset, data_dir=data_dir, run=run, seed=seed, search_run=search)
-                 | {k: v for k, v in wanted.items() if v} | plan.get("parameters", {}))
-        for stage in todo:
-            click.echo(f"{run.name}: {stage}")
-            try:
-                # all that it had is kept
-                launch([c for c in chapters() if c.stage in [*plan["stages"][stage]["needs"], stage]],
-                       chosen_values(chapters(), {k: str(v) for k, v in given.items()}), may_replace=[stage])
-                (keep_study if stage == "study" else keep_models)(run, study)
-                failed += [f"{run.name}: {model} has failed; the log of {stage} tells why"
-                           for model in lacking(study, dataset, seed, todo[stage])]
-            except UserError as e: failed.append(f"{run.name}: {e}")
-    return failed
-
 # %% ../nbs/54_cli.ipynb #54-058
 @cache
 def studies() -> dict: # Kind -> `Study`; "" for what no chapter knows
@@ -227,6 +194,50 @@ def study_of(
     "Where a study is kept, where its pages go, and how: robustness-mine is another robustness."
     own = Path(study).expanduser().absolute() if "/" in study else None
     return own or study, own, studies().get(kind_of(study), studies()[""])
+
+# %% ../nbs/54_cli.ipynb #60e437c1
+def given_by(
+    plan:dict, # From `read_plan`
+    study:str, # As given with --study
+    dataset:str, seed:int, # Of one run of the plan
+    todo:dict, # Stage -> models of which an entry is missing
+) -> dict: # Parameter -> text
+    """What a run of a plan is launched with, but for its folder. The first one searches for the id models' settings;
+    the others take them over from what is kept of it."""
+    from ganprompt.results import entry_path
+    home, _, kind = study_of(study)
+    first = next(iter(plan["datasets"])), plan["seeds"][0]
+    search = "" if (dataset, seed) == first else str(entry_path(home, Path(first[0]).name, "", 0).parent)
+    read = [m for stage in todo for m in plan["stages"][stage].get("reads", [])]
+    asked = {name: ",".join(dict.fromkeys([*todo.get(stage, []), *read])) for stage, name in kind.asks.items()}
+    given = dict(dataset=dataset, seed=seed, search_run=search) | {name: v for name, v in asked.items() if v}
+    return {name: str(v) for name, v in (given | plan.get("parameters", {})).items()}
+
+# %% ../nbs/54_cli.ipynb #54-057
+def make_missing(
+    plan:dict, # From `read_plan`
+    study:str, # As given with --study
+    data_dir:str, # Where the files of the data sets are
+    runs:str="", # Where run folders go
+) -> list: # What failed, one line each
+    "Make the entries that are missing, and train nothing that is kept already; a failure does not stop the rest."
+    from ganprompt.results import lacking
+    failed, (home, out, kind) = [], study_of(study)
+    for dataset, seed in itertools.product(plan["datasets"], plan["seeds"]):
+        run = Path(runs or workspace()/"runs").absolute()/f"{Path(dataset).stem}-{seed}"
+        missing = partial(lacking, home, dataset, seed)
+        todo = {stage: found for stage, models in plan["datasets"][dataset].items() if (found := missing(models))}
+        given = dict(run=str(run), data_dir=data_dir) | given_by(plan, study, dataset, seed, todo)
+        for stage in todo:
+            click.echo(f"{run.name}: {stage}")
+            try:
+                launch([c for c in chapters() if c.stage in [*plan["stages"][stage]["needs"], stage]],
+                       chosen_values(chapters(), given), may_replace=[stage]) # all that it had is kept
+                kind.keep(run, home, out)
+                failed += [f"{run.name}: {model} has failed; the log of {stage} tells why"
+                           for model in missing(todo[stage])]
+            except UserError as e: failed.append(f"{run.name}: {e}")
+    return failed
 
 # %% ../nbs/54_cli.ipynb #54-058u
 def check_home(
@@ -278,9 +289,9 @@ def plan_of(
 def tables(study, data_dir, plan, runs):
     """Remake the tables and pictures of a study from its kept results; with --data-dir, make what its plan names and
     is missing first."""
-    study, out, kind = study_of(study)
-    failed = make_missing(read_plan(plan or plan_of(study)), study, data_dir, runs) if data_dir is not None else []
-    for path in kind.draw(study, out): click.echo(shown(path))
+    home, out, kind = study_of(study)
+    failed = make_missing(read_plan(plan or plan_of(home)), study, data_dir, runs) if data_dir is not None else []
+    for path in kind.draw(home, out): click.echo(shown(path))
     if failed: raise UserError("\n".join(["these are missing; the rest is made:", *failed]))
 
 # %% ../nbs/54_cli.ipynb #54-058sv1

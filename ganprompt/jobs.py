@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PASSING', 'Parameter', 'read_parameters', 'Chapter', 'call_in', 'job_cells', 'read_chapter', 'chapters', 'parameters',
            'convert', 'unknown', 'compose_yaml', 'read_config', 'read_preset', 'absolute', 'recall', 'note_run',
-           'chosen_values', 'stage_settings', 'ask_first', 'stage_call', 'upstream', 'ask_run']
+           'chosen_values', 'stage_settings', 'ask_first', 'stage_call', 'upstream', 'contradiction', 'ask_run']
 
 # %% ../nbs/52_jobs.ipynb #52-n04
 import ast, difflib, importlib, io, json, os, re, shutil, tokenize
@@ -291,6 +291,20 @@ def upstream(
         found += [other for other in inputs if other not in found]
     return found
 
+# %% ../nbs/52_jobs.ipynb #10bfdfe0
+def contradiction(
+    run:str, # Run
+    name:str, # A complete stage
+    values:dict, # Name → value, for every parameter
+) -> str: # Empty if there is none
+    "In which values a stage was made otherwise."
+    was, grows = manifest(run, name), stage_call(name).get("grows", ())
+    had = was["parameters"] | was.get("given", {})
+    now = {k: values[k] for k in had if k in values}
+    # the same file elsewhere
+    if Path(str(now.get("dataset"))).is_file() and sha256(now["dataset"]) in was["files"].values(): now.pop("dataset")
+    return differing(had, covered(had, grown(had, now, grows), grows))
+
 # %% ../nbs/52_jobs.ipynb #52-027eu
 def ask_run(
     stages:list, # Names of the stages that are about to be made
@@ -301,18 +315,11 @@ def ask_run(
     another would be built on."""
     run, faults = values["run"], []
     for name in dict.fromkeys([*upstream(run, stages), *stages]):
-        if not complete(run_folder(run)/name) or (name in stages and (values.get("replace") or name in may_replace)):
-            continue
-        was, grows = manifest(run, name), stage_call(name).get("grows", ())
-        had = was["parameters"] | was.get("given", {})
-        now = {k: values[k] for k in had if k in values}
-        # the same file elsewhere
-        if Path(str(now.get("dataset"))).is_file() and sha256(now["dataset"]) in was["files"].values():
-            now.pop("dataset")
-        if not (text := differing(had, covered(had, grown(had, now, grows), grows))): continue
+        replaced = name in stages and (values.get("replace") or name in may_replace)
+        if replaced or not complete(run_folder(run)/name) or not (text := contradiction(run, name, values)): continue
         if name in stages:
-            faults.append(f"stage {name!r} of run {run} (finished {was['finished']}) was made with other values: "
-                          f"{text}; to replace it: --replace true; to keep it: another --run")
+            faults.append(f"stage {name!r} of run {run} (finished {manifest(run, name)['finished']}) was made with "
+                          f"other values: {text}; to replace it: --replace true; to keep it: another --run")
         else:
             faults.append(f"{', '.join(stages)} of run {run} would be built on {name!r}, which was made with other "
                           f"values: {text}; make that too: --until {stages[-1]} --replace true in the place of "

@@ -533,6 +533,7 @@ class Study(NamedTuple):
     keep:Callable # (run, study, folder of the pages or None) -> files that were written
     draw:Callable # (study, folder of the pages or None) -> files that were written
     synthetic:bool = False # Whether the project's own may hold made-up data
+    asks:dict = {} # Stage -> its parameter that lists, with commas, what it makes
 
 
 STUDIES = {} # Kind -> `Study`; "" for what no other chapter knows
