@@ -1,0 +1,65 @@
+"The site: every page there, every link leads somewhere, nothing is fetched, and one searches from disk."
+import re
+
+import pytest
+
+from chromium import Browser, browser, until
+from ganprompt import site as S
+from ganprompt.files import UserError, root
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory): return S.make_site(tmp_path_factory.mktemp("site")).parent
+
+
+def test_every_chapter_how_to_and_module_has_a_page(site):
+    for chapter in (p for p in (root()/"nbs").glob("[0-9]*.ipynb")):
+        assert (site/f"nbs/{chapter.stem}.html").exists() and (site/f"api/{chapter.stem[3:]}.html").exists()
+    for page in (root()/"docs").glob("*.md"): assert (site/f"docs/{page.stem}.html").exists()
+
+
+def test_nothing_is_fetched(site):
+    for page in site.rglob("*.html"):
+        text = page.read_text("utf-8")
+        found = re.findall(r'<(?:script|img|iframe)[^>]* src="([^"]+)|<link[^>]* href="([^"]+)', text)
+        assert not [url for pair in found for url in pair if url.startswith(("http", "//"))], page
+
+
+def test_a_formula_stays_in_its_sentence(site):
+    "Also one that begins a line; and no TeX is left."
+    page = (site/"nbs/12_encoder.html").read_text("utf-8")
+    assert page.count("<math") > 20 and "\\mathcal" not in page and not re.search(r"<p>\s*<math[^>]*inline", page)
+
+
+def test_a_link_that_leads_nowhere_is_told(tmp_path, monkeypatch):
+    def broken(out):
+        out.mkdir(); (out/"index.md").write_text("# Start\n\n[there](no/such/page.md)\n")
+    monkeypatch.setattr(S, "stage_pages", broken)
+    monkeypatch.setattr(S, "side_list", lambda pages: ["index.md"])
+    with pytest.raises(UserError, match="no/such/page.md"): S.make_site(tmp_path/"site")
+
+
+@browser
+@pytest.mark.parametrize("width", [1440, 390])
+def test_pages_are_as_wide_as_the_window(width, site, tmp_path):
+    tab = Browser(tmp_path/"profile", width=width)
+    try:
+        for page in ("index", "nbs/12_encoder", "docs/results", "figures/robustness_beauty", "api/encoder"):
+            tab.open(site/f"{page}.html")
+            assert tab.js("document.documentElement.scrollWidth") <= width, page
+        assert all(url.startswith(("file:", "data:")) for url in tab.requests[1:]) and not tab.faults
+    finally: tab.close()
+
+
+@browser
+def test_one_searches_from_disk(site, tmp_path):
+    tab = Browser(tmp_path/"profile")
+    try:
+        tab.open(site/"docs/runs.html")
+        tab.js("document.querySelector('.md-search__input').focus()")
+        tab.call("Input.insertText", text="discriminator")
+        until(lambda: tab.js("document.querySelectorAll('.md-search-result__item').length") > 0)
+        found = tab.js("[...document.querySelectorAll('.md-search-result__link')].map(a => a.href)")
+        assert any("nbs/12_encoder.html" in url for url in found)
+        assert all(url.startswith(("file:", "data:", "about:", "blob:")) for url in tab.requests[1:])
+    finally: tab.close()
