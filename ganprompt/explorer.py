@@ -7,7 +7,7 @@ that needs no network."""
 __all__ = ['GAP', 'LISTED', 'CHOOSE', 'TELL', 'NAME', 'THREE', 'SEARCH', 'PAINT', 'SHOW', 'KEY', 'HINT', 'STYLE_SHEET', 'FEW',
            'COLUMNS', 'PROJECTIONS', 'held_histories', 'prompts_of', 'answers_to', 'user_cards', 'neighbours', 'View',
            'view_of', 'kinds', 'amounts', 'many', 'colourings', 'columns_of', 'arrange', 'Explorer', 'explorer_of',
-           'explore_runs']
+           'explore_runs', 'laid_out']
 
 # %% ../nbs/21_explorer.ipynb #21-003
 import html
@@ -18,12 +18,12 @@ import numpy as np, polars as pl
 from fastcore.basics import patch
 
 from .files import UserError, refuse, strange
-from .runs import Run, manifest, stale
+from .runs import Run, existing_runs, manifest, stale
 from .templates import render
 from .backbones import backbone
 from .encoder import split_users
 from .measures import ranking
-from .figures import COLORS, about_run, caption, layouts, numbers, pick_states
+from .figures import COLORS, about_run, caption, draw_legend, draw_panel, layouts, numbers, pick_states
 
 # %% ../nbs/21_explorer.ipynb #21-006
 def held_histories(
@@ -396,3 +396,38 @@ def explore_runs(
     if len(runs) > 2: raise UserError(f"{len(runs)} runs cannot stand side by side; name one run, or two")
     first, *others = map(Run, runs)
     return first.explore(*others, projection=projection).save(out or first.folder/"explorer.html")
+
+# %% ../nbs/21_explorer.ipynb #21-s01
+def laid_out(
+    run:Run, # Run with the stage `encoder`
+    method:str="UMAP", # UMAP or t-SNE
+    users:int=100, # Held-out users to show
+    **shape, # As of `embed`: neighbors, min_dist, perplexity
+): # Matplotlib figure
+    "States before and after stage 1, laid out with other settings than Figure 3's."
+    from matplotlib.figure import Figure
+    who, before, after = pick_states(pl.read_parquet(run.stage("encoder")/"states.parquet"), users)
+    about, fig = about_run(run), Figure(figsize=(8, 4.4), layout="constrained")
+    for ax, when, (x, y) in zip(fig.subplots(1, 2), ("before", "after"),
+                                (xy.T for xy in layouts(before, after, method, **shape))):
+        draw_panel(ax, who.with_columns(x=x, y=y), f"{method}, {when} stage 1\n{numbers(about, when)}")
+    draw_legend(fig, about["words"])
+    return fig
+
+# %% ../nbs/21_explorer.ipynb #21-s02
+@patch
+def sliders(self:Run): # A widget
+    "Layouts to play with: another run, method, number of users, neighbours; what changes is laid out anew."
+    from ipywidgets import Dropdown, FloatSlider, HBox, IntSlider, ToggleButtons, VBox, interactive_output
+    from IPython.display import display
+    def slider(kind, low, high, value, name, step): return kind(value, min=low, max=high, step=step, description=name,
+                                                                continuous_update=False)
+    names = [n for n in existing_runs(self.folder.parent) if (self.folder.parent/n/"encoder/states.parquet").exists()]
+    controls = dict(run=Dropdown(options=names, value=self.folder.name, description="run"),
+                    method=ToggleButtons(options=["UMAP", "t-SNE"]), users=slider(IntSlider, 20, 350, 60, "users", 10),
+                    neighbors=slider(IntSlider, 2, 100, 15, "neighbours", 1),
+                    min_dist=slider(FloatSlider, 0, .99, .1, "min_dist", .01),
+                    perplexity=slider(IntSlider, 2, 100, 30, "perplexity", 1))
+    def draw(run, **chosen): display(laid_out(Run(self.folder.parent/run), **chosen))
+    first, *others = controls.values()
+    return VBox([HBox([first, others[0]]), HBox(others[1:3]), HBox(others[3:]), interactive_output(draw, controls)])

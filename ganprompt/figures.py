@@ -90,18 +90,21 @@ def embed(
     method:str, # "UMAP" or "t-SNE"
     start:np.ndarray, # Where the points start, [points, 2]
     seed:int=0, # Fixes the layout
+    neighbors:int=15, # UMAP: points that a point is kept near to; more show the whole, fewer the parts
+    min_dist:float=.1, # UMAP: how near points may come, 0 to 1
+    perplexity:float=30, # t-SNE: about how many neighbours a point has
 ) -> np.ndarray: # [points, 2]
     "Lay states out in the plane."
     if method == "UMAP":
-        n, UMAP = min(15, len(x) - 1), load_umap()
+        n, UMAP = min(neighbors, len(x) - 1), load_umap()
         known = {"precomputed_knn": nearest(x.astype(np.float32), n)} if len(x) < SMALL else {}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "precomputed_knn") # no more points will be added
-            return UMAP(n_neighbors=n, init=start.astype(np.float32), random_state=seed, n_jobs=1,
+            return UMAP(n_neighbors=n, min_dist=min_dist, init=start.astype(np.float32), random_state=seed, n_jobs=1,
                         **known).fit_transform(x)
     from openTSNE import TSNE
     small = start * 1e-4 / start.std(0)[:1]
-    return np.asarray(TSNE(perplexity=min(30, (len(x) - 1) / 3), initialization=small, random_state=seed,
+    return np.asarray(TSNE(perplexity=min(perplexity, (len(x) - 1) / 3), initialization=small, random_state=seed,
                            n_jobs=1).fit(x))
 
 # %% ../nbs/20_figures.ipynb #20-n38
@@ -110,10 +113,11 @@ def layouts(
     after:np.ndarray, # The same points after it, [points, dimensions]
     method:str, # "UMAP" or "t-SNE"
     seed:int=0, # Fixes the layouts
+    **shape, # As of `embed`: neighbors, min_dist, perplexity
 ) -> tuple: # Both layouts, [points, 2], the second turned to the first
     "Lay both states of the same points out so that they can be compared."
-    first = embed(before, method, principal(before), seed)
-    second = embed(after, method, align(principal(after), first), seed)
+    first = embed(before, method, principal(before), seed, **shape)
+    second = embed(after, method, align(principal(after), first), seed, **shape)
     return first - first.mean(0), align(second, first)
 
 # %% ../nbs/20_figures.ipynb #20-020

@@ -241,6 +241,20 @@ def test_a_notebook_shows_the_same_page(page):
     assert tag == "iframe" and frame["srcdoc"] == page.html
 
 
+def test_a_slider_lays_out_anew(finished, monkeypatch):
+    "Fewer neighbours give another layout of the same points; every control reaches it."
+    who, few, many = (np.concatenate([ax.collections[0].get_offsets() for ax in E.laid_out(
+        Run(finished), users=20, neighbors=n).axes]) for n in (15, 3, 15))
+    assert who.shape == few.shape and np.array_equal(who, many) and not np.allclose(who, few)
+    asked = []
+    monkeypatch.setattr(E, "laid_out", lambda run, **chosen: asked.append((run.folder.name, chosen)))
+    top, middle, bottom, _ = Run(finished).sliders().children
+    (pick, method), (users, neighbours), (near, perplexity) = (box.children for box in (top, middle, bottom))
+    method.value, neighbours.value, near.value, perplexity.value, users.value = "t-SNE", 7, .5, 12, 40
+    assert asked[-1] == (finished.name, dict(method="t-SNE", users=40, neighbors=7, min_dist=.5, perplexity=12))
+    assert finished.name in pick.options and len(asked) == 6
+
+
 def opened(tab, path):
     "The page, once its panels stand still."
     tab.open(path)
