@@ -11,10 +11,10 @@ def browser(test): return pytest.mark.browser(pytest.mark.skipif(not CHROMIUM, r
 
 
 class Browser:
-    "A page in a headless browser that has no network, by the protocol of its developer tools."
+    "A page in a headless browser that has no network but this machine, by the protocol of its developer tools."
     def __init__(self, folder, width=1440, height=1400):
         flags = ["--headless=new", "--no-sandbox", "--remote-debugging-port=0", "--enable-unsafe-swiftshader",
-                 "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder}"]
+                 "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", f"--user-data-dir={folder}"]
         self.process, mark = subprocess.Popen([CHROMIUM, *flags, "about:blank"], stderr=subprocess.DEVNULL), \
             folder/"DevToolsActivePort"
         until(lambda: mark.exists() and len(mark.read_text().split()) == 2)
