@@ -507,16 +507,14 @@ def bench_data(
             "ours": "from ganprompt.corpora import find_source\nfrom ganprompt.data import cut_reviews\n"
                     "from ganprompt.reviews import read_reviews\n"
                     f"begin(); rows = len(cut_reviews(read_reviews(find_source({file!r}))[0])[0])"}
-    found = {name: [] for name in code}
-    for _ in range(repeats):
-        for name in code: found[name].append(peak_of(code[name]))
+    rounds = [{name: peak_of(lines) for name, lines in code.items()} for _ in range(repeats)]
     path.unlink()
-    if len({f["rows"] for many in found.values() for f in many}) > 1:
-        raise UserError("pandas and ours keep different rows")
-    times, peak = ({name: [f[key] for f in many] for name, many in found.items()} for key in ("seconds", "peak_mb"))
+    times, peak, left = ({name: [found[name][key] for found in rounds] for name in code}
+                         for key in ("seconds", "peak_mb", "rows"))
+    if len(set(sum(left.values(), []))) > 1: raise UserError("pandas and ours keep different rows")
     memory = os.sysconf("SC_PHYS_PAGES")*os.sysconf("SC_PAGE_SIZE")
     return {"seconds": times, "ratios": median_ratios(times, "ours"), "peak_mb": peak, "rows": rows,
-            "rows_left": found["ours"][0]["rows"], "memory_gb": round(memory/1e9, 1),
+            "rows_left": left["ours"][0], "memory_gb": round(memory/1e9, 1),
             "rows_at_which_pandas_fills_it": int(memory/(min(peak["pandas"])*2**20)*rows)}
 
 # %% ../nbs/50_benchmarks.ipynb #50-035

@@ -21,7 +21,7 @@ from .processes import device, seed_all
 from .data import load_candidates, load_sequences, load_training
 from .prompts import pad
 from .models import answers, load_tokenizer, resolve
-from .backbones import Reader, backbone, plot_curves, question_tails
+from .backbones import Reader, backbone, question_tails, write_curves
 from .encoder import reader_for
 from .engine import shares_prefix
 from .scorer import Continued, KINDS, Questions, load_recommender, tune, weight_files, with_tokenizer
@@ -276,9 +276,7 @@ def make_collm(
         merits = finish(folder, ranks, models)
         curves = [row for name, about in models.items() if "failed" not in about
                   for row in tune_text(run, name, folder, start, p)["curves"]]
-        table = pl.DataFrame(curves, infer_schema_length=None)
-        table.write_parquet(folder/"curves.parquet")
-        plot_curves(table, ["loss", "valid_auc"]).savefig(folder/"curves.png", dpi=110)
+        write_curves(folder, pl.DataFrame(curves, infer_schema_length=None), ["loss", "valid_auc"])
         return merits
     return stage(run, "collm", p.params, make, inputs=["data", "prompts", "backbones", "baselines"],
                  files=[root()/"data/templates.yaml"], models=[found] if found else [])

@@ -11,6 +11,7 @@ __all__ = ['CTRL_MODELS', 'STEP_1', 'collaborative_model', 'place_states', 'last
 # %% ../nbs/35_ctrl.ipynb #35-004
 import math, time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from .prompts import load_titles, pad
 from .models import body, encode, load_encoder, width_of
 from .backbones import adamw, backbone, descend, train
 from .encoder import pool, reader_for
-from .recommender import Best, Trained, list_auc, sample_rows
+from .recommender import list_auc, sample_rows, train_with_patience
 from .idmodels import attempt, rank_rows
 from .baselines import finish
 
@@ -299,16 +300,11 @@ def fine_tune(
     "Step 2: purchases, with the AUC on validation lists to say when to stop."
     pieces = windows(load_training(run), len(model["place"].weight))
     at = sample_rows(load_sequences(run, "valid")["user"], p.valid_users, p.seed)
-    opt, schedule = adamw(model.parameters(), p.ctrl_lr, p.ctrl_epochs*math.ceil(len(pieces)/size))
-    best = Best(trained := Trained(model), p.ctrl_patience)
-    def after_epoch(epoch, curves):
-        curves[-1]["valid_auc"] = list_auc([z[:21] for z in score_run(run, model, "valid", at, "uni99")[1]])
-        return best.stop(curves[-1]["valid_auc"])
-    curves = train(purchase_update(model, pieces, opt, schedule, p.ctrl_negatives),
-                   dict(model=trained, opt=opt, schedule=schedule, best=best), len(pieces), p.ctrl_epochs,
-                   size, folder, p.seed, f"{folder.name}, step 2", np.array([len(x) for x in pieces]), after_epoch)
-    trained.load_state_dict(best.weights)
-    return curves
+    def examine():
+        return {"valid_auc": list_auc([z[:21] for z in score_run(run, model, "valid", at, "uni99")[1]])}
+    return train_with_patience(model, partial(purchase_update, model, pieces, drawn=p.ctrl_negatives), examine,
+                               p.ctrl_lr, p.ctrl_patience, len(pieces), p.ctrl_epochs, size, folder, p.seed,
+                               f"{folder.name}, step 2", np.array([len(x) for x in pieces]))
 
 # %% ../nbs/35_ctrl.ipynb #35-035
 def save_model(model, file):

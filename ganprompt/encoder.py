@@ -19,7 +19,7 @@ import polars as pl
 from .attributes import load_attributes, make_attributes
 from .models import MODELS, answers, encode, encoder_kind, fast_math, load_encoder, load_tokenizer, width_of
 from .backbones import (OPTIMIZERS, Reader, adamw, backbone, descend, kind_named, label_loss, model_bytes,
-                                 negatives, plot_curves, train)
+                                 negatives, train, write_curves)
 from .engine import token_batches
 from .data import load_sequences
 from .prompts import pad
@@ -495,8 +495,7 @@ def _write(folder, tokenizer, held, curves, before, after, accuracy):
     "Write the rest of what stage 1 leaves; return the figures of merit."
     tokenizer.save_pretrained(folder/"model")
     table = pl.DataFrame(curves).with_columns(model=pl.lit("stage 1"))
-    table.write_parquet(folder/"curves.parquet")
-    plot_curves(table, ["lm", "cos", "js", "total", "d_loss", "d_accuracy"]).savefig(folder/"curves.png", dpi=110)
+    write_curves(folder, table, ["lm", "cos", "js", "total", "d_loss", "d_accuracy"])
     pl.concat([_states(before, held, "before"), _states(after, held, "after")]).write_parquet(folder/"states.parquet")
     merit = {"before": separability(before), "after": separability(after) | {"d_accuracy": accuracy}}
     write_json(folder/"separability.json", merit)

@@ -15,8 +15,8 @@ import numpy as np, polars as pl
 
 from .attributes import make_attributes
 from .models import encode, load_model
-from .backbones import (adamw, backbone, descend, kind_named, model_bytes, plot_curves, t5_faults,
-                                 train)
+from .backbones import (adamw, backbone, descend, kind_named, model_bytes, t5_faults, train,
+                                 write_curves)
 from .data import load_sequences
 from .encoder import contrast, pool, reader_for
 from .prompts import pad
@@ -170,8 +170,7 @@ def tune_gather(
                    p.gather_batch, folder, p.seed, "gathering", lengths)
     model.eval().save_pretrained(folder/"model"); reader.tokenizer.save_pretrained(folder/"model")
     table = pl.DataFrame(curves).with_columns(model=pl.lit("gathering"))
-    table.write_parquet(folder/"curves.parquet")
-    plot_curves(table, ["lm", "next", *(["same"] if p.gather_same else [])]).savefig(folder/"curves.png", dpi=110)
+    write_curves(folder, table, ["lm", "next", *(["same"] if p.gather_same else [])])
     return {"before": before, "after": likeness_of(model, p.run, reader)}
 
 # %% ../nbs/36_gather.ipynb #36-017u

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['waits_for', 'duration', 'Progress', 'import_early', 'start_kernel', 'load_papermill', 'Launch', 'write_job',
-           'execute', 'current', 'run_chapter', 'run_all', 'write_report', 'launch']
+           'failure', 'execute', 'current', 'ending', 'run_chapter', 'run_all', 'write_report', 'launch']
 
 # %% ../nbs/53_launcher.ipynb #53-n04
 import importlib, json, os, re, sys, threading, time
@@ -82,8 +82,9 @@ def start_kernel(
 def load_papermill():
     "papermill, without a grammar of addresses that jsonschema would build on import, for two seconds."
     sys.modules.setdefault("rfc3987_syntax", None) # to jsonschema it is then not installed
-    import papermill
+    import logging, papermill
     if sys.modules["rfc3987_syntax"] is None: del sys.modules["rfc3987_syntax"]
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     return papermill
 
 # %% ../nbs/53_launcher.ipynb #53-n15
@@ -142,6 +143,15 @@ def write_job(
     notebook = json.loads(chapter.path.read_text(encoding="utf-8"))
     out.write_text(json.dumps(notebook | {"cells": job_cells(notebook["cells"])}), encoding="utf-8")
 
+def failure(
+    stage:str, # Whose chapter has failed
+    kind:str, message:str, # Of the exception
+    out:Path, log:Path, # As of `execute`
+) -> str: # What is shown of it
+    "A mistake is told as it is; of any other failure the kind too, and where its traceback is."
+    if kind in ("UserError", "Killed"): return f"{stage}: {message}\n(log: {log})"
+    return f"{stage}: {kind}: {message}\n(log: {log}; with the whole traceback: {out})"
+
 # %% ../nbs/53_launcher.ipynb #53-032
 def execute(
     chapter:Chapter, # What to run
@@ -151,9 +161,7 @@ def execute(
     shared:Launch, # Kernels and terminal
 ):
     "Execute a chapter's job in a process of its own. Raises `UserError` if it fails."
-    import logging
     kernel, papermill = shared.kernel(chapter), load_papermill()
-    logging.getLogger("papermill").setLevel(logging.ERROR)
     write_job(chapter, out)
     with open(log, "a", encoding="utf-8") as file:
         shared.lines.append(line := Progress(chapter.stage, file))
@@ -162,9 +170,7 @@ def execute(
                                        stdout_file=line, stderr_file=line, km=kernel, start_timeout=600)
         except papermill.PapermillExecutionError as e:
             file.write("\n".join(e.traceback))
-            mistake = e.ename in ("UserError", "Killed")
-            raise UserError(f"{chapter.stage}: {'' if mistake else e.ename + ': '}{e.evalue}\n(log: {log}"
-                            f"{'' if mistake else f'; with the whole traceback: {out}'})") from None
+            raise UserError(failure(chapter.stage, e.ename, e.evalue, out, log)) from None
         except RuntimeError: # the kernel has died, perhaps before it was ready
             raise UserError(f"{chapter.stage}: its process died, perhaps for lack of memory; run again to go "
                             f"on\n(log: {log})") from None
@@ -182,6 +188,16 @@ def current(
     if not fresh(run, chapter.stage): return None
     return {"parameters": values, "source": chapter.source, "fingerprint": manifest(run, chapter.stage)["fingerprint"]}
 
+def ending(
+    stage:str, # Stage
+    run:str, # Run
+    seconds:float, # How long it took
+) -> str: # Lines
+    "What is shown of a chapter that has been executed: its time, and what its stage wants to be read at once."
+    summary = run_folder(run)/stage/"summary.txt"
+    return (f"{stage:12} done  {duration(seconds)}\n"
+            + (summary.read_text(encoding="utf-8") if summary.exists() else ""))
+
 # %% ../nbs/53_launcher.ipynb #53-035
 def run_chapter(
     chapter:Chapter, # What to run
@@ -195,19 +211,18 @@ def run_chapter(
     for folder in (out.parent, log.parent): folder.mkdir(exist_ok=True)
     record = out.with_suffix(".json")
     now = current(chapter, said, run)
-    executes = not (now and record.exists() and out.exists() and json.loads(record.read_text()) == now)
+    if now and record.exists() and out.exists() and json.loads(record.read_text()) == now:
+        shared.say(f"{chapter.stage:12} up to date\n")
+        return False
     start = time.time()
-    if executes:
-        record.unlink(missing_ok=True); log.write_text("")
-        execute(chapter, values, out, log, shared)
-        if not (now := current(chapter, said, run)):
-            raise UserError(f"{chapter.stage}: the chapter has run, but its stage is not complete or out of date "
-                            f"({stale(run, chapter.stage)})\n(log: {log})")
-        write_json(record, now)
-    ended = f"{chapter.stage:12} {'done  ' + duration(time.time() - start) if executes else 'up to date'}\n"
-    summary = run_folder(run)/chapter.stage/"summary.txt" # what a stage wants to be read at once
-    shared.say(ended + (summary.read_text(encoding="utf-8") if executes and summary.exists() else ""))
-    return executes
+    record.unlink(missing_ok=True); log.write_text("")
+    execute(chapter, values, out, log, shared)
+    if not (now := current(chapter, said, run)):
+        raise UserError(f"{chapter.stage}: the chapter has run, but its stage is not complete or out of date "
+                        f"({stale(run, chapter.stage)})\n(log: {log})")
+    write_json(record, now)
+    shared.say(ending(chapter.stage, run, time.time() - start))
+    return True
 
 # %% ../nbs/53_launcher.ipynb #53-n14
 def run_all(

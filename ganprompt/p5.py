@@ -11,6 +11,7 @@ __all__ = ['PROMPTS', 'PIECES', 'VARIANTS', 'KINDS', 'RATE', 'Asker', 'add_token
 # %% ../nbs/33_p5.ipynb #33-004
 import dataclasses, math, time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,10 @@ from .processes import device, seed_all
 from .data import load_candidates, load_sequences, make_data
 from .prompts import PromptEncoder, load_titles, pad
 from .models import cross_attention, encode, fast_math, load_model, load_tokenizer, t5_logits
-from .backbones import adamw, backbone, descend, kind_named, label_loss, model_bytes, t5_faults, train
+from .backbones import backbone, descend, kind_named, label_loss, model_bytes, t5_faults
 from .encoder import reader_for
 from .scorer import KINDS, Prompted, load_recommender, tune, with_tokenizer
-from .recommender import Best, Trained, list_auc, sample_rows
+from .recommender import list_auc, sample_rows, train_with_patience
 from .idmodels import attempt, rank_rows
 from .baselines import finish
 
@@ -214,18 +215,11 @@ def train_p5(
     where:str, # For messages
 )->list[dict]: # One row a step; the last step of an epoch has valid_auc
     "Minimise equation 1 over whole histories."
-    opt, schedule = adamw(model.parameters(), p.recommender_lr,
-                          p.recommender_epochs*math.ceil(len(rows)/p.recommender_batch))
-    best = Best(trained := Trained(model), p.patience)
-    def after_epoch(epoch, curves):
-        curves[-1]["valid_auc"] = list_auc(score_items(model.eval(), asker, *valid))
-        return best.stop(curves[-1]["valid_auc"])
+    def examine(): return {"valid_auc": list_auc(score_items(model.eval(), asker, *valid))}
     lengths = np.array([len(asker.ask(h)) for h in rows["history"].to_list()])
     model.set_attn_implementation("eager")
-    curves = train(p5_update(model, asker, rows, opt, schedule), dict(model=trained, opt=opt, schedule=schedule,
-                   best=best), len(rows), p.recommender_epochs, p.recommender_batch, folder, p.seed, where,
-                   lengths, after_epoch)
-    trained.load_state_dict(best.weights)
+    curves = train_with_patience(model, partial(p5_update, model, asker, rows), examine, p.recommender_lr, p.patience,
+                                 len(rows), p.recommender_epochs, p.recommender_batch, folder, p.seed, where, lengths)
     model.eval()
     return curves
 

@@ -11,6 +11,7 @@ __all__ = ['LONGEST', 'WIDTH', 'LAYERS', 'HEADS', 'START', 'VECTORS', 'KINDS', '
 # %% ../nbs/32_titles.ipynb #32-004
 import dataclasses, json, math, time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,10 @@ from .processes import device, moved, seed_all, set_threads
 from .data import load_training, make_data
 from .prompts import load_titles, pad
 from .models import is_here, load_encoder, load_tokenizer, resolve
-from .backbones import adamw, backbone, descend, train
+from .backbones import backbone, descend
 from .encoder import vectors_of
 from .scorer import KINDS, Recommender, tune
-from .recommender import Best, Trained, list_auc
+from .recommender import list_auc, train_with_patience
 from .statistics import bootstrap
 from .idmodels import VALID_METRIC, VALID_ROWS, attempt, cross_entropy, ndcg, prefixes, rank_all, sampled
 from .baselines import finish
@@ -249,17 +250,13 @@ def learn(
     p:TitlesSettings, # What is asked for
 )->list[dict]: # A row a step; the last one of an epoch has valid_ndcg and valid_auc
     "Minimise the loss, and stop early."
-    opt, schedule = adamw(net.parameters(), p.titles_lr, p.titles_epochs*math.ceil(len(rows)/p.titles_batch))
-    best = Best(trained := Trained(net), p.titles_patience)
-    def after_epoch(epoch, curves):
+    def examine():
         net.eval()
         scores = listed_scores(net.causal, net.items().detach(), exam[0]["history"].to_list(), exam[1])
-        curves[-1] |= {"valid_ndcg": ndcg(scores), "valid_auc": list_auc(scores)}
-        return best.stop(curves[-1]["valid_ndcg"])
-    curves = train(item_update(net, rows, opt, schedule), dict(model=trained, opt=opt, schedule=schedule, best=best),
-                   len(rows), p.titles_epochs, p.titles_batch, folder, p.seed, folder.name,
-                   rows["history"].list.len().to_numpy(), after_epoch)
-    trained.load_state_dict(best.weights)
+        return {"valid_ndcg": ndcg(scores), "valid_auc": list_auc(scores)}
+    curves = train_with_patience(net, partial(item_update, net, rows), examine, p.titles_lr, p.titles_patience,
+                                 len(rows), p.titles_epochs, p.titles_batch, folder, p.seed, folder.name,
+                                 rows["history"].list.len().to_numpy())
     net.eval()
     return curves
 

@@ -14,12 +14,12 @@ from scipy.spatial.distance import jensenshannon
 from ganprompt.files import root
 from ganprompt.processes import later, seed_all
 from ganprompt.templates import read_templates
-from ganprompt.backbones import Reader, adamw, pocket_model, t5_tokenizer
+from ganprompt.backbones import Reader, adamw, descend, pocket_model, t5_tokenizer
 from ganprompt.encoder import (COUPLINGS, EncoderSettings, Versions, adversarial_update, contrast, cosine,
                                discriminator, js, pool, separability, split_users, total, version_loss, version_states)
 from ganprompt.scorer import Questions, States, bank_for, describe, load_recommender, scores_of
 from ganprompt.recommender import (Best, RecommenderSettings, T5Decoder, T5Ranker, Trained, divergence, list_auc,
-                                   rec_loss, sample_rows, training_items, tune_on_states)
+                                   rec_loss, sample_rows, train_with_patience, training_items, tune_on_states)
 from ganprompt.gather import GatherSettings, gather_update
 from ganprompt import encoder, gather, recommender
 
@@ -448,6 +448,23 @@ def test_patience_and_the_best_weights():
         assert best.stop(value) == end
     trained.load_state_dict(best.weights)
     assert layer.weight.item() == weights[1]
+
+
+def test_training_with_patience_ends_early_with_the_best_weights(tmp_path):
+    "The same values, after two steps each: eight steps of ten epochs, and the weights of the fourth."
+    layer, values, weights = torch.nn.Linear(1, 1, bias=False), iter([.6, .7, .7, .65]), []
+    def update_with(opt, schedule):
+        def update(rows, rng):
+            loss = layer(torch.ones(1, 1)).sum()
+            descend(loss, opt, schedule)
+            weights.append(layer.weight.item())
+            return {"loss": loss}
+        return update
+    curves = train_with_patience(layer, update_with, lambda: {"decides": next(values), "does not": 1.}, .1, 2, 6, 10, 3,
+                                 tmp_path, 0, "here")
+    assert len(curves) == 8 and layer.weight.item() == weights[3] and len(set(weights)) == 8
+    assert [row.get("decides") for row in curves] == [None, .6, None, .7, None, .7, None, .65]
+    assert curves[1]["does not"] == 1
 
 
 def test_rows_are_drawn_by_user_and_without_repetition():
