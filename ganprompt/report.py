@@ -150,6 +150,7 @@ def chosen(
     if not own: return "<p>Every parameter has its default.</p>"
     return rows(["parameter", "value"], [[name, json.dumps(value)] for name, value in own.items()])
 
+# %% ../nbs/43_report.ipynb #2c05cb56
 def run_report(
     run:str, # Run
     notebooks:list[Path], # Its executed chapters, each named after its stage
@@ -181,6 +182,7 @@ def chapter(
     inside = re.sub(r"(</?h)([1-4])\b", lambda m: f"{m[1]}{int(m[2]) + 2}", cells_html(cells, stage))
     return folded(f"{html.escape(title)} <code>{stage}</code>", inside, "chapter", stage)
 
+# %% ../nbs/43_report.ipynb #1a4ee1c3
 def document(
     title:str, # Of the page
     about:str, # A line below it

@@ -21,6 +21,7 @@ def with_formulas(
     text, formulas = mathml(text)
     return re.sub("\x02(\\d+)\x03", lambda m: f'<span class="formula">{formulas[int(m[1])]}</span>', text)
 
+
 def shown_cells(
     cells:list, # Of a notebook
 ) -> list: # Those a reader sees, without directives
@@ -30,6 +31,7 @@ def shown_cells(
         c.source = with_formulas(c.source) if c.cell_type == "markdown" else re.sub(r"^(#\|.*\n)+", "", c.source)
     return shown
 
+# %% ../nbs/55_site.ipynb #e62f8a45
 def chapter_page(
     path:Path, # Notebook
     out:Path, # Folder of the page and its pictures
@@ -54,6 +56,7 @@ def public(
     return [(name, f) for name, f in named if (inspect.isfunction(f) or inspect.isclass(f))
             and f.__module__ == module.__name__ and f.__doc__]
 
+
 def function_page(
     name:str, # Of the function
     f, # Function or class
@@ -70,6 +73,7 @@ def function_page(
     gives = about.get("return") and cell(about["return"].docment)
     return f"## {name}\n\n{inspect.cleandoc(f.__doc__)}\n{table}" + f"\nReturns: {gives}\n"*bool(gives)
 
+# %% ../nbs/55_site.ipynb #347dfd2c
 def reference(
     modules:list[str], # Their names
     out:Path, # Folder
@@ -111,8 +115,10 @@ def side_list(
     modules = [{p.stem: f"api/{p.name}"} for p in sorted((pages/"api").glob("*.md"))]
     return [*yaml.safe_load(known)["nav"], {"Chapters": ["docs/chapters.md", *chapters]}, {"Reference": modules}]
 
+
 SHIM = "https://unpkg.com/iframe-worker/shim" # what the theme would fetch; ours is docs/search-from-disk.js
 
+# %% ../nbs/55_site.ipynb #bc86921d
 def make_site(
     out:Path|None=None, # Folder of the pages; `site/` by default
 ) -> Path: # Its first page
