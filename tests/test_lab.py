@@ -1,13 +1,10 @@
-"A real JupyterLab in a real browser: the explorer in a cell, and a chapter that is opened and left as it was."
+"A real JupyterLab in a real browser: a chapter that is opened and saved is left as it was."
 import json, os, shutil, subprocess, sys
 
-import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
 
 from chromium import Browser, browser, until
 from ganprompt.files import root
-from test_explorer import FIND
 
 
 @pytest.fixture(scope="module")
@@ -38,32 +35,6 @@ def opened(tab, url, name):
     until(lambda: tab.js("!!(window.jupyterapp && [...jupyterapp.shell.widgets('main')][0]?.sessionContext)"), 120)
     tab.js("book = [...jupyterapp.shell.widgets('main')][0]; book.sessionContext.ready.then(() => true)")
     until(lambda: tab.js("!!(book.sessionContext.session?.kernel && book.model)"), 60)
-
-
-@browser
-def test_a_point_tapped_in_a_cell_is_chosen_on_both_sides(finished, lab, tmp_path):
-    work, url = lab
-    cell = new_code_cell(f"from ganprompt import Run\nRun({str(finished)!r}).explore()")
-    nbformat.write(new_notebook(cells=[cell]), work/"explore.ipynb")
-    tab = Browser(tmp_path/"profile", height=1500)
-    try:
-        opened(tab, url, "explore.ipynb")
-        tab.js("jupyterapp.shell.activateById(book.id); void jupyterapp.commands.execute('notebook:run-all-cells')")
-        frame = "document.querySelector('iframe[title=explorer]')"
-        inside = f"{frame}.contentWindow"
-        until(lambda: tab.js(f"!!({frame} && {inside}.Bokeh?.documents[0]?.is_idle)"), 240)
-        def js(code): return tab.js(f"{inside}.eval({json.dumps(code)})")
-        js(FIND)
-        i = js("lone()")
-        tab.js(f"{frame}.scrollIntoView()")
-        x, y = js(f"place(0, {i})")
-        left, top = tab.js(f"(b => [b.left, b.top])({frame}.getBoundingClientRect())")
-        tab.click(x + left, y + top)
-        until(lambda: js("points.selected.indices") == [i])
-        assert js("""figures.map(f => f.renderers.filter(r => r.data_source === points)
-                     .map(r => [...Bokeh.index.find_one(r).model.data_source.selected.indices]))""") == [[[i]], [[i]]]
-        assert "User " in js("panel.text") and "Prompt" in js("panel.text")
-    finally: tab.close()
 
 
 @browser

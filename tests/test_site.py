@@ -63,3 +63,12 @@ def test_one_searches_from_disk(site, tmp_path):
         assert any("nbs/12_encoder.html" in url for url in found)
         assert all(url.startswith(("file:", "data:", "about:", "blob:")) for url in tab.requests[1:])
     finally: tab.close()
+
+
+def test_the_readmes_table_is_that_of_its_page():
+    readme, page = ((root()/name).read_text("utf-8") for name in ("README.md", "figures/robustness_beauty.md"))
+    def rows(text): return [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()
+                            if line.startswith("| ") and "[." in line and "](" not in line]
+    kept = {row[0]: row for row in reversed(rows(page))} # the first table holds the levels
+    assert len(rows(readme)) == 4 and len(readme.splitlines()) <= 120
+    for name, clean, unseen, low in rows(readme): assert kept[name][2:5] == [clean, unseen, low]
