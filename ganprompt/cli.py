@@ -304,13 +304,19 @@ def compare(runs):
 
 # %% ../nbs/54_cli.ipynb #54-058sv2
 @cli.command()
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
-@click.option("--out", metavar="FILE", default="", help="The page  [explorer.html in the first run's folder]")
+@click.argument("runs", metavar="RUN...|REPORT.json", nargs=-1, required=True)
+@click.option("--out", metavar="FILE", default="",
+              help="The page  [explorer.html in the first run's folder, or wordings.html beside the report]")
 @click.option("--projection", default="umap", help="umap or tsne  [umap]")
 def explore(runs, out, projection):
     """Write a page on which every point of Figure 3 can be asked what it is: one run before and after stage 1, or two
-    runs after it."""
+    runs after it. Or, of a report of `ganprompt robustness` (its report.json or its folder), a page of every user
+    under every template."""
     from ganprompt.explorer import explore_runs
+    from ganprompt.wordings import explore_wordings, is_report
+    if any(map(is_report, runs)):
+        if len(runs) > 1: raise UserError("a report is explored alone; name one report alone, or one run, or two")
+        return click.echo(shown(explore_wordings(runs[0], out)))
     click.echo(shown(explore_runs([absolute("run", run) for run in runs], out, projection)))
 
 # %% ../nbs/54_cli.ipynb #54-070

@@ -7,7 +7,7 @@ survives?"""
 __all__ = ['PALETTE', 'HISTORIES', 'score_bank', 'spelled', 'whole_logits', 'plot_templates', 'plot_heat', 'figure1', 'changed',
            'changed_rows', 'under_histories', 'tokens_of', 'split_block', 'template_block', 'history_block', 'subject',
            'report_notes', 'report_page', 'test_lists', 'check_report', 'score_key', 'Inquiry', 'inquiry',
-           'whole_report', 'ask_part', 'part_report', 'part_page', 'make_report']
+           'keep_answers', 'whole_report', 'ask_part', 'part_report', 'part_page', 'make_report']
 
 # %% ../nbs/38_robustness.ipynb #38-n03
 import shutil, time
@@ -376,12 +376,27 @@ def inquiry(
     return Inquiry(recommender, own, bank, rows, lists, reader.titles, about, home, home / ".scores" / key)
 
 # %% ../nbs/38_robustness.ipynb #38-070
+def keep_answers(
+    q:Inquiry, # What was asked
+    scores:np.ndarray, # From `score_bank`
+):
+    """Write answers.parquet beside the report, from which chapter 44 makes a page: for each list user, history and
+    candidates (titles, what was bought first), and their scores under each template."""
+    def titled(items): return [q.titles[i] for i in items]
+    kind = pl.Float64 if scores.dtype == np.float64 else pl.Float32
+    each = [scores[:, r, :len(items)].tolist() for r, items in enumerate(q.lists)]
+    q.home.mkdir(parents=True, exist_ok=True)
+    pl.DataFrame(dict(user=q.rows["user"], history=list(map(titled, q.rows["history"])),
+                      candidates=list(map(titled, q.lists)),
+                      scores=pl.Series(each, dtype=pl.List(pl.List(kind))))).write_parquet(q.home / "answers.parquet")
+
 def whole_report(
     q:Inquiry, # What to ask
 ) -> tuple: # (what report.json says, the page)
     "Ask everything."
     asked, users = (q.model, q.own, q.bank, q.rows, q.lists), q.rows["user"]
     scores = score_bank(*asked, q.about["model"], q.kept)
+    keep_answers(q, scores)
     order = agreement(scores)
     table, floor = template_table(scores, q.bank, order), chance(np.array(list(map(len, q.lists))))
     sure, each = bank_intervals(scores, q.bank, users, order)
@@ -455,7 +470,7 @@ def make_report(
     out:str="", # Folder for the two files; empty: robustness/<model> in the run folder
     chat:bool=True, # Whether an untuned chat model is asked through its template
     share:float=1., # Part of the questions to ask; below 1 the rest is estimated
-) -> Path: # report.html; report.json lies beside it; or estimate.html
+) -> Path: # report.html; report.json and answers.parquet lie beside it; or estimate.html
     """Measure how much a recommender minds the wording; after an interruption it goes on. `UserError` for a wrong
     template file or model, before anything is scored."""
     refuse(check_report(locals()))
