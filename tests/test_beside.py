@@ -140,9 +140,10 @@ def test_a_kernel_that_dies_while_it_waits_is_replaced(two, tmp_path, monkeypatc
 def test_an_interrupted_launch_leaves_no_kernel(tmp_path):
     write_toys(tmp_path/"nbs", left="time.sleep(60)", right="time.sleep(60)")
     code = f"""
-from functools import partial
+import signal
 from pathlib import Path
 from ganprompt import jobs, launcher
+signal.signal(signal.SIGINT, signal.default_int_handler) # a job in a shell's background would not hear it
 launcher.cores = lambda: 2
 toys = jobs.chapters(Path({str(tmp_path/"nbs")!r}))
 launcher.launch(toys, jobs.chosen_values(toys, {{"run": {str(tmp_path/"run")!r}}}))"""
