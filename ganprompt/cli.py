@@ -19,6 +19,7 @@ import ganprompt
 from .files import UserError, results_folder, root, run_folder, told, workspace
 from .runs import STUDIES, complete, existing_runs, fresh, kind_of, manifest, stale
 from .jobs import absolute, chapters, chosen_values, compose_yaml, parameters, unknown
+from .report import merits
 from .launcher import duration, launch
 
 # %% ../nbs/54_cli.ipynb #54-046
@@ -104,10 +105,8 @@ def stage_row(
     if not complete(folder/name):
         return [name, "begun" if (folder/f"{name}.partial").exists() else "missing", "", "", ""]
     m = manifest(run, name)
-    number = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
-    merits = ", ".join(f"{k} {number(v)}" for k, v in m["metrics"].items() if isinstance(v, (int, float, str)))
     return [name, "done" if fresh(run, name) else "out of date", duration(m["wall_seconds"]),
-            f"{m['peak_memory_mb']} MB", merits]
+            f"{m['peak_memory_mb']} MB", merits(m)]
 
 # %% ../nbs/54_cli.ipynb #54-053
 def as_table(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COUPLINGS', 'TARGETS', 'pool', 'pairs', 'cosine', 'js', 'total', 'discriminator', 'version_loss', 'target_faults',
            'corrupt', 'hide', 'contrast', 'between', 'Versions', 'in_parts', 'pooled', 'vectors_of', 'language_loss',
-           'among_all', 'title_contrast', 'EncoderSettings', 'adversarial_update', 'version_states', 'separability',
-           'split_users', 'reader_for', 'players', 'train_encoder', 'make_encoder', 'tune_encoder']
+           'twins', 'among_all', 'title_contrast', 'EncoderSettings', 'adversarial_update', 'version_states',
+           'separability', 'split_users', 'reader_for', 'players', 'train_encoder', 'make_encoder', 'tune_encoder']
 
 # %% ../nbs/12_encoder.ipynb #12-004
 import math
@@ -274,6 +274,16 @@ def language_loss(
         return (share and float(count[mine[at]].sum()/count.sum()))*mean
     return sum(in_parts(loss, len(mine), p.encoder_part))
 
+# %% ../nbs/12_encoder.ipynb #12-n00
+def twins(
+    items:np.ndarray, # Item of each row (n,)
+    device, # Of the mask
+): # bool (n, n): where another row has the same item
+    "Rows that are not to count against each other."
+    import torch
+    item = torch.from_numpy(items).to(device)
+    return (item[:, None] == item) & ~torch.eye(len(item), dtype=torch.bool, device=device)
+
 # %% ../nbs/12_encoder.ipynb #12-e05
 def among_all(
     mine, # Vectors of this process's rows (n, width)
@@ -295,9 +305,7 @@ def title_contrast(
     def read(at): return pooled(model, versions.titles(rows[mine[at]]), versions.tokenizer.pad_token_id)
     a = x[torch.arange(len(mine)), torch.from_numpy(chosen[mine])]
     a, b = (among_all(v, share) for v in (a, torch.cat(in_parts(read, len(mine), p.encoder_part))))
-    item = torch.from_numpy(versions.nexts[rows]).to(a.device)
-    twin = (item[:, None] == item) & ~torch.eye(len(item), dtype=torch.bool, device=a.device)
-    loss = contrast(a, b, p.temperature, twin)
+    loss = contrast(a, b, p.temperature, twins(versions.nexts[rows], a.device))
     return loss - (1 - share)*loss.detach()
 
 # %% ../nbs/12_encoder.ipynb #12-n01

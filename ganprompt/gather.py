@@ -18,7 +18,7 @@ from .models import encode, load_model
 from .backbones import (adamw, backbone, descend, kind_named, model_bytes, t5_faults, train,
                                  write_curves)
 from .data import load_sequences
-from .encoder import contrast, pool, reader_for
+from .encoder import contrast, pool, reader_for, twins
 from .prompts import pad
 from .recommender import worded, wordings_faults
 from .files import below, not_positive, refuse, root
@@ -74,10 +74,8 @@ def next_contrast(
     temperature:float, # Of the softmax
 ): # Scalar
     "C(x, y), mean over wordings; rows with the same next item do not count against each other."
-    import torch
-    item = torch.from_numpy(items).to(y.device)
-    twin = (item[:, None] == item) & ~torch.eye(len(item), dtype=torch.bool, device=y.device)
-    return sum(contrast(v, y, temperature, twin) for v in x)/len(x)
+    same = twins(items, y.device)
+    return sum(contrast(v, y, temperature, same) for v in x)/len(x)
 
 # %% ../nbs/36_gather.ipynb #9ed7b8e8
 def gather_losses(

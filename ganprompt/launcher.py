@@ -230,7 +230,7 @@ def run_all(
     values:dict, # Name → value, for every parameter
     console, # A rich console
     may_replace=(), # Stages that may be replaced, whatever the values say
-) -> list[bool]: # Whether each was executed
+):
     """Execute chapters, side by side where they do not need each other. One that fails keeps those that need it from
     starting, and no others; then `UserError` says what has failed."""
     from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -248,7 +248,6 @@ def run_all(
                 try: shared.done[stage] = future.result()
                 except UserError as e: failed.append(str(e))
     refuse(failed)
-    return list(shared.done.values())
 
 # %% ../nbs/53_launcher.ipynb #53-037
 def write_report(

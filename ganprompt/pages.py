@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEX', 'FORMATS', 'STYLE', 'short', 'spread', 'markdown', 'Cell', 'Block', 'Page', 'escape_md', 'escape_tex',
-           'written', 'to_md', 'to_fragment', 'to_html', 'to_tex', 'picture', 'block_of', 'write_page']
+           'written', 'to_md', 'to_table', 'to_fragment', 'to_html', 'to_tex', 'picture', 'block_of', 'write_page']
 
 # %% ../nbs/17_pages.ipynb #17-n04
 import base64, html, io, re
@@ -105,22 +105,26 @@ STYLE = """.tables {font: 14px/1.45 system-ui, sans-serif; max-width: 90em; marg
 .tables tbody {border-bottom: 1px solid #bbb}"""
 
 # %% ../nbs/17_pages.ipynb #17-n10
-def to_fragment(
-    page:Page, # What to write
-) -> str: # HTML without a head, as a notebook shows it
-    "A page as semantic HTML tables."
+def to_table(
+    block:Block, # What to write
+) -> str: # HTML
+    "One table, with the picture above it."
     def row(cells):
         def start(c): return ' style="white-space: normal; text-align: left"' * getattr(c, "long", False)
         return (f'<tr><th scope="row">{written(cells[0], "html")}</th>'
                 + "".join(f"<td{start(c)}>{written(c, 'html')}</td>" for c in cells[1:]) + "</tr>")
-    def table(b):
-        head = "".join(f'<th scope="col">{written(h, "html")}</th>' for h in b.head)
-        bodies = "\n".join("<tbody>\n" + "\n".join(map(row, rows)) + "\n</tbody>" for rows in b.groups)
-        caption = f"<caption>{written(b.caption, 'html')}</caption>"
-        return f"<div>{b.picture}<table>\n{caption}\n<thead><tr>{head}</tr></thead>\n{bodies}\n</table></div>"
+    head = "".join(f'<th scope="col">{written(h, "html")}</th>' for h in block.head)
+    bodies = "\n".join("<tbody>\n" + "\n".join(map(row, rows)) + "\n</tbody>" for rows in block.groups)
+    caption = f"<caption>{written(block.caption, 'html')}</caption>"
+    return f"<div>{block.picture}<table>\n{caption}\n<thead><tr>{head}</tr></thead>\n{bodies}\n</table></div>"
+
+def to_fragment(
+    page:Page, # What to write
+) -> str: # HTML without a head, as a notebook shows it
+    "A page as semantic HTML tables."
     notes = "\n".join(f"<p>{written(n, 'html')}</p>" for n in page.notes)
     return (f'<div class="tables">\n<style>\n{STYLE}\n</style>\n<h1>{written(page.title, "html")}</h1>\n{notes}\n'
-            + "\n".join(map(table, page.blocks)) + "\n</div>\n")
+            + "\n".join(map(to_table, page.blocks)) + "\n</div>\n")
 
 # %% ../nbs/17_pages.ipynb #17-n11
 def to_html(

@@ -390,6 +390,7 @@ def keep_answers(
                       candidates=list(map(titled, q.lists)),
                       scores=pl.Series(each, dtype=pl.List(pl.List(kind))))).write_parquet(q.home / "answers.parquet")
 
+# %% ../nbs/38_robustness.ipynb #c040b2ba
 def whole_report(
     q:Inquiry, # What to ask
 ) -> tuple: # (what report.json says, the page)

@@ -11,15 +11,14 @@ import importlib, inspect, os, re, shutil, tempfile
 from pathlib import Path
 
 from .files import UserError, root
-from .report import mathml
+from .report import put_back, mathml
 
 # %% ../nbs/55_site.ipynb #55-005
 def with_formulas(
     text:str, # Markdown
 ) -> str: # Markdown
-    "The same text, its formulas as MathML; in a span, one at the beginning of a line is no block."
-    text, formulas = mathml(text)
-    return re.sub("\x02(\\d+)\x03", lambda m: f'<span class="formula">{formulas[int(m[1])]}</span>', text)
+    "The same text, its formulas as MathML."
+    return put_back(*mathml(text))
 
 
 def shown_cells(
@@ -109,11 +108,11 @@ def side_list(
 ) -> list: # `nav` of mkdocs
     "What is listed at the side: the pages of `mkdocs.yml`, the chapters, the reference."
     import yaml
-    known = re.search(r"(?sm)^nav:.*", (root()/"mkdocs.yml").read_text("utf-8"))[0]
+    known = yaml.safe_load((root()/"mkdocs.yml").read_text("utf-8"))["nav"]
     def titled(path): return f"{path.stem[:2]} {path.read_text('utf-8').partition('#')[2].splitlines()[0].strip()}"
     chapters = [{titled(p): f"nbs/{p.name}"} for p in sorted((pages/"nbs").glob("*.md"))]
     modules = [{p.stem: f"api/{p.name}"} for p in sorted((pages/"api").glob("*.md"))]
-    return [*yaml.safe_load(known)["nav"], {"Chapters": ["docs/chapters.md", *chapters]}, {"Reference": modules}]
+    return [*known, {"Chapters": ["docs/chapters.md", *chapters]}, {"Reference": modules}]
 
 
 SHIM = "https://unpkg.com/iframe-worker/shim" # what the theme would fetch; ours is docs/search-from-disk.js

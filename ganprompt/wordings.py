@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['AGAIN', 'HEAD', 'TAP', 'PICK', 'NAMED', 'SHOW_WORDING', 'LIST', 'READING', 'LISTED_USERS', 'LISTED_TEMPLATES',
-           'ROOM_AROUND', 'ACCENT', 'read_report', 'first_three', 'heads_of', 'ranks_under', 'Wordings', 'in_groups',
-           'template_rows', 'user_rows', 'wordings_of', 'splits_of', 'wordings_page', 'is_report', 'explore_wordings']
+           'ROOM_AROUND', 'ACCENT', 'report_home', 'read_report', 'first_three', 'heads_of', 'ranks_under', 'Wordings',
+           'in_groups', 'template_rows', 'user_rows', 'wordings_of', 'splits_of', 'wordings_page', 'is_report',
+           'explore_wordings']
 
 # %% ../nbs/44_wordings.ipynb #44-003
 import html, json
@@ -23,13 +24,18 @@ from .robustness import subject
 # %% ../nbs/44_wordings.ipynb #44-006
 AGAIN = "make it anew: ganprompt robustness MODEL"
 
+def report_home(
+    path:str|Path, # report.json of `ganprompt robustness`, or its folder
+) -> Path: # Its folder
+    "Where a report and its answers lie."
+    return Path(path).parent if Path(path).suffix == ".json" else Path(path)
+
 def read_report(
     path:str|Path, # report.json of `ganprompt robustness`, or its folder
 ) -> tuple: # (what it says, its answers: user, history, candidates, scores)
     "What a report says, and the answers beside it. `UserError` for what is no report, or has none."
-    path = Path(path)
-    home = path.parent if path.suffix == ".json" else path
-    if path.name == "estimate.json" or not (home/"report.json").exists() and (home/"estimate.json").exists():
+    home = report_home(path)
+    if Path(path).name == "estimate.json" or not (home/"report.json").exists() and (home/"estimate.json").exists():
         raise UserError(f"{home} holds an estimate from a part of the questions, and a page of wordings wants all "
                         "answers; ask them without --share")
     if not (home/"report.json").exists(): raise UserError(f"there is no report.json in {home}; {AGAIN}")
@@ -335,6 +341,4 @@ def explore_wordings(
     out:str|Path="", # The page; wordings.html beside the report
 ) -> Path: # The page
     "What `ganprompt explore REPORT.json` does."
-    report = Path(report)
-    home = report.parent if report.suffix == ".json" else report
-    return wordings_page(wordings_of(report)).save(out or home/"wordings.html")
+    return wordings_page(wordings_of(report)).save(out or report_home(report)/"wordings.html")

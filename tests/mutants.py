@@ -199,6 +199,8 @@ def main():
     home = tempfile.TemporaryDirectory()
     for module in a.modules.split(","):
         every = list(mutants(module))
+        gone = {k for k in known if k.startswith(f"{module}.")} - {name for name, *_ in every}
+        if gone: sys.exit(f"tests/survivors.yaml names mutants that there are not: {', '.join(sorted(gone))}")
         drawn = sorted(random.Random(f"{a.seed} {module}").sample(every, min(a.each, len(every))), key=lambda m: m[1])
         whole = in_fork(module, (ROOT/f"ganprompt/{module}.py").read_text(), None)
         if not whole.startswith("["): sys.exit(f"{module}: tests or chapter fail as they are: {whole}")
