@@ -26,9 +26,9 @@ from .models import is_here, load_encoder, load_tokenizer, resolve
 from .backbones import backbone, descend
 from .encoder import vectors_of
 from .scorer import KINDS, Recommender, tune
-from .recommender import list_auc, train_with_patience
+from .recommender import list_auc, sampled, train_with_patience
 from .statistics import bootstrap
-from .idmodels import VALID_METRIC, VALID_ROWS, attempt, cross_entropy, ndcg, prefixes, rank_all, sampled
+from .idmodels import VALID_METRIC, VALID_ROWS, attempt, cross_entropy, ndcg, prefixes, rank_all
 from .baselines import finish
 
 # %% ../nbs/32_titles.ipynb #32-008
