@@ -71,6 +71,7 @@ def attempt(
     family:str, # simple, id or text
     work, # Function without arguments; returns frames of `rank_rows` and a dict for models.json
     folder:Path|None=None, # The stage's folder, to keep the ranks in until it is whole
+    params:dict|None=None, # What decides it; None: all that decides the stage, but which models there are
 )->pl.DataFrame|None: # The ranks; None if it failed
     "Run one model's work; record what it says about itself, or why it failed."
     def make(home):
@@ -80,7 +81,7 @@ def attempt(
     try:
         with TemporaryDirectory() as temporary:
             home = Path(folder or temporary)/".ranked"/name
-            about = once(home, None, make)
+            about = once(home, params, make)
             models[name] = {"family": family, **about}
             print(f"{name}: validation {about['valid']:.3f}, {sum(about['seconds'].values()):.1f} s")
             return pl.read_parquet(home/"ranks.parquet", memory_map=False)
