@@ -373,11 +373,10 @@ def _stand(partial, final):
         if final.exists(): _remove(partial/".replaced"); final.rename(partial/".replaced")
         partial.rename(final)
     if (final/".fingerprint").exists():
-        for name in (".replaced", ".earlier"): shutil.rmtree(final/name, ignore_errors=True)
         parts = {mark.parent for mark in final.rglob(".part.json")}
         def whole(path): return not parts.isdisjoint([path, *path.parents]) or any(path in p.parents for p in parts)
         for path in _work(final) - {final/".fingerprint"}:
-            if whole(path) and path.name != ".fingerprint": continue
+            if whole(path) and path.name not in (".fingerprint", ".earlier", ".replaced"): continue
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         (final/".fingerprint").unlink()
 
