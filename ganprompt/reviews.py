@@ -512,7 +512,7 @@ def first_loved(
     user, item = (pl.col(c).to_physical().cast(pl.UInt64) for c in ("user", "item"))
     return df.filter((user * 2**32 + item).is_first_distinct())
 
-# %% ../nbs/03_reviews.ipynb #03-038a
+
 def read_reviews(
     source:Source,
     rating:float=5., # Least rating to keep

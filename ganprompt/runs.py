@@ -75,7 +75,6 @@ def complete(
     except (OSError, ValueError): return False
     return all((folder/name).is_file() for name in names)
 
-# %% ../nbs/01_runs.ipynb #01-016
 def manifest(
     run:str|Path, # Run
     name:str, # Stage
@@ -222,7 +221,6 @@ def device_words() -> str:
     if torch and torch.cuda.is_available(): return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"CPU, {os.cpu_count()} cores, {platform.machine()}"
 
-# %% ../nbs/01_runs.ipynb #01-026a
 def commit() -> dict: # commit: its hash; dirty: whether tracked files differ from it; both "unknown" outside of git
     "The state of this repository in git."
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {"GIT_OPTIONAL_LOCKS": "0"}

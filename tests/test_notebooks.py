@@ -16,6 +16,11 @@ each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 
 
+# Chapters that have no opening and no exercises yet; none is to be left
+UNTAUGHT = {p.stem for p in CHAPTERS if p.name >= "06"}
+MINUTES = {"< 1": "less than a minute", "1": "about a minute", "2": "about two minutes", "4": "about four minutes"}
+
+
 @each
 def test_clean(path):
     nb = nbformat.read(path, as_version=4)
@@ -150,3 +155,34 @@ def test_no_chapter_imports_a_private_name(path):
         for module, names in re.findall(r"from ganprompt\.(\w+) import (\([^)]*\)|[^\n;\"']*)", c.source):
             own = path.stem.endswith(f"_{module}") # code for another process
             assert own or not re.search(r"\b_\w", names), names
+
+
+def opening_of(cells):
+    "What stands between a chapter's title and its first section, in one line."
+    first = next(i for i, c in enumerate(cells) if c.cell_type == "markdown" and "## " in c.source)
+    return " ".join(" ".join(c.source for c in cells[:first] if c.cell_type == "markdown").split())
+
+
+def shows_something(source):
+    "Whether a cell asserts, or ends with a value."
+    body = ast.parse(source).body
+    return any(isinstance(n, ast.Assert) for n in ast.walk(ast.Module(body, []))) or isinstance(body[-1], ast.Expr)
+
+
+@each_chapter
+def test_a_chapter_opens_with_what_it_is_for_and_ends_with_two_exercises(path):
+    "Its minutes are those of docs/chapters.md; both solutions are executed in the lesson, and none of them in a job."
+    from ganprompt.launcher import job_cells
+    cells = nbformat.read(path, as_version=4).cells
+    said = re.search(r"After this chapter you can .+?\. It takes (.+?) on one core\b.*?\bGPU\b", opening_of(cells))
+    at = [i for i, c in enumerate(cells) if c.cell_type == "markdown" and re.match("## Exercises\n", c.source)]
+    assert bool(said and at) == (path.stem not in UNTAUGHT), "written: take it off the list UNTAUGHT"
+    if path.stem in UNTAUGHT: return
+    row = re.search(rf"^\| \[{path.stem}\].*\| *(.+?) *\|$", (root()/"docs/chapters.md").read_text("utf-8"), re.M)
+    assert said[1] == MINUTES[row[1]]
+    last = [c for c in cells[at[0]:] if not c.source.startswith("#| hide")]
+    assert [c.cell_type for c in last] == ["markdown", "code"]*2
+    assert [re.findall(r"^\*\*(\d)\.\*\*", c.source, re.M) for c in last[::2]] == [["1"], ["2"]]
+    assert all(shows_something(c.source) and not c.source.startswith("#|") for c in last[1::2])
+    if "\n## Run this stage" in "".join("\n" + c.source for c in cells if c.cell_type == "markdown"):
+        assert not {c.id for c in last} & {c.id for c in job_cells(cells)}
