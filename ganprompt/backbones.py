@@ -476,7 +476,6 @@ def mask_tokens(
     hide = torch.from_numpy(rng.random(ids.shape) < share) & ~special & (mask == 1)
     return ids.masked_fill(hide, tokenizer.mask_token_id), ids.masked_fill(~hide, -100)
 
-# %% ../nbs/09_backbones.ipynb #09-040
 def slot_targets(
     titles:list[list[int]], # Token ids of each title
     tokenizer, # BERT's
