@@ -83,7 +83,7 @@ def freeze_encoder(
     t5.requires_grad_(False)
     for trained in (t5.decoder.block, t5.decoder.final_layer_norm): trained.requires_grad_(True)
 
-# %% ../nbs/14_recommender.ipynb #14-008
+
 class T5Decoder(OnEncoder):
     "The recommender of section 4.1. The candidate is a part of the prompt."
     joint, plain, encoders = True, True, ("t5",)
@@ -373,7 +373,7 @@ class Trained:
         with torch.no_grad():
             for n, p in self.weights.items(): p.copy_(state[n])
 
-# %% ../nbs/14_recommender.ipynb #dd87c11a
+
 class Best:
     "The best weights so far; part of the checkpoint."
     def __init__(self,
