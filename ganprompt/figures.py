@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-# %% ../nbs/20_figures.ipynb #20-004
 import numpy as np, polars as pl
 
-# %% ../nbs/20_figures.ipynb #20-005
 from fastcore.basics import patch
 from .files import UserError, below, listed, pages_folder, refuse, run_folder, told
 from .runs import Run, STUDIES, Settings, Study, kept, manifest, need, stage

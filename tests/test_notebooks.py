@@ -17,7 +17,7 @@ each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 
 
 # Chapters that have no opening and no exercises yet; none is to be left
-UNTAUGHT = {p.stem for p in CHAPTERS if p.name >= "15"}
+UNTAUGHT = {p.stem for p in CHAPTERS if p.name >= "30"}
 MINUTES = {"< 1": "less than a minute", "1": "about a minute", "2": "about two minutes", "4": "about four minutes"}
 
 
