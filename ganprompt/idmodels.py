@@ -102,7 +102,6 @@ def prefixes(
             for p in range((len(items) - 2)%step + 1, len(items), step)]
     return pl.DataFrame(rows, schema={"user": pl.Int32, "history": pl.List(pl.Int32), "target": pl.Int32}, orient="row")
 
-# %% ../nbs/30_idmodels.ipynb #30-026
 def title_words(
     titles:list, # Raw titles; None for an item without
     top:int=100, # Words wanted
