@@ -1,6 +1,7 @@
-"The site: every page there, every link leads somewhere, nothing is fetched, and one searches from disk."
+"The site: every page there, every link leads somewhere, nothing is fetched, one searches from disk, slides go on."
 import re
 
+import nbformat
 import pytest
 
 from chromium import Browser, browser, until
@@ -62,6 +63,31 @@ def test_one_searches_from_disk(site, tmp_path):
         found = tab.js("[...document.querySelectorAll('.md-search-result__link')].map(a => a.href)")
         assert any("nbs/12_encoder.html" in url for url in found)
         assert all(url.startswith(("file:", "data:", "about:", "blob:")) for url in tab.requests[1:])
+    finally: tab.close()
+
+
+def test_no_result_is_typed_into_the_lecture():
+    "Words on slides name no figure: those come from kept results."
+    for cell in nbformat.read(root()/"nbs/lecture.ipynb", 4).cells:
+        if cell.cell_type == "markdown": assert not re.findall(r"(?<!\d)\.\d\d|\d+ %", cell.source), cell.source
+
+
+@browser
+@pytest.mark.parametrize("width,height", [(1440, 900), (1280, 720), (1024, 768)])
+def test_twelve_slides_fit_and_go_on_by_a_key(width, height, site, tmp_path):
+    tab = Browser(tmp_path/"profile", width, height)
+    def press(key): tab.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=key)
+    def at(): return tab.js("scrollY/innerHeight")
+    try:
+        tab.open(site/"lecture.html")
+        assert tab.js("slides.length") == 12 and tab.js("[...document.images].every(image => image.naturalWidth > 0)")
+        assert tab.js("slides.every(s => s.scrollHeight <= s.clientHeight && s.scrollWidth <= s.clientWidth)")
+        for n in range(1, 12):
+            press("ArrowRight")
+            until(lambda: at() == n, 5)
+        press("ArrowRight"); press("ArrowLeft")
+        until(lambda: at() == 10, 5)
+        assert all(url.startswith(("file:", "data:")) for url in tab.requests[1:]) and not tab.faults
     finally: tab.close()
 
 
