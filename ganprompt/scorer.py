@@ -199,16 +199,31 @@ class States:
         import torch
         self.model, mine = model, shard(len(self.prompts))
         if self.where == "nowhere": return self
+        keep = self.write if self.where == "a mapped file" else self.lay
+        if keep == self.lay:
+            self.data = torch.empty(self.shape, dtype=self.bits, device="cpu" if self.where == "memory" else device())
+        for rows in token_batches(self.lengths[mine]):
+            states, mask = self.compute(mine[rows])
+            keep(mine[rows], states[mask == 1])
+        gathered(None)
         if self.where == "a mapped file":
             self.data = torch.from_file(str(self.file), shared=True, size=math.prod(self.shape),
                                         dtype=self.bits).view(self.shape)
-        else: self.data = torch.empty(self.shape, dtype=self.bits, device="cpu" if self.where == "memory" else device())
-        for rows in token_batches(self.lengths[mine]):
-            states, mask = self.compute(mine[rows])
-            at = np.concatenate([np.arange(self.starts[r], self.starts[r] + self.lengths[r]) for r in mine[rows]])
-            self.data[at] = states[mask == 1].to(self.data.device)
-        gathered(None)
         return self
+
+    def lay(self, rows, states):
+        "Lay the states of some rows (tokens, width) where they belong."
+        at = np.concatenate([np.arange(self.starts[r], self.starts[r] + self.lengths[r]) for r in rows])
+        self.data[at] = states.to(self.data.device)
+
+    def write(self, rows, states):
+        """The same in the file, which is mapped once it is whole: two machines that map one file would not see each
+        other's changes, and write whole pages over them."""
+        import torch
+        file = os.open(self.file, os.O_WRONLY | os.O_CREAT, 0o666)
+        for r, x in zip(rows, states.cpu().view(torch.uint8).split(self.lengths[rows].tolist())):
+            os.pwrite(file, x.numpy().tobytes(), int(self.starts[r])*x.shape[1])
+        os.close(file) # hands it to a file server, too
 
     def get(self, rows):
         "Padded states (n, tokens, width) and their mask (n, tokens), on the model's device."
