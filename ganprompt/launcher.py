@@ -12,7 +12,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from .files import UserError, lock, refuse, root, run_folder, workspace, write_json
-from .processes import cores
+from .processes import cores, follow
 from .runs import fresh, manifest, stale
 from .report import run_report
 from .jobs import Chapter, PASSING, ask_first, ask_run, job_cells, note_run, stage_settings, upstream
@@ -270,6 +270,7 @@ def launch(
     """Execute chapters into a run folder, and write its report. Raises `UserError` for values that cannot work or
     contradict the run, and if another launch is at work there."""
     from rich.console import Console
+    follow()
     ask_first(chapters, values)
     ask_run([c.stage for c in chapters], values, may_replace)
     console, run = console or Console(), values["run"]
