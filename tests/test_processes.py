@@ -1,5 +1,5 @@
 "Two processes do the work of one: the same numbers, from Python and from papermill; errors and kills end all of them."
-import os, shutil, signal, subprocess, sys, time
+import json, os, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +48,15 @@ def assert_same(run, single):
     assert not list((run/"encoder").rglob("checkpoint*"))
 
 
-def test_stage_1_in_two_processes(ready, finished, shop, tmp_path):
-    run = copy(ready, tmp_path/"two")
+@pytest.fixture(scope="session")
+def two(ready, shop, tmp_path_factory):
+    "A run with a stage 1 of two processes."
+    run = copy(ready, tmp_path_factory.mktemp("runs")/"two")
     assert start(run, "encoder", shop, processes=2).wait() == 0
-    assert_same(run, finished)
+    return run
+
+
+def test_stage_1_in_two_processes(two, finished): assert_same(two, finished)
 
 
 def mill(chapter, run, out, **more):
@@ -211,3 +216,80 @@ def test_a_wrong_number_of_processes(monkeypatch):
     with pytest.raises(UserError, match="processes=0"): in_processes(0, work)
     monkeypatch.setattr(processes, "_gpus", lambda: 2)
     with pytest.raises(UserError, match="processes=3.* 2 GPUs"): in_processes(3, work)
+
+
+# A module that Python imports first of all: it notes what its process writes below a folder
+WATCH = """
+import os, sys
+def note(event, args):
+    writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR) or event in ("os.mkdir", "os.rename", "os.remove")
+    if writes and str(args[0]).startswith({run!r}): os.write(log, f"{{event}} {{args[0]}}\\n".encode())
+log = os.open({log!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+sys.addaudithook(note)
+"""
+
+
+def torchrun(node, port, home, script, *args):
+    "One of two machines."
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(home), os.path.dirname(__file__), str(root())]),
+                        "TMPDIR": str(home)}
+    with open(home/"log", "w") as log:
+        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
+                                 f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}", script,
+                                 *map(str, args)], stdout=log, stderr=log, env=env)
+
+
+@pytest.fixture(scope="session")
+def machines(ready, finished, shop, tmp_path_factory):
+    "What machines.py leaves: two machines that are one, each with a launcher of its own."
+    out = tmp_path_factory.mktemp("machines")
+    run, homes = copy(ready, out/"two"), [out/"first", out/"second"]
+    for home in homes: home.mkdir()
+    for home in homes: (home/"sitecustomize.py").write_text(WATCH.format(run=str(run), log=str(home/"writes")))
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    both = [torchrun(i, port, home, os.path.dirname(__file__) + "/machines.py", run, shop, finished, out)
+            for i, home in enumerate(homes)]
+    codes = [p.wait(timeout=300) for p in both]
+    assert (out/"found.json").exists(), [(home/"log").read_text() for home in homes]
+    return out, codes, json.loads((out/"found.json").read_text())
+
+
+def test_two_machines_train_and_score_as_two_processes(machines, two, finished):
+    "To the last bit."
+    from ganprompt.recommender import score_lists
+    out = machines[0]
+    assert_same(out/"two", finished)
+    for name in ("model/model.safetensors", "discriminator.safetensors", "states.parquet", "curves.parquet",
+                 "separability.json"):
+        assert (out/"two/encoder"/name).read_bytes() == (two/"encoder"/name).read_bytes(), name
+    kept = score_lists(str(finished), finished/"recommender/ganprompt", "uni99", np.arange(40), "yes-no", processes=2)
+    assert kept.equals(pl.read_parquet(out/"scores.parquet"))
+
+
+def test_shares_of_two_machines_are_in_order(machines):
+    assert machines[2]["work"] == [4, 7, list(range(9))]
+
+
+def test_the_second_machine_writes_nothing_into_the_run(machines):
+    first, second = ((machines[0]/name/"writes").read_text() for name in ("first", "second"))
+    assert "encoder.partial/model" in first and not second
+
+
+def test_what_goes_wrong_on_the_second_machine_is_told_on_the_first(machines):
+    out, codes, found = machines
+    assert found["mistake"] == "UserError: a row of the second half is wrong"
+    assert found["killed"].startswith("Killed: one of the processes was killed (SIGKILL, on ")
+    assert found["step"] == 7 # the checkpoint has stayed, and the work went on from it
+    assert found["too many"].endswith("the launcher has started 2: set --processes 2")
+    assert found["unplugged"] == "Killed: no sign of process 1 any more; run again to go on" and codes == [1, 1]
+
+
+def test_machines_that_cannot_work_together(monkeypatch, tmp_path):
+    kit = processes._kit()
+    assert "does not see" in processes._unfit(str(tmp_path), kit)
+    (tmp_path/"work").touch()
+    assert not processes._unfit(str(tmp_path), kit)
+    assert "'0' -> " in processes._unfit(str(tmp_path), kit | {"torch": "0"})
+    monkeypatch.setenv("RANK", "1"); monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="process 1 of 2.*follow()"): in_processes(2, work)
+    with pytest.raises(UserError, match="not by torchrun"): processes.follow()
