@@ -421,7 +421,8 @@ def _kit():
 def _unfit(folder, kit):
     "Why this machine cannot do a share; empty if it can."
     here = f"machine {socket.gethostname()}"
-    if text := differing(kit, _kit()): return f"{here} has something else than the first: {text}; install the same there"
+    if text := differing(kit, _kit()):
+        return f"{here} has something else than the first: {text}; install the same there"
     if (Path(folder)/"work").exists(): return ""
     return (f"{here} does not see {folder}, which the first one has written; put the run where all machines see it, as "
             "in --run /shared/NAME")
