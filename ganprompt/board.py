@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASKED', 'BOARD', 'SORT', 'of_entries', 'asked_rows', 'ranked_rows', 'report_faults', 'report_row', 'cell',
-           'board_page', 'to_board', 'kept_rows', 'make_board']
+           'board_page', 'kept_rows', 'make_board']
 
 # %% ../nbs/42_board.ipynb #42-003
 import json
@@ -18,7 +18,7 @@ from .runs import kind_of
 from .templates import read_templates
 from .measures import METRICS, data_name
 from .statistics import by_training, ends, interval, trainings
-from .pages import Block, Page, spread, to_html, write_page
+from .pages import Block, Page, spread, write_page
 from .results import by_dataset, people, read_tables
 from .study import PAGES, bank_of, by_entry, drawn, read_study_entries
 
@@ -112,7 +112,7 @@ def report_row(
 # %% ../nbs/42_board.ipynb #42-010
 BOARD = ["model", "reality", "dataset", "study", "bank", "users", "trainings", "clean", *ASKED, "tokens", "minutes",
          "machine", "commit"]
-SORT = r"""<style>.tables thead th {cursor: pointer}</style>
+SORT = r"""<style>thead th {cursor: pointer}</style>
 <script>
 for (const head of document.querySelectorAll("thead th")) head.onclick = () => {
   const body = head.closest("table").tBodies[0], at = head.cellIndex
@@ -144,16 +144,9 @@ def board_page(
             "data set can be compared, and others only roughly. Intervals: 95 %, over trainings, users and templates "
             "as on the study's page; of one training over users and templates, which says nothing of the method."]
     return Page("The board", said, [Block(f"{len(rows)} models and data sets", BOARD,
-                                          [[[cell(row.get(c)) for c in BOARD] for row in rows]])])
+                                          [[[cell(row.get(c)) for c in BOARD] for row in rows]])], script=SORT)
 
 # %% ../nbs/42_board.ipynb #42-011
-def to_board(
-    page:Page, # From `board_page`
-) -> str: # A whole HTML file
-    "The page, which sorts."
-    return to_html(page).replace("</body>", f"{SORT}</body>")
-
-
 def kept_rows() -> list[dict]: # Rows of all studies of models under data/results
     "What the project keeps."
     names = sorted(p.name for p in results_folder("").iterdir() if any(p.glob("*/*.json")))
@@ -173,6 +166,4 @@ def make_board(
         return value
     table = pl.DataFrame([{c: flat(c, row.get(c)) for c in BOARD} for row in rows], infer_schema_length=None)
     folder = pages_folder(out or (Path("board") if own else None))
-    made = write_page(page := board_page(rows), table, folder/"board")
-    (folder/"board.html").write_text(to_board(page), encoding="utf-8")
-    return made
+    return write_page(board_page(rows), table, folder/"board")

@@ -378,8 +378,9 @@ def summary(
 ) -> list[Path]: # figures/<study>.md, .html, .tex, .csv, .png and .pdf
     "One page and one picture of all kept entries of a study."
     records, stem = read_study(study), pages_folder(out) / Path(study).name
-    kept, more = entries(records), f"\n![AUC and HR@10 of every training]({stem.name}.png)\n"
-    return [*write_page(summary_page(records, stem.name), kept, stem, more), *save_figure(plot_study(kept), stem)]
+    kept, words = entries(records), "AUC and HR@10 of every training"
+    page = summary_page(records, stem.name)._replace(pictures={f"{stem.name}.png": words})
+    return [*write_page(page, kept, stem), *save_figure(plot_study(kept), stem)]
 
 STUDIES[""] = Study(lambda run, study, out: [keep_metrics(run, study)], summary) # what no other chapter knows
 

@@ -120,8 +120,9 @@ def draw_points(
     entries, stem = read_points(study), pages_folder(out) / Path(study).name
     rows, other = first_of_each(entries), stem.with_name(f"{stem.name}-tsne")
     table = separation_rows(entries)
-    more = "".join(f"\n![Figure 3, {method}]({at.name}.png)\n" for method, at in (("UMAP", stem), ("t-SNE", other)))
-    return [*write_page(separation_page(table, any(e["pocket"] for e in entries)), table, stem, more),
+    page = separation_page(table, any(e["pocket"] for e in entries))
+    shown = {f"{at.name}.png": f"Figure 3, {method}" for method, at in (("UMAP", stem), ("t-SNE", other))}
+    return [*write_page(page._replace(pictures=shown), table, stem),
             *save_figure(draw_six(rows), stem), *save_figure(draw_six(rows, "t-SNE"), other)]
 
 def draw_kept_couplings(

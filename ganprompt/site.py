@@ -170,7 +170,8 @@ def stage_pages(
     for folder in ("nbs", "api"): (out/folder).mkdir(parents=True)
     for folder in ("docs", "figures"):
         shutil.copytree(top/folder, out/folder, ignore=shutil.ignore_patterns("*.tex", "*.csv", "*.pdf", "*.html"))
-    shutil.copy(top/"figures/board.html", out/"board.html") # which sorts
+    (out/"figures/board.md").unlink()
+    shutil.copy(top/"figures/board.html", out/"figures") # which sorts
     make_slides(out/"lecture.html")
     for name in ("CONTRIBUTING", "CHANGELOG"): shutil.copy(top/f"{name}.md", out)
     shutil.copy(top/"README.md", out/"index.md")

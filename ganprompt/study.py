@@ -816,8 +816,9 @@ def draw_study(
     for dataset, mine in by_dataset(entries).items():
         stem = out/f"{Path(study).name}_{slug(dataset)}"
         pictures = {f"{stem.name}{end}": (words, fig) for end, plot, words in plots if (fig := plot(mine))}
-        made += write_page(*study_page(mine, against, title), stem,
-                           "".join(f"\n![{words}]({name}.png)\n" for name, (words, _) in pictures.items()))
+        page, table = study_page(mine, against, title)
+        shown = {f"{name}.png": words for name, (words, _) in pictures.items()}
+        made += write_page(page._replace(pictures=shown), table, stem)
         for name, (_, fig) in pictures.items(): made += save_figure(fig, out/name)
     return made
 

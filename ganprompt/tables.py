@@ -397,8 +397,9 @@ def make_tables(
     known = {d["dataset"]: d for d in data}
     for dataset, mine in by_dataset(entries).items():
         r, stem = results_of(mine), out / f"table{NUMBERS.get(dataset, '')}_{slug(dataset)}"
-        made += write_page(page_of(r, known.get(dataset, {})), long_rows(r), stem,
-                           f"\n![AUC and HR@10 of all models]({stem.name}.png)\n")
+        page = page_of(r, known.get(dataset, {}))
+        made += write_page(page._replace(pictures={f"{stem.name}.png": "AUC and HR@10 of all models"}), long_rows(r),
+                           stem)
         made += save_figure(plot_models(r), stem)
     if data:
         made += write_page(table1_page(data), pl.concat([pl.DataFrame(d["table1"]) for d in data],

@@ -9,6 +9,7 @@ from chromium import Browser, browser, until
 from ganprompt import board as B
 from ganprompt.cli import main
 from ganprompt.files import UserError, root
+from ganprompt.pages import to_html
 from ganprompt.robustness import make_report
 
 
@@ -90,7 +91,7 @@ def test_a_click_on_a_head_sorts_by_number_or_word(tmp_path):
     def row(model, users, clean, minutes):
         return dict(model=model, dataset="Toy", users=users, trainings=1, clean=[clean, clean - .1, clean + .1],
                     minutes=minutes)
-    page = B.to_board(B.board_page([row("b", 300, .5, 2.), row("a", 4144, .25, None), row("c", 1000, .75, 10.)]))
+    page = to_html(B.board_page([row("b", 300, .5, 2.), row("a", 4144, .25, None), row("c", 1000, .75, 10.)]))
     (tmp_path/"board.html").write_text(page)
     tab = Browser(tmp_path/"profile")
     try:
