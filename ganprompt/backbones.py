@@ -5,11 +5,11 @@
 
 # %% auto #0
 __all__ = ['EVERY', 'OPTIMIZERS', 'pieces', 't5_tokenizer', 'bert_tokenizer', 'pocket_config', 'pocket_model', 'batches',
-           'Curves', 'Checkpoints', 'progress_bar', 'train', 'plot_curves', 'write_curves', 'adamw', 'descend',
-           'Reader', 'negatives', 'label_loss', 'odds_loss', 't5_update', 'narrow_head', 'question_tails',
-           'last_logits', 'check_causal', 'causal_update', 'mask_tokens', 'slot_targets', 'bert_update',
-           'BackbonesSettings', 'pocket_tokenizer', 'most_tokens', 'model_bytes', 'train_pocket', 'model_faults',
-           'kind_named', 'check_reader', 't5_faults', 'make_backbones', 'backbone']
+           'Curves', 'Checkpoints', 'train', 'plot_curves', 'write_curves', 'adamw', 'descend', 'Reader', 'negatives',
+           'label_loss', 'odds_loss', 't5_update', 'narrow_head', 'question_tails', 'last_logits', 'check_causal',
+           'causal_update', 'mask_tokens', 'slot_targets', 'bert_update', 'BackbonesSettings', 'pocket_tokenizer',
+           'most_tokens', 'model_bytes', 'train_pocket', 'model_faults', 'kind_named', 'check_reader', 't5_faults',
+           'make_backbones', 'backbone']
 
 # %% ../nbs/09_backbones.ipynb #09-n02
 import json, math, re, time
@@ -24,8 +24,8 @@ import polars as pl
 
 from .files import UserError, below, not_positive, refuse, strange, told, write_json
 from .runs import Settings, need, once, stage
-from .processes import (LARGE, device, finite, is_main, later, load_checkpoint, save_checkpoint, seed_all,
-                                 set_threads, side_by_side, summed)
+from .processes import (LARGE, device, finite, is_main, later, load_checkpoint, progress_bar, save_checkpoint,
+                                 seed_all, set_threads, side_by_side, summed)
 from .data import dataset_info, load_training
 from .templates import fixed_words
 from .prompts import PromptEncoder, load_templates, load_titles, make_prompts, pad
@@ -179,16 +179,6 @@ class Checkpoints:
         save_checkpoint(self.folder, steps, {"curves": self.curves.rows, "parts": {k: p.state_dict()
                 for k, p in self.parts.items()}})
         self.last, self.every = time.time(), max(self.every, 20*(time.time() - began))
-
-# %% ../nbs/09_backbones.ipynb #09-027b
-def progress_bar(
-    work, # What is gone through
-    what:str, # Its name on the bar
-    done:int=0, # How much of it was done before
-): # The same, with a bar on the terminal of the first process
-    "Show how far a loop is."
-    from tqdm import tqdm
-    return tqdm(work, what, done + len(work), initial=done, mininterval=5, ncols=90, disable=not is_main())
 
 # %% ../nbs/09_backbones.ipynb #dbb9e265
 def train(

@@ -81,14 +81,17 @@ def chosen_chapters(
 @click.option("--until", metavar="STAGE",
               help="Last stage to make, of those below; one made on demand if it is named here  [all others]")
 @click.option("--only", metavar="STAGES", help="These stages and no others, as in data,baselines")
-def run(preset, config, until, only, **given):
+@click.option("--quiet", is_flag=True, help="Print errors, and the last line alone: where the report is")
+def run(preset, config, until, only, quiet, **given):
     """Execute the chapters, in order, into a run folder; skip what is up to date.
 
     A value on the command line wins over the YAML file, that over the preset, that over the default."""
+    from rich.console import Console
     todo = list(chapters())
     values = chosen_values(todo, {name: text for name, text in given.items() if text is not None}, preset, config)
     made = chosen_chapters(todo, until, only)
-    report, folder = launch(made, values), run_folder(values["run"])
+    report, folder = launch(made, values, Console(quiet=quiet)), run_folder(values["run"])
+    if quiet: return click.echo(shown(report))
     tables = [path for c in made for path in sorted((folder/c.stage).glob("table*.md"))]
     for path in tables: click.echo("\n" + path.read_text(encoding="utf-8"))
     if not tables: click.echo(f"{made[-1].stage}: {stage_row(values['run'], made[-1].stage)[-1]}")

@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from .files import UserError, refuse, root, sha256, strange, workspace, write_json
+from .processes import progress_bar
 from .reviews import TYPES, File, Source, sniff, text_encoding
 
 # %% ../nbs/04_corpora.ipynb #04-006
@@ -221,7 +222,6 @@ def find_source(
 # %% ../nbs/04_corpora.ipynb #04-083
 def _fill(url, part):
     "Download what is missing from `part`. Raises `ConnectionError` if the connection ends too early."
-    from tqdm import tqdm
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"User-Agent": "ganprompt"}
                                      | ({"Range": f"bytes={have}-"} if have else {}))
@@ -232,8 +232,8 @@ def _fill(url, part):
     with reply:
         if reply.status == 200: have = 0 # the server sends all of it, whatever we asked for
         total = have + int(reply.headers["Content-Length"])
-        with open(part, "ab" if have else "wb") as f, tqdm(total=total, initial=have, unit="B", unit_scale=True,
-                                                           desc=part.stem) as bar:
+        with open(part, "ab" if have else "wb") as f, progress_bar(None, part.stem, have, "byte", total=total,
+                                                                   unit_scale=True) as bar:
             while block := reply.read(1 << 18): bar.update(f.write(block))
     if part.stat().st_size < total:
         raise ConnectionError(f"connection cut after {part.stat().st_size} of {total} bytes")

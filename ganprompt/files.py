@@ -250,7 +250,8 @@ LOOKS = "check", "fits", "room", "disk", "imports"
 HOUSE = "files", "runs", "processes"
 PLUMBING = {"UserError", "root", "run_folder", "stage", "need", "stale", "fresh", "manifest", "complete", "lock",
             "versions", "device_words", "Settings", "settings_of", "once", "kept", "begun", "side_by_side",
-            "beside", "is_large", "strange", "below", "not_positive", "told", "refuse", "possible", "_led"}
+            "beside", "progress_bar", "is_large", "strange", "below", "not_positive", "told", "refuse", "possible",
+            "_led"}
 
 # %% ../nbs/00_files.ipynb #16651245
 class _Definition:

@@ -23,16 +23,16 @@ import polars as pl
 
 from .files import UserError, below, listed, not_positive, refuse, root, strange, told, write_json
 from .runs import Run, Settings, kept, need, stage
-from .processes import (device, gathered, in_processes, is_main, part, possible, seed_all, shard,
-                                 side_by_side, totals)
+from .processes import (device, gathered, in_processes, is_main, part, possible, progress_bar, seed_all,
+                                 shard, side_by_side, totals)
 from .data import load_candidates, load_sequences, load_training
 from .templates import nonsense as templates_of_nonsense, read_templates
 from .models import (MODELS, answer_logits, answers, check_t5, encode, encoder_kind, fast_math, first_step,
                               halved, head_rows, is_large, load_encoder, load_model, load_tokenizer, resolve,
                               t5_logits, to_fetch, vocabulary_words, weights, width_of)
 from .backbones import (BackbonesSettings, Reader, adamw, backbone, check_causal, descend, kind_named,
-                                 model_bytes, model_faults, negatives, odds_loss, progress_bar, question_tails, train,
-                                 train_pocket, write_curves)
+                                 model_bytes, model_faults, negatives, odds_loss, question_tails, train, train_pocket,
+                                 write_curves)
 from .engine import answer_whole, shares_prefix
 from .encoder import make_encoder, reader_for, vectors_of
 from .scorer import (Continued, KINDS, Prompted, Questions, States, bank_for, load_recommender,

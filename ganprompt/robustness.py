@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 import polars as pl
-from tqdm import tqdm
 
 from .files import UserError, below, digest, model_files, refuse, run_folder, sha256, told, write_json
 from .runs import commit, device_words, kept, manifest, need, versions
+from .processes import progress_bar
 from .data import dataset_info
 from .templates import read_templates, render, slots
 from .prompts import pad
@@ -62,7 +62,7 @@ def score_bank(
                             "diverged, lower its learning rate")
         return out
     return np.stack([kept(keep / f"{t}.npy", partial(under, t, about)) if keep else under(t, about)
-                     for t, about in enumerate(tqdm(bank, desc=say or "templates", mininterval=5, ncols=90))])
+                     for t, about in enumerate(progress_bar(bank, say or "the model", unit="template"))])
 
 # %% ../nbs/38_robustness.ipynb #38-043b
 def spelled(
