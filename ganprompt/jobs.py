@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PASSING', 'Parameter', 'read_parameters', 'Chapter', 'call_in', 'job_cells', 'read_chapter', 'chapters', 'parameters',
            'convert', 'unknown', 'compose_yaml', 'read_config', 'read_preset', 'absolute', 'recall', 'note_run',
-           'chosen_values', 'stage_settings', 'ask_first', 'stage_call', 'upstream', 'contradiction', 'ask_run']
+           'chosen_values', 'ask_first', 'stage_call', 'upstream', 'contradiction', 'ask_run']
 
 # %% ../nbs/52_jobs.ipynb #52-n04
-import ast, difflib, importlib, io, json, os, re, shutil, tokenize
+import ast, difflib, io, json, os, re, shutil, tokenize
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import ganprompt
 
 from .files import UserError, digest, refuse, root, run_folder, sha256, write_json
-from .runs import complete, covered, differing, grown, manifest, remembered, settings_of
+from .runs import complete, covered, differing, grown, manifest, remembered, stage_settings
 
 # %% ../nbs/52_jobs.ipynb #52-005
 class Parameter(NamedTuple):
@@ -248,12 +248,6 @@ def chosen_values(
     return values | recall(run, chapters) | chosen | {"run": run}
 
 # %% ../nbs/52_jobs.ipynb #52-027c
-def stage_settings(
-    stage:str, # Name of a stage
-) -> type: # Class of its settings
-    "What the stage's module wants to be told."
-    return settings_of(getattr(importlib.import_module(f"ganprompt.{stage}"), f"make_{stage}"))
-
 def ask_first(
     chapters, # `Chapter`s that are about to run
     values:dict, # Name → value, for every parameter

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from .files import UserError, lock, refuse, root, run_folder, workspace, write_json
 from .processes import BETWEEN, cores, follow
-from .runs import complete, fresh, manifest, remembered, stale
+from .runs import complete, fresh, manifest, remembered, stage_settings, stale
 from .report import run_report
-from .jobs import Chapter, PASSING, ask_first, ask_run, job_cells, note_run, stage_settings, upstream
+from .jobs import Chapter, PASSING, ask_first, ask_run, job_cells, note_run, upstream
 
 # %% ../nbs/53_launcher.ipynb #53-n09
 def waits_for(

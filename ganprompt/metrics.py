@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRIVIAL', 'trivial_scores', 'collect_scores', 'standing', 'notes', 'metrics_page', 'long_table', 'plot_ranks',
-           'comparisons', 'evaluate', 'MetricsSettings', 'make_metrics', 'keep_metrics', 'group_names', 'read_study',
-           'entries', 'means_block', 'methods_block', 'pairs_block', 'seeds_block', 'plot_study', 'summary_page',
-           'summary']
+           'comparisons', 'evaluate', 'MetricsSettings', 'make_metrics', 'card_metrics', 'keep_metrics', 'group_names',
+           'read_study', 'entries', 'means_block', 'methods_block', 'pairs_block', 'seeds_block', 'plot_study',
+           'summary_page', 'summary']
 
 # %% ../nbs/19_metrics.ipynb #19-n04
 import json
@@ -18,8 +18,9 @@ import polars as pl
 from fastcore.basics import patch
 
 from .files import UserError, below, pages_folder, refuse, results_folder, root, run_folder, write_json
-from .runs import STUDIES, Run, Settings, Study, manifest, need, stage
+from .runs import STUDIES, Run, Settings, Study, at_end, manifest, need, stage
 from .data import dataset_info, load_candidates, load_sequences, load_training, make_data
+from .scorer import write_cards
 from .recommender import make_recommender
 from .measures import METRICS, label, per_user
 from .statistics import difference, measure, over_trainings, scope
@@ -216,6 +217,18 @@ def make_metrics(
                 for m in ("auc", "hit@10")}
     return stage(p.run, "metrics", p.params, make, inputs=("data", "recommender"),
                  files=[root() / "data/paper_tables.csv"])
+
+# %% ../nbs/19_metrics.ipynb #6ae7b7df
+@at_end
+def card_metrics(
+    folder:Path, # A stage's folder
+    about:dict, # Its manifest
+):
+    "Write the cards of stage `recommender` again once its models are measured."
+    if about["stage"] != "metrics": return
+    tests = {name: {label(m): values[m] for m in METRICS} for name, values in
+             json.loads((folder / "table.json").read_text())["metrics"].items()}
+    write_cards(folder.parent / "recommender", manifest(folder.parent, "recommender"), tests)
 
 # %% ../nbs/19_metrics.ipynb #19-067
 def keep_metrics(

@@ -265,6 +265,10 @@ def learn(
 class ItemSequence(Recommender):
     "A causal model over item vectors: it reads titles one by one, or ids, and no template."
     on_encoder, starts, settings = False, (), TitlesSettings
+
+    @classmethod
+    def called(cls, folder, about): return VECTORS[folder.name]
+
     decided_by = ("seed", "vectors", "titles_lr", "titles_dropout", "titles_batch", "titles_epochs", "titles_patience")
     def __init__(self,
         reader, # `Reader`, for the questions that it passes over
