@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SIGNALS', 'ALONE', 'carried', 'REDRAWN', 'BETWEEN', 'SAYS', 'LEFT', 'LOST', 'pulse', 'LARGE', 'seed_all',
-           'save_checkpoint', 'load_checkpoint', 'device', 'moved', 'later', 'finite', 'rank', 'is_main', 'shard',
-           'part', 'Lost', 'summed', 'totals', 'gathered', 'die_with', 'launched', 'possible', 'in_processes',
-           'OneLine', 'bar_place', 'progress_bar', 'Pulse', 'follow', 'set_threads', 'cores', 'beside', 'side_by_side']
+           'save_checkpoint', 'load_checkpoint', 'TimeOver', 'within', 'device', 'moved', 'later', 'finite', 'rank',
+           'is_main', 'shard', 'part', 'Lost', 'summed', 'totals', 'gathered', 'die_with', 'launched', 'possible',
+           'in_processes', 'OneLine', 'bar_place', 'progress_bar', 'Pulse', 'follow', 'set_threads', 'cores', 'beside',
+           'side_by_side']
 
 # %% ../nbs/02_processes.ipynb #02-n04
 import atexit, importlib, io, itertools, json, logging, math, os, pickle, random, signal, socket, subprocess, sys
@@ -66,6 +67,27 @@ def load_checkpoint(
     saved = torch.load(path, map_location="cpu", weights_only=True)
     _set_rng_state(saved["rng"])
     return saved["step"], saved["state"]
+
+# %% ../nbs/02_processes.ipynb #8af80cc1
+class TimeOver(KeyboardInterrupt):
+    "The time that was given is over: the same command, given again, goes on."
+
+
+@contextmanager
+def within(
+    seconds:float, # Above 0
+):
+    "Raise `TimeOver` in what is done here once the seconds are over. A thread beside the main one has no limit."
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    def over(*_): raise TimeOver(f"after {seconds:.0f} s")
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try: yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 # %% ../nbs/02_processes.ipynb #02-048
 def device():
