@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np, polars as pl
 
 from .attributes import make_attributes
-from .models import encode, load_model
-from .backbones import (adamw, backbone, descend, kind_named, model_bytes, t5_faults, train,
-                                 write_curves)
+from .models import encode, load_encoder
+from .backbones import adamw, descend, model_bytes, train, write_curves
 from .data import load_sequences
 from .encoder import contrast, pool, reader_for, twins
 from .prompts import pad
@@ -48,10 +47,6 @@ class GatherSettings(Settings):
                 *not_positive(p, "temperature", "gather_lr"),
                 *wordings_faults(self.gather_wordings, self.gather_nonsense)]
 
-    def fits(self, values):
-        "Whether the run's encoder has a decoder."
-        return t5_faults(kind_named(values["encoder"]), "stage gather")
-
     def room(self, values):
         "Room for the encoder, and for a checkpoint beside the one before it."
         return 7*model_bytes(values["encoder"])
@@ -79,33 +74,35 @@ def next_contrast(
 
 # %% ../nbs/36_gather.ipynb #9ed7b8e8
 def gather_losses(
-    model, # T5
+    model, # Of `load_encoder`
     reader, # `Reader` with its tokenizer
     asked:list, # Questions in one wording after another, from `worded`
     nexts:np.ndarray, # The item bought next, of each row
     p:GatherSettings, # Weights and temperature
-): # losses(rows, rng) -> lm, same, next: scalars
+): # losses(rows, rng) -> lm, same, next: scalars; lm is 0 of an encoder without a decoder
     "The terms of this stage 1's loss, of a batch."
     plain, pad_id = reader.encoder("{title_seq}"), reader.tokenizer.pad_token_id
     titles = [plain.ids([i]) for i in range(len(reader.titles))]
     def read(prompts):
         ids, mask = pad(prompts, pad_id, model.device)
         return encode(model, ids, mask), mask
+    def written(items, states, mask):
+        labels, used = pad([plain.titles[i] + plain.end for i in items], pad_id, model.device)
+        return model(encoder_outputs=(states,), attention_mask=mask, labels=labels.masked_fill(used == 0, -100)).loss
     def losses(rows, rng):
         chosen = drawn_wordings(len(rows), len(asked), bool(p.gather_same), rng)
         states, mask = read([asked[w].context(r) for line in chosen for w, r in zip(line, rows)])
         x, y = pool(states, mask).view(*chosen.shape, -1), pool(*read([titles[i] for i in nexts[rows]]))
         answered = rng.integers(len(x), size=len(rows))*len(rows) + np.arange(len(rows))
-        labels, used = pad([plain.titles[i] + plain.end for i in nexts[rows]], pad_id, model.device)
-        lm = model(encoder_outputs=(states[answered],), attention_mask=mask[answered],
-                   labels=labels.masked_fill(used == 0, -100)).loss
-        same = contrast(x[0], x[-1], p.temperature) if len(x) > 1 else 0*lm
-        return dict(lm=lm, same=same, next=next_contrast(x, y, nexts[rows], p.temperature))
+        after = next_contrast(x, y, nexts[rows], p.temperature)
+        lm = written(nexts[rows], states[answered], mask[answered]) if model.config.is_encoder_decoder else 0*after
+        same = contrast(x[0], x[-1], p.temperature) if len(x) > 1 else 0*after
+        return dict(lm=lm, same=same, next=after)
     return losses
 
 # %% ../nbs/36_gather.ipynb #0d8cc9f2
 def gather_update(
-    model, # T5
+    model, # Of `load_encoder`
     reader, # `Reader` with its tokenizer
     asked:list, # Questions in one wording after another, from `worded`
     nexts:np.ndarray, # The item bought next, of each row
@@ -133,7 +130,7 @@ def likeness(
 
 # %% ../nbs/36_gather.ipynb #36-015
 def likeness_of(
-    model, # T5
+    model, # Of `load_encoder`
     run:str, # Run
     reader, # `Reader` with its tokenizer
     histories:int=200, # Histories to look at
@@ -155,9 +152,9 @@ def tune_gather(
     folder:Path, # Where `model/` goes
 )->dict: # Figures of merit
     "This stage 1, into any folder."
-    (reader, _), rows, path = reader_for(p.run), load_sequences(p.run, "train"), backbone(p.run, "t5")["path"]
+    (reader, path), rows = reader_for(p.run), load_sequences(p.run, "train")
     seed_all(p.seed)
-    model = load_model(path, "t5").to(device())
+    model = load_encoder(path).to(device())
     before = likeness_of(model, p.run, reader)
     opt, schedule = adamw(model.parameters(), p.gather_lr, p.gather_epochs*math.ceil(len(rows)/p.gather_batch),
                           "adam")

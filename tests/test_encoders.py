@@ -1,6 +1,6 @@
 """Encoders of every kind with random weights: states, stage 1 in parts and in two processes, recommenders on top; real
 models where the environment variable GANPROMPT_REAL names a folder that holds minilm and smollm2."""
-import os
+import os, shutil
 from pathlib import Path
 
 import numpy as np
@@ -275,7 +275,6 @@ def test_what_an_encoder_cannot_say_is_refused(kind, target, said, folders):
 
 
 def test_what_needs_a_t5_is_refused_before_work_starts(folders):
-    from ganprompt.gather import GatherSettings
     from ganprompt.p5 import P5Settings
     values = {"encoder": str(folders["minilm"])}
     for kind in "t5-decoder", "t5-ranker":
@@ -283,9 +282,39 @@ def test_what_needs_a_t5_is_refused_before_work_starts(folders):
         assert f"{kind!r} is a T5's own decoder" in said and "causal-lm or ranker" in said
         assert not RecommenderSettings(recommender=kind).fits({"encoder": "pocket"})
     assert not kind_faults("ranker", "t5") and not kind_faults("causal-lm", "bare")
-    for p in P5Settings(), GatherSettings():
-        assert "a T5 is needed" in p.fits(values)[0] and not p.fits({"encoder": "pocket"})
+    assert "a T5 is needed" in P5Settings().fits(values)[0] and not P5Settings().fits({"encoder": "pocket"})
     assert not BackbonesSettings(**values).check()
+
+
+def test_models_that_were_brought_are_found_by_their_hub_names(folders, tmp_path, monkeypatch):
+    from ganprompt.models import find_model
+    name, other = "sentence-transformers/all-MiniLM-L6-v2", "HuggingFaceTB/SmolLM2-135M-Instruct"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **more: 1/0) # no cache
+    shutil.copytree(folders["minilm"], tmp_path/"models/minilm")
+    monkeypatch.setenv("GANPROMPT_REAL", str(tmp_path/"models"))
+    assert find_model(name) == tmp_path/"models/minilm" and kind_named(name) == "bare"
+    assert find_model(other) is None is find_model("org/minilm")
+    monkeypatch.setenv("GANPROMPT_REAL", "")
+    monkeypatch.chdir(tmp_path/"models")
+    assert find_model(name) is None
+
+
+# Chapter 36: gathering, with any encoder
+
+@pytest.mark.parametrize("name", MADE)
+def test_any_encoder_can_gather(name, folders):
+    "Without a decoder nothing is written; the contrast is the loss, and it falls."
+    from ganprompt.backbones import adamw
+    from ganprompt.gather import GatherSettings, gather_losses, gather_update
+    reader, model = world(folders[name])
+    (rows, _), p = shoppers(24), GatherSettings(gather_same=1.)
+    asked = [Questions(reader, {}, rows, attributes=False) for _ in range(2)]
+    nexts, at = rows["target"].to_numpy(), np.arange(24)
+    terms = gather_losses(model, reader, asked, nexts, p)(at, np.random.default_rng(0))
+    assert (terms["lm"] > 0) == (KIND[name] == "t5") and terms["next"] > 0 and terms["same"] > 0
+    update = gather_update(model.train(), reader, asked, nexts, *adamw(model.parameters(), 3e-3, 40), p)
+    losses = [float(update(at, np.random.default_rng(i))["next"].detach()) for i in range(20)]
+    assert losses[-1] < .9*losses[0]
 
 
 # Chapter 14: recommenders on any encoder
