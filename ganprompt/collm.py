@@ -26,7 +26,7 @@ from .encoder import reader_for
 from .engine import shares_prefix
 from .scorer import Continued, KINDS, Questions, load_recommender, tune, weight_files, with_tokenizer
 from .recommender import (CausalLM, RecommenderSettings, add_adapters, find_llm, llm_faults, load_llm,
-                                   sample_rows, save_adapters, to_learn_from, tune_on_states)
+                                   sample_rows, save_adapters, to_learn_from, tune_on_states, worded)
 from .idmodels import attempt, rank_rows
 from .baselines import finish, make_baselines
 
@@ -87,8 +87,9 @@ def text_reader(
 class TALLRec(CausalLM):
     "A causal language model that reads a history as text."
     attributes, on_encoder, starts, soft = False, False, ("llm",), None
-    decided_by = ("seed", "negatives_per_positive", "recommender_lr", "recommender_batch", "recommender_epochs",
-                  "patience", "valid_users", "text", "lora_rank", "lora_modules")
+    decided_by = ("seed", "negatives_per_positive", "wordings", "nonsense", "consistency", "recommender_lr",
+                  "recommender_batch", "recommender_epochs", "patience", "valid_users", "text", "lora_rank",
+                  "lora_modules")
     def __init__(self,
         reader, # From `text_reader`
         lm, # Causal language model with adapters, from peft
@@ -102,8 +103,12 @@ class TALLRec(CausalLM):
     def states(self, ids, mask): return self.lm.get_input_embeddings()(ids)
     def read(self, states, mask): return Continued.read(self, states, mask)
     def questions(self, rows):
-        "What is asked in training."
+        "What is asked in training, or first."
         return Questions(self.reader, {}, rows, self.text, attributes=False)
+
+    def asked(self, rows, p):
+        "The same and, with `wordings` above one, other wordings of the bank's seen part (chapter 14)."
+        return [self.questions(rows), *worded(self.reader, {}, rows, False, p.wordings, p.nonsense, p.seed)[1:]]
 
     @classmethod
     def new(cls, reader, start, p):
@@ -111,11 +116,14 @@ class TALLRec(CausalLM):
         lm = add_adapters(load_llm(start["llm"]), p.lora_rank, p.lora_modules).to(device()).eval()
         return cls(text_reader(reader, start["llm"]), lm, start["text"])
     @classmethod
+    def known(cls, start, p): return super().known(start, RecommenderSettings.of(vars(p)))
+    @classmethod
     def fit(cls, run, folder, start, p):
         seed_all(p.seed)
-        model = cls.new(reader_for(run)[0], start, p)
-        sets = [(Texts(model, rows), items) for rows, items in to_learn_from(run, p, len(model.tails))]
-        curves = tune_on_states(model, *sets, folder, RecommenderSettings.of(vars(p)), folder.name)
+        model, p = cls.new(reader_for(run)[0], start, p), RecommenderSettings.of(vars(p))
+        (rows, items), (asked, lists) = to_learn_from(run, p, len(model.tails))
+        sets = (Texts(model, rows, model.asked(rows, p)), items), (Texts(model, asked), lists)
+        curves = tune_on_states(model, *sets, folder, p, folder.name)
         model.save(folder)
         return curves
 
@@ -178,9 +186,10 @@ class Texts:
     def __init__(self,
         model:TALLRec, # Recommender
         rows:pl.DataFrame, # user, history
+        wordings:list|None=None, # From `TALLRec.asked`: the same rows in one wording after another; None: the first
     ):
-        asked = model.questions(rows)
-        self.model, self.prompts = model, [model.context(asked, r) for r in range(len(rows))]
+        asked = wordings or [model.questions(rows)]
+        self.model, self.prompts = model, [model.context(q, r) for q in asked for r in range(len(rows))]
         self.lengths = np.array([len(p) for p in self.prompts])
 
     def get(self, rows):

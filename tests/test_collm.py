@@ -116,6 +116,27 @@ def test_prompts_are_the_titles(done):
     assert soft.tails[items[0, 0]] == [n + users + items[0, 0]] + text.tails[items[0, 0]]
 
 
+def test_tallrec_in_several_wordings_reads_each_question_in_them(done):
+    """The first wording is the one that it is asked in alone; the others are seen templates with a blank, and a step
+    on two wordings is the mean of both losses."""
+    from ganprompt.recommender import logits_at, rec_loss, states_update
+    from ganprompt.scorer import Questions, bank_for, scores_of
+    model, (rows, lists) = load(done, "TALLRec"), asked(done, n=6)
+    p, items = RecommenderSettings(str(done), wordings=3, recommender_batch=6), lists[:, :5]
+    texts, alone = Texts(model, rows, model.asked(rows, p)), Texts(model, rows)
+    assert texts.prompts[:6] == alone.prompts and len(texts.prompts) == 18
+    seen = [Questions(model.reader, {}, rows, t["text"], False) for t in bank_for(model.reader)[1:]
+            if t["split"] == "seen"]
+    assert all(prompt in [q.context(i % 6) for q in seen] for i, prompt in enumerate(texts.prompts[6:], 6))
+    assert all(texts.prompts[6 + i] != texts.prompts[12 + i] for i in range(6))
+    opt = torch.optim.SGD([w for w in model.module.parameters() if w.requires_grad], 0.)
+    at, rng = np.arange(6), np.random.default_rng(0)
+    w = int(np.random.default_rng(0).integers(1, 3))
+    z = [scores_of(logits_at(model, texts, items, at, model.names, w), "yes-no", model.names) for w in (0, w)]
+    found = states_update(model, (texts, items), p, opt, None)(at, rng)["loss"]
+    assert torch.isclose(found, sum(rec_loss(x, "yes-no") for x in z)/2) and not torch.allclose(*z)
+
+
 def test_the_double_softmax_orders_alike_only_where_yes_and_no_share_the_same_mass(done):
     model, (rows, items) = load(done, "TALLRec"), asked(done, n=1)
     ids, mask = pad([Texts(model, rows).prompts[0] + model.tails[i] for i in items[0]], model.pad_id)
