@@ -5,16 +5,16 @@ robust, and is it the GAN?"""
 
 # %% auto #0
 __all__ = ['FORMS', 'FIRST', 'SHOWN', 'ABOUT', 'WHOLE', 'STATISTICS', 'CONTROLS', 'SEPARABILITY', 'HEAT', 'BEFORE_AFTER', 'WORDS',
-           'LINE', 'HEAD_AT', 'BOUGHT', 'VIEWS', 'AGAINST', 'PAGES', 'STUDIES', 'names_of', 'refuse_names',
-           'refuse_choice', 'check_entry', 'first_stage', 'read_entries', 'asked_entries', 'encoder_for',
-           'StudySettings', 'tuned_model', 'bank_file', 'bank_of', 'unseen_in', 'first_places', 'shown_of',
-           'answers_table', 'unshifted', 'answers_of', 'run_entry', 'whole_entry', 'stage_page', 'write_study',
-           'make_study', 'kept_measures', 'table_of', 'by_entry', 'keep_study', 'read_study_entries', 'unseen_at',
-           'drawn', 'epochs_of', 'separated', 'costliest', 'study_notes', 'part_errors', 'part_block', 'level',
-           'figures_block', 'difference_block', 'budget_block', 'cost_block', 'separation_block', 'study_page',
-           'plot_study_groups', 'plot_study_heat', 'plot_separated', 'in_words', 'examples', 'most_moved', 'bank_words',
-           'numbered', 'figure1_facts', 'draw_head', 'lines_of', 'draw_asked', 'draw_figure1', 'plot_figure1',
-           'draw_study']
+           'LINE', 'HEAD_AT', 'BOUGHT', 'VIEWS', 'AGAINST', 'REAL_AGAINST', 'PAGES', 'STUDIES', 'names_of',
+           'refuse_names', 'refuse_choice', 'check_entry', 'first_stage', 'read_entries', 'asked_entries',
+           'entries_file', 'encoder_for', 'StudySettings', 'tuned_model', 'bank_file', 'bank_of', 'unseen_in',
+           'first_places', 'shown_of', 'answers_table', 'unshifted', 'answers_of', 'run_entry', 'whole_entry',
+           'stage_page', 'write_study', 'make_study', 'kept_measures', 'table_of', 'by_entry', 'keep_study',
+           'read_study_entries', 'unseen_at', 'drawn', 'epochs_of', 'separated', 'costliest', 'study_notes',
+           'part_errors', 'part_block', 'level', 'figures_block', 'difference_block', 'budget_block', 'cost_block',
+           'separation_block', 'study_page', 'plot_study_groups', 'plot_study_heat', 'plot_separated', 'in_words',
+           'examples', 'most_moved', 'bank_words', 'numbered', 'figure1_facts', 'draw_head', 'lines_of', 'draw_asked',
+           'draw_figure1', 'plot_figure1', 'draw_study']
 
 # %% ../nbs/41_study.ipynb #41-004
 import dataclasses, itertools, json, string, textwrap, time
@@ -81,21 +81,25 @@ def check_entry(
     encoders:dict, # Encoder -> its parameters
 ):
     "`UserError` for a recommender, an encoder or a parameter that there is not."
-    kinds = {name: kind for name, kind in KINDS.items() if kind.on_encoder or kind in FORMS}
+    kinds = {name: kind for name, kind in KINDS.items() if kind.on_encoder or kind in FORMS or name == "untuned"}
     refuse_choice(where, values, "recommender", ["", *kinds])
+    if values.get("recommender") == "untuned":
+        return refuse_names(where, values, ["recommender", "tuned", "llm", "chat"])
     kind = kinds.get(values.get("recommender"))
     stage_2 = names_of(kind and kind.settings or RecommenderSettings)
     if kind in FORMS:
-        return refuse_names(where, values, ["recommender", *(k for k in stage_2 if k in kind.decided_by)])
+        mine = {"recommender", *kind.decided_by, *kind.starts} & {"recommender", *stage_2}
+        return refuse_names(where, values, sorted(mine))
     refuse_names(where, values, ["encoder", "tuned", *stage_2])
     refuse_choice(where, values, "encoder", encoders)
 
 def first_stage(
     how:dict, # An entry's settings, from `read_entries`
+    path:str|Path="", # As of `read_entries`
 )->dict|None: # stage (spread or gather), epochs; None if there is no stage 1
     "What stage 1 an entry has, and for how long."
     if how.get("encoder", "backbone") == "backbone": return None
-    values = read_entries()[0][how["encoder"]]
+    values = read_entries(path)[0][how["encoder"]]
     stage = values.get("stage", "spread")
     name = {"spread": "encoder_epochs", "gather": "gather_epochs"}[stage]
     return {"stage": stage, "epochs": getattr(FIRST[stage][0].of(values), name)}
@@ -118,10 +122,17 @@ def read_entries(
     return encoders, {name: {"tuned": True} | values for name, values in entries.items()}
 
 def asked_entries(
-    study_entries:str, # As in the parameters
+    study_entries:str, study_file:str, # As in the parameters
 )->list[str]: # Names
     "The entries that are asked for."
-    return list(read_entries()[1]) if study_entries == "all" else listed(study_entries)
+    return list(read_entries(study_file)[1]) if study_entries == "all" else listed(study_entries)
+
+def entries_file(
+    study:str|Path, # Folder under data/results, or a path
+)->Path: # YAML file
+    "Where the entries of a study stand: in its kind's plan, if that has some."
+    own = root()/"data"/f"{kind_of(study)}.yaml"
+    return own if own.is_file() and "\nentries:" in own.read_text(encoding="utf-8") else root()/"data/study.yaml"
 
 # %% ../nbs/41_study.ipynb #41-011
 def encoder_for(
@@ -151,20 +162,22 @@ class StudySettings(Settings):
     study_recommender:str="t5-ranker" # What is tuned: t5-decoder, causal-lm, t5-ranker or ranker
     study_users:int=300 # Users to ask about, drawn at random, the same for every seed; 0: all
     study_bank:str="templates" # Bank that they are asked under: data/NAME.yaml; trained on: data/templates.yaml
+    study_file:str="" # File with the entries; empty: data/study.yaml
     recommender_epochs:int=6 # Passes over the training sequences at most
     recommender_batch:int=64 # Training sequences a batch; each comes with its negatives
+    neutral = "study_file", # what stands in it counts
 
     def check(self):
         "Look at names and numbers, and read the bank."
         p = vars(self)
-        return [*strange(p | {"study_entries": asked_entries(self.study_entries)}, study_entries=read_entries()[1],
-                         study_recommender=on_encoder()),
+        return [*strange(p | {"study_entries": asked_entries(self.study_entries, self.study_file)},
+                         study_entries=read_entries(self.study_file)[1], study_recommender=on_encoder()),
                 *below(p, 1, "recommender_epochs", "recommender_batch"), *below(p, 0, "seed", "study_users"),
                 *told(lambda: unseen_in(bank_file(self.study_bank), self.study_bank))]
 
     def room(self, values):
         "Room for the encoders and recommenders, and a checkpoint of each."
-        return len(asked_entries(self.study_entries))*(3 + 7)*model_bytes(values["encoder"])
+        return len(asked_entries(self.study_entries, self.study_file))*(3 + 7)*model_bytes(values["encoder"])
 
 # %% ../nbs/41_study.ipynb #41-012
 def tuned_model(
@@ -175,9 +188,10 @@ def tuned_model(
     reader, # `Reader` of the run
 ): # (recommender, validation AUC or None, stage 1's figures of merit)
     "An entry's recommender."
-    encoders, entries = read_entries()
+    encoders, entries = read_entries(p.study_file)
     e = entries[name]
     encoder, kind = e.get("encoder", "backbone"), e.get("recommender", p.study_recommender)
+    if kind == "untuned": return load_recommender(resolve(e["llm"]), reader, chat=e.get("chat", True)), None, {}
     own = {k: v for k, v in e.items() if k not in ("encoder", "tuned", "recommender")}
     q = (KINDS[kind].settings or RecommenderSettings).of(vars(p) | own)
     path, merits = encoder_for(run, encoder, encoders[encoder], folder/"encoders", p.seed)
@@ -304,11 +318,11 @@ def whole_entry(
     p:StudySettings, # What is asked for
 )->dict: # What is known of the entry, or {"failed": why}
     "Tune and ask once; the answers are kept beside."
-    how = read_entries()[1][name]
+    how = read_entries(p.study_file)[1][name]
     def make(home):
         about, table = run_entry(run, name, folder, p)
         table.write_parquet(home/"ranks.parquet")
-        return about | {"settings": how, "stage_1": first_stage(how)}
+        return about | {"settings": how, "stage_1": first_stage(how, p.study_file)}
     try: return once(folder/".entries"/slug(name), None, make)
     except UserError as e: return {"failed": short_message(e)}
 
@@ -360,7 +374,8 @@ def make_study(
     run, asked = p.run, dict(study_users=p.study_users, recommender_epochs=p.recommender_epochs)
     # a look, and not a measurement
     if run == "demo" and [*asked.values()] == [300, 6]: p = dataclasses.replace(p, study_users=20, recommender_epochs=1)
-    names, bank, known = asked_entries(p.study_entries), bank_file(p.study_bank), read_entries()[1]
+    names, bank = asked_entries(p.study_entries, p.study_file), bank_file(p.study_bank)
+    known, file = read_entries(p.study_file)[1], Path(p.study_file or root()/"data/study.yaml")
     llms = dict.fromkeys(known[name].get("llm", "pocket") for name in names)
     need(run, "attributes", make_attributes)
     unseen_in(bank, p.study_bank, bank_for(reader_for(run)[0], bank))
@@ -371,7 +386,7 @@ def make_study(
         return write_study(folder, found, p)
     return stage(run, "study", p.params, make, inputs=["data", "prompts", "backbones", "attributes"],
                  grows=["study_entries"], given=asked,
-                 files=[root()/"data/study.yaml", root()/PROMPTS, *dict.fromkeys([root()/"data/templates.yaml", bank])],
+                 files=[file, root()/PROMPTS, *dict.fromkeys([root()/"data/templates.yaml", bank])],
                  models=[resolve(llm) for llm in llms if llm != "pocket"])
 
 # %% ../nbs/41_study.ipynb #41-017
@@ -425,7 +440,7 @@ def read_study_entries(
 )->list: # Entries, sorted by data set, place in data/study.yaml, seed
     """All kept entries. `UserError` if there are none, one is damaged, or they are about other users, data,
     templates or backbones than their neighbours."""
-    order, folder = list(read_entries()[1]), results_folder(study)
+    order, folder = list(read_entries(entries_file(study))[1]), results_folder(study)
     found = [read_entry(path, answers_of) for path in sorted(folder.glob("*/*.json"))]
     if not found: raise UserError(f"no results in {folder}; keep some first: ganprompt keep RUN --study robustness")
     found.sort(key=lambda e: (e["dataset"], order.index(e["model"]) if e["model"] in order else len(order), e["seed"]))
@@ -799,7 +814,9 @@ VIEWS = [("", plot_study_groups, "HR@10 under every template"),
          ("_heat", plot_study_heat, "P(yes) for the target, users by templates"),
          ("_figure1", plot_figure1, "Figure 1: one user before and after")]
 AGAINST = "random templates", "gathered in one wording"
+REAL_AGAINST = *AGAINST, "attributes", "SmolLM2 in random templates", "SmolLM2 behind the backbone"
 PAGES = {"robustness": ("Robustness", AGAINST, VIEWS),
+         "real": ("Robustness of models that have read the web", REAL_AGAINST, VIEWS),
          # kind of study -> title, what is compared with, pictures
          "ablation": ("Readings of stage 1", ("attributes", "GANPrompt"),
                       [("", plot_separated, "Separation of the versions, accuracy and robustness")])}

@@ -346,13 +346,14 @@ def test_room_for_each_entry():
     assert GatherSettings().room({"encoder": "pocket"}) == (3 + 3 + 1)*S.model_bytes("pocket")
 
 
-@pytest.mark.parametrize("plan", ["tables", "standard", "robustness", "robustness-fresh", "ablation"])
+@pytest.mark.parametrize("plan", ["tables", "standard", "robustness", "robustness-fresh", "ablation", "real"])
 def test_plans_name_what_there_is(plan):
     found = read_plan(str(root()/f"data/{plan}.yaml"))
-    entries, readings = (list(S.read_entries()[1]),
+    entries, readings = (list(S.read_entries(S.entries_file(plan))[1]),
                          list(yaml.safe_load((root()/"data/study.yaml").read_text())["readings"]))
-    wanted = {"robustness": [e for e in entries if e not in readings],
+    wanted = {"robustness": [e for e in entries if e not in readings], "real": entries,
               "ablation": ["attributes", "GANPrompt", "GANPrompt as printed", *readings]}
+    assert found["parameters"].get("study_file") == (str(root()/"data/real.yaml") if plan == "real" else None)
     assert all(set(m.get("study", [])) <= set(entries) for m in found["datasets"].values())
     assert (S.bank_of(found).name
             == ("templates-fresh.yaml" if plan == "robustness-fresh" else "templates.yaml"))
