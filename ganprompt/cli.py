@@ -5,12 +5,13 @@ copy of anything: the notebook is the job."""
 
 # %% auto #0
 __all__ = ['RunCommand', 'cli', 'shown', 'chosen_chapters', 'run', 'stage_row', 'as_table', 'show', 'presets', 'read_plan',
-           'studies', 'study_of', 'given_by', 'make_missing', 'check_home', 'keep', 'plan_of', 'tables', 'explore',
-           'board', 'fetch', 'robustness', 'main']
+           'studies', 'study_of', 'given_by', 'left_to_make', 'make_and_keep', 'make_missing', 'check_home', 'keep',
+           'plan_of', 'tables', 'explore', 'board', 'fetch', 'robustness', 'main']
 
 # %% ../nbs/54_cli.ipynb #54-n04
 import importlib, itertools, os, sys
-from functools import cache, partial
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import click
@@ -20,7 +21,8 @@ from .files import UserError, results_folder, root, run_folder, told, workspace
 from .runs import STUDIES, complete, existing_runs, fresh, kind_of, manifest, stale
 from .jobs import absolute, chapters, chosen_values, compose_yaml, parameters, unknown
 from .report import merits
-from .launcher import duration, launch
+from .processes import TimeOver, within
+from .launcher import duration, launch, make_here
 
 # %% ../nbs/54_cli.ipynb #54-046
 class RunCommand(click.Command):
@@ -179,7 +181,8 @@ def read_plan(
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: not a plan; it needs seeds, datasets, and stages with needs and models, as "
                         "data/tables.yaml has") from None
-    return plan | {"datasets": datasets}
+    own = {"study_file": str(path.absolute())} if "entries" in plan else {}
+    return plan | {"datasets": datasets, "parameters": own | plan.get("parameters", {})}
 
 
 # %% ../nbs/54_cli.ipynb #54-058
@@ -216,29 +219,57 @@ def given_by(
     return {name: str(v) for name, v in (given | plan.get("parameters", {})).items()}
 
 # %% ../nbs/54_cli.ipynb #54-057
+def left_to_make(
+    plan:dict, # From `read_plan`
+    study:str, # As given with --study
+    apart:bool=False, # Whether a stage is asked for its models one by one
+) -> list: # (data set, seed, stage -> models): a launch each
+    "What is missing, and trained together."
+    from ganprompt.results import lacking
+    home, found = study_of(study)[0], []
+    for dataset, seed in itertools.product(plan["datasets"], plan["seeds"]):
+        todo = {stage: models for stage, named in plan["datasets"][dataset].items()
+                if (models := lacking(home, dataset, seed, named))}
+        found += ([(dataset, seed, {stage: [model]}) for stage, models in todo.items() for model in models] if apart
+                  else [(dataset, seed, todo)]*bool(todo))
+    return found
+
+def make_and_keep(
+    plan:dict, study:str, data_dir:str, runs:str, # As of `make_missing`
+    dataset:str, seed:int, todo:dict, # From `left_to_make`
+    start, # `launch` or `make_here`
+): # A line for each failure
+    "Make what one launch is to make, and keep it."
+    from ganprompt.results import lacking
+    home, out, kind = study_of(study)
+    run = Path(runs or workspace()/"runs").absolute()/f"{Path(dataset).stem}-{seed}"
+    given = dict(run=str(run), data_dir=data_dir) | given_by(plan, study, dataset, seed, todo)
+    for stage, models in todo.items():
+        click.echo(f"{run.name}: {stage}, {', '.join(models)}")
+        try:
+            start([c for c in chapters() if c.stage in [*plan["stages"][stage]["needs"], stage]],
+                  chosen_values(chapters(), given), may_replace=[stage]) # all that it had is kept
+            kind.keep(run, home, out)
+            yield from (f"{run.name}: {model} has failed; the log of {stage} tells why"
+                        for model in lacking(home, dataset, seed, models))
+        except UserError as e: yield f"{run.name}: {e}"
+
+# %% ../nbs/54_cli.ipynb #168d6a92
 def make_missing(
     plan:dict, # From `read_plan`
     study:str, # As given with --study
     data_dir:str, # Where the files of the data sets are
     runs:str="", # Where run folders go
+    minutes:float=0., # When to stop: one model after another is made in this process, and kept; 0: when all is made
 ) -> list: # What failed, one line each
     "Make the entries that are missing, and train nothing that is kept already; a failure does not stop the rest."
-    from ganprompt.results import lacking
-    failed, (home, out, kind) = [], study_of(study)
-    for dataset, seed in itertools.product(plan["datasets"], plan["seeds"]):
-        run = Path(runs or workspace()/"runs").absolute()/f"{Path(dataset).stem}-{seed}"
-        missing = partial(lacking, home, dataset, seed)
-        todo = {stage: found for stage, models in plan["datasets"][dataset].items() if (found := missing(models))}
-        given = dict(run=str(run), data_dir=data_dir) | given_by(plan, study, dataset, seed, todo)
-        for stage in todo:
-            click.echo(f"{run.name}: {stage}")
-            try:
-                launch([c for c in chapters() if c.stage in [*plan["stages"][stage]["needs"], stage]],
-                       chosen_values(chapters(), given), may_replace=[stage]) # all that it had is kept
-                kind.keep(run, home, out)
-                failed += [f"{run.name}: {model} has failed; the log of {stage} tells why"
-                           for model in missing(todo[stage])]
-            except UserError as e: failed.append(f"{run.name}: {e}")
+    failed, start = [], make_here if minutes else launch
+    try:
+        with within(60*minutes) if minutes else nullcontext():
+            for one in left_to_make(plan, study, bool(minutes)):
+                for line in make_and_keep(plan, study, data_dir, runs, *one, start): failed.append(line)
+    except TimeOver as e:
+        click.echo(f"{e}: {len(left_to_make(plan, study, True))} entries are left; run again to go on")
     return failed
 
 # %% ../nbs/54_cli.ipynb #54-058u
@@ -288,11 +319,15 @@ def plan_of(
 @click.option("--data-dir", metavar="DIR", help="First make what is missing, from the files in this folder")
 @click.option("--plan", metavar="FILE", default="", help="What they are  [data/STUDY.yaml]")
 @click.option("--runs", metavar="FOLDER", default="", help="Where its run folders go  [runs]")
-def tables(study, data_dir, plan, runs):
+@click.option("--minutes", type=click.FloatRange(min=0), default=0.,
+              help="Stop after so long; again, it goes on. No notebooks are written  [until all is made]")
+def tables(study, data_dir, plan, runs, minutes):
     """Remake the tables and pictures of a study from its kept results; with --data-dir, make what its plan names and
     is missing first."""
     home, out, kind = study_of(study)
-    failed = make_missing(read_plan(plan or plan_of(home)), study, data_dir, runs) if data_dir is not None else []
+    plan = read_plan(plan or plan_of(home)) if data_dir is not None else {}
+    failed = make_missing(plan, study, data_dir, runs, minutes) if plan else []
+    if minutes and not any(results_folder(home).rglob("*.json")): return # no entry is whole yet
     for path in kind.draw(home, out): click.echo(shown(path))
     if failed: raise UserError("\n".join(["these are missing; the rest is made:", *failed]))
 

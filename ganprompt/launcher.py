@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['waits_for', 'duration', 'as_line', 'Progress', 'import_early', 'start_kernel', 'load_papermill', 'Launch',
            'write_job', 'failure', 'execute', 'current', 'took_before', 'beginning', 'ending', 'run_chapter', 'run_all',
-           'write_report', 'launch']
+           'write_report', 'launching', 'launch', 'make_here']
 
 # %% ../nbs/53_launcher.ipynb #53-n04
-import importlib, json, os, re, sys, threading, time
-from contextlib import nullcontext, suppress
+import importlib, json, os, re, sys, threading, time, traceback
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from .files import UserError, lock, refuse, root, run_folder, workspace, write_json
 from .processes import BETWEEN, cores, follow
-from .runs import complete, fresh, manifest, remembered, stage_settings, stale
+from .runs import (complete, fresh, manifest, remembered, replacing, settings_of, stage_maker, stage_settings,
+                            stale)
 from .report import run_report
 from .jobs import Chapter, PASSING, ask_first, ask_run, job_cells, note_run, upstream
 
@@ -316,21 +317,47 @@ def write_report(
     return half.replace(page)
 
 # %% ../nbs/53_launcher.ipynb #53-038
-def launch(
+@contextmanager
+def launching(
     chapters, # `Chapter`s, in order
     values:dict, # Name → value, for every parameter
-    console=None, # A rich console
     may_replace=(), # Stages that may be replaced, whatever the values say
-) -> Path: # The report
-    """Execute chapters into a run folder, and write its report. Raises `UserError` for values that cannot work or
-    contradict the run, and if another launch is at work there."""
-    from rich.console import Console
+):
+    """A context in which stages of a run may be made. Raises `UserError` for values that cannot work or contradict
+    the run, and if another launch is at work there."""
     follow()
     ask_first(chapters, values)
     ask_run([c.stage for c in chapters], values, may_replace)
-    console, run = console or Console(), values["run"]
-    if not run_folder(run).is_dir(): console.print(f"a new run: {run_folder(run)}", highlight=False)
-    with lock(run, "run", wait=0):
+    with lock(values["run"], "run", wait=0):
         note_run(chapters[0].path.parent, values)
+        yield
+
+def launch(
+    chapters, values:dict, # As of `launching`
+    console=None, # A rich console
+    may_replace=(), # As of `launching`
+) -> Path: # The report
+    "Execute chapters into a run folder, and write its report."
+    from rich.console import Console
+    console, run = console or Console(), values["run"]
+    new = not run_folder(run).is_dir()
+    with launching(chapters, values, may_replace):
+        if new: console.print(f"a new run: {run_folder(run)}", highlight=False)
         run_all(chapters, values, console, may_replace)
         return write_report(run)
+
+# %% ../nbs/53_launcher.ipynb #1bc1cd69
+def make_here(
+    chapters, values:dict, may_replace=(), # As of `launching`
+):
+    "Make the stages of chapters in this process, without notebooks and report."
+    with launching(chapters, values, may_replace):
+        for c in chapters:
+            make, start = stage_maker(c.stage), time.time()
+            try:
+                with replacing(values["replace"] or c.stage in may_replace): make(settings_of(make).of(values))
+            except UserError: raise
+            except Exception as e:
+                traceback.print_exc()
+                raise UserError(f"{c.stage}: {type(e).__name__}: {e}") from None
+            print(f"{c.stage:12} {duration(time.time() - start)}", flush=True)

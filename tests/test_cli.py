@@ -5,14 +5,17 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from conftest import SMALL
 from click.testing import CliRunner
 from rich.console import Console
 
 from ganprompt.files import UserError, root, write_json
+from ganprompt.processes import TimeOver
 from ganprompt.runs import complete, manifest, stage
 from ganprompt.jobs import (ask_run, chapters, chosen_values, convert, parameters, read_chapter, read_parameters,
                             stage_call, upstream)
 from ganprompt.launcher import launch
+from ganprompt.scorer import bank_for
 from ganprompt.results import entry_path
 from ganprompt.cli import chosen_chapters, cli, main, make_missing, read_plan, studies
 
@@ -288,6 +291,43 @@ def test_a_plan_asks_for_what_is_missing_as_its_kind_of_study_says(kind, stages,
         assert [said.get(seed) for seed in (0, 1)] == wanted
     assert {v["core"] for _, v in launched} == {2} and {v["encoder"] for _, v in launched} == {defaults["encoder"]}
     assert [v["search_run"] for _, v in launched if v["seed"]] == [str(home/"beauty")]*len(stages)
+
+
+def test_within_minutes_entries_are_made_one_by_one_and_kept_as_they_end(shop, tmp_path, monkeypatch, capsys):
+    """In this process; what ran out of time goes on, what failed is told, and what is kept is not made again. The
+    plan's own entries count, and one that is made elsewhere too is not asked for."""
+    from ganprompt import study
+
+    plan = dict(seeds=[0], datasets={str(shop): ["study"]}, parameters=SMALL | dict(
+        study_users=6, recommender_epochs=1, study_recommender="ranker"), encoders={}, entries={
+            "one": dict(encoder="backbone", attributes=False), "two": dict(encoder="backbone"),
+            "three": dict(recommender="untuned", tuned=False, llm="no/such-model"),
+            "four": dict(encoder="backbone", wordings=2)}, stages=dict(study=dict(
+                needs=["data", "prompts", "backbones", "attributes"], models=["one", "two", "three", "four"])))
+    plan["parameters"].pop("recommender")
+    (tmp_path/"plan.yaml").write_text(yaml.safe_dump(plan))
+    home, made, real = tmp_path/"robustness-mine", [], study.score_bank
+    def timed(model, own, bank, rows, lists, name, keep):
+        made.append(name)
+        if made == ["one", "two"]: raise TimeOver("after 60 s")
+        return real(model, own, bank, rows, lists, name, keep)
+    monkeypatch.setattr(study, "score_bank", timed)
+    monkeypatch.setattr(study, "bank_for", lambda *p: [t for t in bank_for(*p) if t["split"] != "attack"][::6])
+    def go():
+        monkeypatch.setattr(sys, "argv", ["ganprompt", "tables", str(home), "--data-dir", "", "--plan",
+                                          str(tmp_path/"plan.yaml"), "--runs", str(tmp_path/"runs"), "--minutes", "60"])
+        with pytest.raises(SystemExit) as end: main()
+        return end.value.code, capsys.readouterr()
+    code, said = go()
+    assert not code and "after 60 s: 3 entries are left" in said.out and made == ["one", "two"]
+    assert [p.name for p in home.rglob("*-0.json")] == ["one-0.json"]
+    assert (tmp_path/"runs/shop-0/study.partial").is_dir() and not (tmp_path/"runs/shop-0/notebooks").exists()
+    code, said = go()
+    assert code == 1 and "no/such-model" in said.err and made == ["one", "two", "two", "four"]
+    assert sorted(p.name for p in home.rglob("*-0.json")) == ["four-0.json", "one-0.json", "two-0.json"]
+    kept = json.loads(next(home.rglob("four-0.json")).read_text())
+    assert kept["settings"]["wordings"] == 2 and kept["recommender"] == "ranker"
+    assert "study_file" not in kept["parameters"]
 
 
 @pytest.mark.parametrize("text, message", [("seeds: [0]\n", "not a plan"),
