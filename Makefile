@@ -5,7 +5,7 @@
 # make site    all chapters, results, how-to pages and the reference as pages: site/index.html
 # make mutants plant faults in the modules that compute and count those that tests and chapters notice (an hour or two)
 # make busy    the demo on idle cores and beside busy processes, timed and compared (ten minutes or more)
-# make gpu     what a GPU has to show, measured in parts with the Python and torch of the machine (eight minutes; MODELS=folder)
+# make gpu     what a GPU has to show, in parts, with the torch of the machine (eight minutes; docs/gpu.md: MODELS, DATA, STUDY)
 # make soak    kill the demo again and again, and compare what it ends with with a run left alone (an hour or two; SMALL=1: less)
 # Needs Python 3.11 or later; another interpreter: make demo PYTHON=/path/to/python
 
@@ -58,8 +58,16 @@ mutants: .venv/.dev-stamp
 busy: .venv/.demo-stamp
 	$(BIN)/python tests/busy.py
 
-gpu: # in no environment of its own: the machine's torch is the one that knows its GPU
-	PYTHONPATH=. $(PYTHON) -c "from ganprompt.gpu import gpu_command; gpu_command()" $(if $(MODELS),--models $(MODELS)) $(GPU)
+# In no environment of its own: the machine's torch is the one that knows its GPU
+MINUTES ?= 8
+gpu:
+ifdef STUDY
+	PYTHONPATH=. GANPROMPT_REAL=$(MODELS) $(PYTHON) -c "from ganprompt.cli import main; main()" tables $(STUDY) \
+		--data-dir "$(DATA)" --minutes $(MINUTES) $(GPU)
+else
+	PYTHONPATH=. $(PYTHON) -c "from ganprompt.gpu import gpu_command; gpu_command()" --minutes $(MINUTES) \
+		$(if $(MODELS),--models $(MODELS)) $(if $(DATA),--data $(DATA)) $(GPU)
+endif
 
 soak: .venv/.dev-stamp
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --out runs/soak $(if $(SMALL),--small) $(SOAK)
