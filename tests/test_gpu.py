@@ -36,8 +36,7 @@ def lent(tmp_path_factory):
 
 
 # What docs/gpu.md says is not needed on a lent machine
-ABSENT = ("papermill nbformat nbconvert jupyter_client IPython rich umap openTSNE seaborn bokeh recbole "
-          "cloudpickle").split()
+ABSENT = "papermill nbformat nbconvert jupyter_client IPython rich umap openTSNE seaborn bokeh recbole".split()
 
 
 def command(run, *more):
