@@ -26,7 +26,7 @@ from .encoder import reader_for
 from .engine import shares_prefix
 from .scorer import Continued, KINDS, Questions, load_recommender, tune, weight_files, with_tokenizer
 from .recommender import (CausalLM, RecommenderSettings, add_adapters, find_llm, llm_faults, load_llm,
-                                   sample_rows, save_adapters, to_learn_from, tune_on_states, worded)
+                                   rounded_once, sample_rows, save_adapters, to_learn_from, tune_on_states, worded)
 from .idmodels import attempt, rank_rows
 from .baselines import finish, make_baselines
 
@@ -160,7 +160,7 @@ class CoLLM(TALLRec):
         from peft import PeftModel
         adapter = Path(start["adapter"])
         if not adapter.exists() or begun(adapter.parent): raise UserError("CoLLM starts from TALLRec, which failed")
-        lm = PeftModel.from_pretrained(load_llm(start["llm"]), adapter).to(device()).eval()
+        lm = rounded_once(PeftModel.from_pretrained(load_llm(start["llm"]), adapter)).to(device()).eval()
         return cls(text_reader(reader, start["llm"]), lm, start["text"], collaborative(reader.run))
 
     def save(self, folder):

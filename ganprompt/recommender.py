@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['POCKET_LINEAR', 'KINDS', 'SCORES', 'LISTS', 'OnEncoder', 'freeze_encoder', 'T5Decoder', 'FromVectors', 'T5Ranker',
-           'new_decoder', 'Ranker', 'projection', 'in_four_bits', 'load_llm', 'CausalLM', 'linear_layers',
-           'add_adapters', 'save_adapters', 'lora_faults', 'llm_faults', 'uncached_logits', 'Trained', 'Best',
-           'train_with_patience', 'rec_loss', 'list_auc', 'divergence', 'Reworded', 'worded', 'logits_at',
+           'new_decoder', 'Ranker', 'projection', 'in_four_bits', 'load_llm', 'CausalLM', 'linear_layers', 'sum_once',
+           'rounded_once', 'add_adapters', 'save_adapters', 'lora_faults', 'llm_faults', 'uncached_logits', 'Trained',
+           'Best', 'train_with_patience', 'rec_loss', 'list_auc', 'divergence', 'Reworded', 'worded', 'logits_at',
            'training_items', 'to_learn_from', 'RecommenderSettings', 'states_update', 'tune_on_states', 'sample_rows',
            'sampled', 'kept_states', 'kept_scores', 'score_lists', 'find_llm', 'wordings_faults', 'kind_faults',
            'on_encoder', 'starting_points', 'tune_and_score', 'make_recommender']
@@ -270,7 +270,7 @@ class CausalLM(Continued, OnEncoder):
         "Adapters and projection on the models they were trained on."
         from peft import PeftModel
         from safetensors.torch import load_file
-        lm = PeftModel.from_pretrained(load_llm(about["llm"], about["four_bit"]), folder/"adapter")
+        lm = rounded_once(PeftModel.from_pretrained(load_llm(about["llm"], about["four_bit"]), folder/"adapter"))
         out = cls(load_encoder(about["encoder"]).to(device()), reader, lm.eval(), load_tokenizer(about["llm"]))
         out.module["projection"].load_state_dict(load_file(folder/"projection.safetensors"))
         return out
@@ -298,6 +298,29 @@ def linear_layers(
     return [k.removesuffix(".weight") for k, shape in weights(Path(resolve(llm))).items() if len(shape) == 2
             and k.endswith(".weight") and ".0." in k]
 
+# %% ../nbs/14_recommender.ipynb #6e26f2bf
+def sum_once(
+    layer, # Linear layer with an adapter, of peft
+    x, # (..., what the layer takes)
+): # (..., what it gives)
+    "W x + s B A x, rounded once where `fast_math` multiplies in 16 bits."
+    import torch
+    if not torch.is_autocast_enabled(x.device.type): return type(layer).forward(layer, x)
+    base, (A, B, s) = layer.base_layer, (part["default"] for part in (layer.lora_A, layer.lora_B, layer.scaling))
+    small = B(A(x))*s if base.bias is None else B(A(x))*s + base.bias
+    return torch.addmm(small.flatten(0, -2), x.flatten(0, -2), base.weight.T).unflatten(0, x.shape[:-1])
+
+def rounded_once(
+    lm, # Language model with adapters, from peft; changed in place
+): # The same
+    "Let every plain linear layer with an adapter compute by `sum_once`."
+    import torch
+    from peft.tuners.lora.layer import Linear
+    for layer in lm.modules():
+        if type(layer) is Linear and type(layer.base_layer) is torch.nn.Linear: layer.forward = partial(sum_once, layer)
+    return lm
+
+# %% ../nbs/14_recommender.ipynb #7a2103e6
 def add_adapters(
     lm, # Causal language model
     rank:int=8, # Rank of the adapters
@@ -307,7 +330,7 @@ def add_adapters(
     from peft import LoraConfig, get_peft_model
     config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2*rank, target_modules=modules if modules
                         == "all-linear" else listed(modules))
-    try: return get_peft_model(lm, config).eval()
+    try: return rounded_once(get_peft_model(lm, config).eval())
     except ValueError as e:
         raise UserError(f"no adapters for lora_modules={modules!r}: {str(e).splitlines()[0]}; name modules of the "
                         "model, as in q_proj,v_proj") from None

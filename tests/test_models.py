@@ -74,6 +74,35 @@ def test_adapters_and_projection_make_the_scores(finished):
     assert np.abs(good - other).max() > 1e-2
 
 
+def test_adapters_are_not_rounded_away_in_16_bits(tmp_path, monkeypatch):
+    """Of what an adapter adds nothing is lost on average, where peft's own sum loses a third of it; gradients are those
+    of peft, the frozen weights get none; and in 32 bits it is peft's own."""
+    from ganprompt.recommender import add_adapters
+    tokenizer = backbones.t5_tokenizer(["red lamp"]*3, ["yes", "no"])
+    lm = add_adapters(pocket_model("causal", tokenizer, 256, 1))
+    layer = lm.get_base_model().model.layers[0].mlp.up_proj
+    torch.manual_seed(0)
+    x = torch.randn(8, 64, 256)
+    for part in lm.parameters(): part.data = part.data.bfloat16().float()
+    layer.lora_B["default"].weight.data.normal_(std=2e-4)
+    def kept(forward):
+        with torch.autocast("cpu", torch.bfloat16): said = forward(x)
+        small = layer.lora_B["default"](layer.lora_A["default"](x)).double()*2
+        exact = x.bfloat16().double() @ layer.base_layer.weight.double().T
+        assert said.dtype == torch.bfloat16 and said.shape == exact.shape
+        return (((said.double() - exact)*small).sum()/(small**2).sum()).item()
+    peft = type(layer).forward
+    assert abs(kept(layer.forward) - 1) < .08 and kept(lambda x: peft(layer, x)) < .85
+    assert torch.equal(layer(x), peft(layer, x))
+    def gradients(forward):
+        lm.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16): forward(x).float().pow(2).mean().backward()
+        assert layer.base_layer.weight.grad is None
+        return [layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad]
+    for ours, theirs in zip(gradients(layer.forward), gradients(lambda x: peft(layer, x))):
+        assert (ours - theirs).abs().max() < .03*theirs.abs().max()
+
+
 def test_the_encoder_stays_frozen_and_the_decoder_moves(finished):
     tuned, start = (load_model(str(finished/p), "t5").state_dict() for p in ("recommender/ganprompt", "encoder/model"))
     moved = {name.split(".")[0] for name in tuned if not torch.equal(tuned[name], start[name])}
