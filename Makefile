@@ -2,6 +2,7 @@
 # make test    everything that must hold before a commit
 # make readme  README.md from nbs/index.ipynb
 # make slides  the lecture as one page of slides: site/lecture.html
+# make outputs execute every chapter on the demo, and keep in its file what its cells have shown
 # make site    all chapters, results, how-to pages and the reference as pages: site/index.html
 # make mutants plant faults in the modules that compute and count those that tests and chapters notice (an hour or two)
 # make busy    the demo on idle cores and beside busy processes, timed and compared (ten minutes or more)
@@ -24,7 +25,7 @@ same = @echo "$(firstword $(notdir $(1)))"; before=$$($(STATE)); $(1) >/dev/null
 HALF := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 1 ? n/2 : 1)))
 LATE := tests/test_processes.py tests/test_beside.py tests/test_gpu.py tests/test_board.py tests/test_wheel.py
 
-.PHONY: demo test chapters tests readme slides site mutants busy soak gpu
+.PHONY: demo test chapters tests readme outputs slides site mutants busy soak gpu
 demo: .venv/.demo-stamp
 	$(BIN)/ganprompt run
 
@@ -48,6 +49,11 @@ readme: .venv/.dev-stamp
 
 slides: .venv/.demo-stamp
 	$(BIN)/python -c "from ganprompt.site import make_slides; print(make_slides())"
+
+outputs: .venv/.dev-stamp
+	$(BIN)/ganprompt run
+	$(BIN)/python -c "from ganprompt.outputs import make_outputs; make_outputs()"
+	$(BIN)/nbdev-clean
 
 site: .venv/.dev-stamp
 	$(BIN)/python -c "from ganprompt.site import make_site; print(make_site())"

@@ -39,7 +39,7 @@ def chapter_page(
     import nbformat
     from nbconvert import MarkdownExporter
     book = nbformat.read(path, as_version=4)
-    book.cells = shown_cells(book.cells)
+    book.cells, book.metadata["language_info"] = shown_cells(book.cells), {"name": "python"}
     text, more = MarkdownExporter().from_notebook_node(book, {"output_files_dir": f"{path.stem}_files"})
     for name, data in more["outputs"].items():
         (out/name).parent.mkdir(exist_ok=True); (out/name).write_bytes(data)

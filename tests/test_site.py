@@ -1,8 +1,9 @@
 "The site: every page there, every link leads somewhere, nothing is fetched, one searches from disk, slides go on."
-import re
+import base64, re
 
 import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from chromium import Browser, browser, until
 from ganprompt import site as S
@@ -98,3 +99,17 @@ def test_the_readmes_table_is_that_of_its_page():
     kept = {row[0]: row for row in reversed(rows(page))} # the first table holds the levels
     assert len(rows(readme)) == 4 and len(readme.splitlines()) <= 120
     for name, clean, unseen, low in rows(readme): assert kept[name][2:5] == [clean, unseen, low]
+
+
+def test_a_page_shows_what_a_chapter_has_shown(tmp_path):
+    "A table, a picture beside the page, a text; of a hidden cell nothing."
+    pixel = base64.b64encode(b"a picture").decode()
+    cells = [new_code_cell(source, outputs=[new_output("execute_result", data)]) for source, data in (
+        ("frame", {"text/html": "<table><tr><td>.25</td></tr></table>"}), ("plot", {"image/png": pixel}),
+        ("number", {"text/plain": "1.5"}), ("#| hide\nsecret", {"text/plain": "not for readers"}))]
+    nbformat.write(new_notebook(cells=cells), tmp_path/"99_toy.ipynb")
+    text = S.chapter_page(tmp_path/"99_toy.ipynb", tmp_path).read_text("utf-8")
+    (picture,) = re.findall(r"!\[png\]\((99_toy_files/.+)\)", text)
+    assert (tmp_path/picture).read_bytes() == b"a picture"
+    assert "```python\nframe" in text and "<td>.25</td>" in text and "\n    1.5\n" in text
+    assert "secret" not in text and "not for readers" not in text
