@@ -415,13 +415,14 @@ def laid_out(
     **shape, # As of `embed`: neighbors, min_dist, perplexity
 ): # Matplotlib figure
     "States before and after stage 1, laid out with other settings than Figure 3's."
-    from matplotlib.figure import Figure
+    from matplotlib import pyplot as plt # a notebook shows its figures; one of `Figure` alone it only names
     who, before, after = pick_states(pl.read_parquet(run.stage("encoder")/"states.parquet"), users)
-    about, fig = about_run(run), Figure(figsize=(8, 4.4), layout="constrained")
+    about, fig = about_run(run), plt.figure(figsize=(8, 4.4), layout="constrained")
     for ax, when, (x, y) in zip(fig.subplots(1, 2), ("before", "after"),
                                 (xy.T for xy in layouts(before, after, method, **shape))):
         draw_panel(ax, who.with_columns(x=x, y=y), f"{method}, {when} stage 1\n{numbers(about, when)}")
     draw_legend(fig, about["words"])
+    plt.close(fig) # or it would be shown twice
     return fig
 
 # %% ../nbs/21_explorer.ipynb #21-s02

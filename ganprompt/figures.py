@@ -427,14 +427,15 @@ def draw_framework(
     facts:dict, # From `framework_facts`
 ): # A matplotlib figure
     "Both stages: what goes where, how large it is, and what was trained."
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(TWO_COLUMNS, 3.15))
+    from matplotlib import pyplot as plt # a notebook shows its figures; one of `Figure` alone it only names
+    fig = plt.figure(figsize=(TWO_COLUMNS, 3.15))
     ax = fig.add_axes([0, 0, 1, 1]) # in inches
     draw_stage_1(ax, facts); draw_stage_2(ax, facts)
     for y, text in (2.1, "stage 1"), (.42, "stage 2"): ax.text(.05, y, text, rotation=90, va="center", weight="bold")
     ax.set(xlim=(0, TWO_COLUMNS), ylim=(0, 3.15)); ax.axis("off")
     ax.text(TWO_COLUMNS/2, 3.05, f"{facts['dataset'].capitalize()}{' (synthetic data)' * facts['synthetic']}"
             f"{', pocket models' * facts['pocket']}: the framework as this run did it", ha="center", va="center")
+    plt.close(fig) # or it would be shown twice
     return fig
 
 @patch

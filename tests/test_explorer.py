@@ -273,6 +273,10 @@ var place = (side, i) => {
   return [box.left + frame.x_scale.compute(points.data["x" + side][i]),
           box.top + frame.y_scale.compute(points.data["y" + side][i])]
 }
+var area = side => { // where points lie
+  const {canvas_view, frame: {bbox}} = Bokeh.index.find_one(figures[side]), box = canvas_view.el.getBoundingClientRect()
+  return [box.left + bbox.left, box.top + bbox.top, bbox.width, bbox.height]
+}
 var lone = () => { // a point with no other near it, on the left
   const at = Array.from(points.data.card.keys()).map(i => place(0, i))
   const gap = at.map(([x, y], i) => Math.min(...at.map(([a, b], j) => i === j ? 1e9 : Math.hypot(x - a, y - b))))
