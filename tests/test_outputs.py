@@ -11,8 +11,8 @@ from ganprompt import outputs as O
 from ganprompt.files import UserError, root
 
 NOTEBOOKS = sorted((root()/"nbs").glob("*.ipynb"))
-OF_A_MACHINE = [r"/(?:home|root|Users|work|opt|mnt|tmp|usr)/\w+", r"0x[0-9a-f]{6,}", r"\x1b\[", r"\r[^\n]",
-                re.escape(str(root())), re.escape(tempfile.gettempdir()) + r"/\w",
+OF_A_MACHINE = [r"/(?:home|root|Users|work|opt|mnt|tmp|usr)/\w+", r"0x[0-9a-f]{6,}", r"\dT\d\d:\d\d", r"\x1b\[",
+                r"\r[^\n]", re.escape(str(root())), re.escape(tempfile.gettempdir()) + r"/\w",
                 *[rf"\b{re.escape(platform.node())}\b"]*(platform.node() not in ("", "localhost"))]
 
 
@@ -51,11 +51,22 @@ def test_a_picture_is_small_and_the_same():
     assert sum(differ)/len(differ) < 2
 
 
+def test_a_rare_colour_stays():
+    "A dot of a legend beside all the shades of a scale."
+    shades = Image.linear_gradient("L").resize((900, 300))
+    image = Image.merge("RGB", (shades, shades.rotate(180), shades))
+    image.paste((213, 94, 0), (10, 10, 16, 16))
+    image.save(data := io.BytesIO(), "PNG")
+    shown = Image.open(io.BytesIO(base64.b64decode(O.small_png(base64.b64encode(data.getvalue()).decode()))))
+    assert max(abs(a - b) for a, b in zip(shown.convert("RGB").getpixel((12, 12)), (213, 94, 0))) < 16
+
+
 @pytest.mark.parametrize("text, said", [
     (f"{root()}/data/demo", "./data/demo"), (f"in {root()}", "in ."), (f"{tempfile.mkdtemp()}/run/x", "…/run/x"),
     (f"{Path.home()}/.cache", "~/.cache"), (f"{Path.home()}stead", f"{Path.home()}stead"),
     (f"on {platform.node()}:", "on …:"), (f"{sys.prefix}/bin/python", ".venv/bin/python"),
-    ("<A object at 0x7f3a9c0d1e50>, B", "<A object>, B"), ("\x1b[1;31mred\x1b[0m", "red"), ("0.25", "0.25")])
+    ("<A object at 0x7f3a9c0d1e50>, B", "<A object>, B"), ("\x1b[1;31mred\x1b[0m", "red"), ("0.25", "0.25"),
+    ("made at 2026-01-31T09:07:52+0000 by process 46, 2026", "made at … by process …, 2026")])
 def test_a_machine_is_not_named(text, said): assert O.nameless(text) == said
 
 
@@ -65,6 +76,7 @@ WIDGET = {"text/plain": "IntSlider(value=0)", "application/vnd.jupyter.widget-vi
 
 @pytest.mark.parametrize("data, form", [
     (TABLE, "text/html"), ({"text/plain": "1.5"}, "text/plain"), ({"text/plain": "<Axes: >"}, None), (WIDGET, None),
+    ({"text/plain": "polars.config.Config"}, None), ({"text/plain": "torch.float32"}, "text/plain"),
     (TABLE | {"text/html": f"<iframe srcdoc='{'x'*200_000}'></iframe>"}, "text/plain"),
     ({"text/html": "x"*200_000, "text/plain": "x"*200_000}, None), ({"application/javascript": "1"}, None)])
 def test_the_richest_small_form_is_kept(data, form):
@@ -81,7 +93,7 @@ print("in", os.getcwd(), "and", tempfile.mkdtemp())"""
 @pytest.fixture
 def chapter(tmp_path):
     "A made-up chapter that shows what is kept and what is not."
-    cells = [new_markdown_cell("# Toy"), new_code_cell("#| export\ndef f(): return 1"), new_code_cell(SHOWN),
+    cells = [new_markdown_cell("# Toy"), new_code_cell("#| export\ndef f(): return 1\n'a value'"), new_code_cell(SHOWN),
              new_code_cell("import polars as pl\npl.DataFrame({'a': [f()]})"),
              new_code_cell("from matplotlib import pyplot as plt\nplt.plot([1, 2]);"), new_code_cell("object()"),
              new_code_cell("#| hide\n'not for readers'"), new_code_cell("assert f() == 1")]
