@@ -286,7 +286,7 @@ class Shape(HTMLParser):
         self.tags.append(tag)
         if tag == "tr": self.rows.append(0)
         if tag in ("td", "th"): self.rows[-1] += 1
-        if tag != "meta": self.open.append(tag)
+        if tag not in ("meta", "img"): self.open.append(tag)
     def handle_endtag(self, tag): assert self.open.pop() == tag
 
 
