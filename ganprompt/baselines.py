@@ -53,12 +53,14 @@ def card_ranks(
     about:dict, # Its manifest
 ):
     "Once a stage has ranked the test users, the cards of what it has saved say how well."
-    if not (folder/"ranks.parquet").exists() or not any(folder.rglob("model.json")): return
+    path = folder/"ranks.parquet"
+    if not path.exists() or "candidates" not in pl.read_parquet_schema(path): return
+    if not any(folder.rglob("model.json")): return
     def one(frame):
         values = figures_of(*(frame[c].to_numpy() for c in ("rank", "ties", "size")))
         found = bootstrap(np.stack([values[m] for m in METRICS], axis=1), users=frame["user"])
         return dict(zip(map(label, METRICS), found.T.tolist()))
-    ranks = pl.read_parquet(folder/"ranks.parquet").filter(candidates="uni99")
+    ranks = pl.read_parquet(path).filter(candidates="uni99")
     write_cards(folder, about, {name: one(mine) for (name,), mine in ranks.group_by("model")})
 
 # %% ../nbs/31_baselines.ipynb #31-013

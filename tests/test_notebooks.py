@@ -137,6 +137,26 @@ def defined(path):
 MODULES = sorted((root()/"ganprompt").glob("[a-z]*.py"))
 
 
+def bound(source):
+    "Names that a cell binds, those of a loop and of a comprehension left out."
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): yield node.name
+        for target in getattr(node, "targets", []):
+            yield from (n.id for n in ast.walk(target) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+
+
+@each_chapter
+def test_a_lesson_leaves_the_names_of_its_module_alone(path):
+    "A job runs in the names of its lesson: what is exported would find the lesson's in place of its own."
+    module = root()/f"ganprompt/{path.stem.split('_', 1)[1]}.py"
+    imported = {a.asname or a.name for node in ast.parse(module.read_text("utf-8")).body
+                if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
+    lesson = [c.source for c in nbformat.read(path, as_version=4).cells
+              if c.cell_type == "code" and "#| export" not in c.source and "tags" not in c.metadata]
+    found = {name for source in lesson for name in bound(source)}
+    assert not found & (imported | {*defined(module)})
+
+
 def test_a_name_means_one_thing():
     "No public name is defined in two modules, and none is a module's; of commands, their words are the user's."
     home = {}
