@@ -1386,6 +1386,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ganprompt.study.first_places': ('study.html#first_places', 'ganprompt/study.py'),
                                  'ganprompt.study.first_stage': ('study.html#first_stage', 'ganprompt/study.py'),
                                  'ganprompt.study.in_words': ('study.html#in_words', 'ganprompt/study.py'),
+                                 'ganprompt.study.is_asked_as_it_is': ('study.html#is_asked_as_it_is', 'ganprompt/study.py'),
                                  'ganprompt.study.keep_study': ('study.html#keep_study', 'ganprompt/study.py'),
                                  'ganprompt.study.kept_measures': ('study.html#kept_measures', 'ganprompt/study.py'),
                                  'ganprompt.study.level': ('study.html#level', 'ganprompt/study.py'),

@@ -6,15 +6,15 @@ robust, and is it the GAN?"""
 # %% auto #0
 __all__ = ['FORMS', 'FIRST', 'SHOWN', 'ABOUT', 'WHOLE', 'STATISTICS', 'CONTROLS', 'SEPARABILITY', 'HEAT', 'BEFORE_AFTER', 'WORDS',
            'LINE', 'HEAD_AT', 'BOUGHT', 'VIEWS', 'AGAINST', 'REAL_AGAINST', 'PAGES', 'STUDIES', 'names_of',
-           'refuse_names', 'refuse_choice', 'check_entry', 'first_stage', 'read_entries', 'asked_entries',
-           'entries_file', 'encoder_for', 'StudySettings', 'tuned_model', 'bank_file', 'bank_of', 'unseen_in',
-           'first_places', 'shown_of', 'answers_table', 'unshifted', 'answers_of', 'run_entry', 'whole_entry',
-           'stage_page', 'write_study', 'make_study', 'kept_measures', 'table_of', 'by_entry', 'keep_study',
-           'read_study_entries', 'unseen_at', 'drawn', 'epochs_of', 'separated', 'costliest', 'study_notes',
-           'part_errors', 'part_block', 'level', 'figures_block', 'difference_block', 'budget_block', 'cost_block',
-           'separation_block', 'study_page', 'plot_study_groups', 'plot_study_heat', 'plot_separated', 'in_words',
-           'examples', 'most_moved', 'bank_words', 'numbered', 'figure1_facts', 'draw_head', 'lines_of', 'draw_asked',
-           'draw_figure1', 'plot_figure1', 'draw_study']
+           'refuse_names', 'refuse_choice', 'is_asked_as_it_is', 'check_entry', 'first_stage', 'read_entries',
+           'asked_entries', 'entries_file', 'encoder_for', 'StudySettings', 'tuned_model', 'bank_file', 'bank_of',
+           'unseen_in', 'first_places', 'shown_of', 'answers_table', 'unshifted', 'answers_of', 'run_entry',
+           'whole_entry', 'stage_page', 'write_study', 'make_study', 'kept_measures', 'table_of', 'by_entry',
+           'keep_study', 'read_study_entries', 'unseen_at', 'drawn', 'epochs_of', 'separated', 'costliest',
+           'study_notes', 'part_errors', 'part_block', 'level', 'figures_block', 'difference_block', 'budget_block',
+           'cost_block', 'separation_block', 'study_page', 'plot_study_groups', 'plot_study_heat', 'plot_separated',
+           'in_words', 'examples', 'most_moved', 'bank_words', 'numbered', 'figure1_facts', 'draw_head', 'lines_of',
+           'draw_asked', 'draw_figure1', 'plot_figure1', 'draw_study']
 
 # %% ../nbs/41_study.ipynb #41-004
 import dataclasses, itertools, json, string, textwrap, time
@@ -75,16 +75,21 @@ def refuse_choice(
         raise UserError(f"{where}: {key} must be one of {', '.join(filter(None, known))}, not {values.get(key)!r}")
 
 # %% ../nbs/41_study.ipynb #74c61145
+def is_asked_as_it_is(
+    values:dict, # An entry's parameters
+)->bool:
+    "Whether an entry is a causal language model that is not tuned, on no encoder."
+    return "llm" in values and not values.get("tuned", True)
+
 def check_entry(
     where:str, # File and entry, for messages
     values:dict, # Its parameters
     encoders:dict, # Encoder -> its parameters
 ):
     "`UserError` for a recommender, an encoder or a parameter that there is not."
-    kinds = {name: kind for name, kind in KINDS.items() if kind.on_encoder or kind in FORMS or name == "untuned"}
+    if is_asked_as_it_is(values): return refuse_names(where, values, ["tuned", "llm", "chat"])
+    kinds = {name: kind for name, kind in KINDS.items() if kind.on_encoder or kind in FORMS}
     refuse_choice(where, values, "recommender", ["", *kinds])
-    if values.get("recommender") == "untuned":
-        return refuse_names(where, values, ["recommender", "tuned", "llm", "chat"])
     kind = kinds.get(values.get("recommender"))
     stage_2 = names_of(kind and kind.settings or RecommenderSettings)
     if kind in FORMS:
@@ -110,6 +115,7 @@ def read_entries(
 )->tuple[dict, dict]: # (encoder -> its parameters, entry -> encoder, tuned and parameters of stage 2)
     "What is compared. `UserError` for a name that there is not."
     path = Path(path or root()/"data/study.yaml")
+    if not path.is_file(): raise UserError(f"study_file={path}: there is no such file; leave it for data/study.yaml")
     found = yaml.safe_load(path.read_text(encoding="utf-8"))
     readings = found.get("readings", {})
     encoders, entries = {"backbone": {}} | found["encoders"] | readings, found["entries"] | {name: {"encoder": name}
@@ -170,6 +176,7 @@ class StudySettings(Settings):
     def check(self):
         "Look at names and numbers, and read the bank."
         p = vars(self)
+        if lost := told(read_entries, self.study_file): return lost
         return [*strange(p | {"study_entries": asked_entries(self.study_entries, self.study_file)},
                          study_entries=read_entries(self.study_file)[1], study_recommender=on_encoder()),
                 *below(p, 1, "recommender_epochs", "recommender_batch"), *below(p, 0, "seed", "study_users"),
@@ -191,7 +198,7 @@ def tuned_model(
     encoders, entries = read_entries(p.study_file)
     e = entries[name]
     encoder, kind = e.get("encoder", "backbone"), e.get("recommender", p.study_recommender)
-    if kind == "untuned": return load_recommender(resolve(e["llm"]), reader, chat=e.get("chat", True)), None, {}
+    if is_asked_as_it_is(e): return load_recommender(resolve(e["llm"]), reader, chat=e.get("chat", True)), None, {}
     own = {k: v for k, v in e.items() if k not in ("encoder", "tuned", "recommender")}
     q = (KINDS[kind].settings or RecommenderSettings).of(vars(p) | own)
     path, merits = encoder_for(run, encoder, encoders[encoder], folder/"encoders", p.seed)

@@ -267,7 +267,7 @@ class ItemSequence(Recommender):
     on_encoder, starts, settings = False, (), TitlesSettings
 
     @classmethod
-    def called(cls, folder, about): return VECTORS[folder.name]
+    def called(cls, folder, about): return VECTORS.get(folder.name, folder.name)
 
     decided_by = ("seed", "vectors", "titles_lr", "titles_dropout", "titles_batch", "titles_epochs", "titles_patience")
     def __init__(self,

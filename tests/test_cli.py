@@ -301,7 +301,7 @@ def test_within_minutes_entries_are_made_one_by_one_and_kept_as_they_end(shop, t
     plan = dict(seeds=[0], datasets={str(shop): ["study"]}, parameters=SMALL | dict(
         study_users=6, recommender_epochs=1, study_recommender="ranker"), encoders={}, entries={
             "one": dict(encoder="backbone", attributes=False), "two": dict(encoder="backbone"),
-            "three": dict(recommender="untuned", tuned=False, llm="no/such-model"),
+            "three": dict(tuned=False, llm="no/such-model"),
             "four": dict(encoder="backbone", wordings=2)}, stages=dict(study=dict(
                 needs=["data", "prompts", "backbones", "attributes"], models=["one", "two", "three", "four"])))
     plan["parameters"].pop("recommender")

@@ -330,7 +330,7 @@ def home(monkeypatch):
 def test_fetch(home, tmp_path, capfd):
     paths = fetch_category("baby", str(tmp_path), base_url=home)
     assert {p.name: p.read_bytes() for p in paths} == Home.files
-    assert "reviews_Baby_5.json.gz: 100%" in capfd.readouterr().err
+    assert not capfd.readouterr().err # into a pipe, and done within a minute
     mark = (tmp_path/"meta_Baby.json.gz.sha256").read_text().split()
     assert mark == [hashlib.sha256(Home.files["meta_Baby.json.gz"]).hexdigest(), "meta_Baby.json.gz"]
     Home.asked.clear()

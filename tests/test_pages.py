@@ -66,7 +66,7 @@ def test_every_page_leads_to_all_others_and_shows_its_pictures():
         shown = {unquote(x) for x in re.findall(r'<img src="([^"]+)"', text)}
         assert links == names - {page.name} | shown, page.name
         own = {p.name for p in page.parent.glob(f"{page.stem}*.png") if re.fullmatch(
-            f"{page.stem}(_heat|_figure1)?", p.stem)}
+            f"{page.stem}(_heat|_figure1|-tsne)?", p.stem)}
         assert shown == own, page.name
         assert {f"]({name})" for name in shown} == set(re.findall(r"\]\([^)]+\.png\)",
                                                                   page.with_suffix(".md").read_text("utf-8")))

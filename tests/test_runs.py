@@ -546,7 +546,7 @@ STAGES = ("data", "prompts", "backbones", "attributes", "encoder", "gather", "re
     ("encoder.py", r'"Stage `encoder`', '"In other words, stage `encoder`', set()),
     ("encoder.py", r'"Stage `encoder`([^\n]*)\n', '"Stage `encoder`"; gc.collect()\n', {"encoder"}),
     ("recommender.py", r"\ndef rec_loss\(", "\ndef rec_loss(_=0, *, ", {"recommender", "collm", "study", "benchmarks"}),
-    ("figures.py", r"def draw_figure3\(", "X = 1\ndef draw_figure3(_=X, *, ", {"figures"}),
+    ("figures.py", r"@for_print\ndef draw_figure3\(", "X = 1\n@for_print\ndef draw_figure3(_=X, *, ", {"figures"}),
     ("metrics.py", r"def means_block\(", "def means_block(_=0, *, ", set()),
     # reached by a text that another process executes
     ("idmodels.py", r"def serve\(\):", "def serve(_=0):", {"baselines"}),
