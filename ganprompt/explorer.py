@@ -22,6 +22,7 @@ from .runs import Run, existing_runs, manifest, stale
 from .templates import render
 from .backbones import backbone
 from .encoder import split_users
+from . import recommender # noqa: F401, whose reader of scores a run needs here
 from .measures import ranking
 from .figures import COLORS, about_run, caption, draw_legend, draw_panel, layouts, numbers, pick_states
 

@@ -93,7 +93,7 @@ section {box-sizing: border-box; height: 100vh; padding: 2rem 4rem 3rem; positio
 section > h2 + * {margin-top: auto} section > :nth-last-child(2) {margin-bottom: auto}
 h2 {font-size: 1.9rem; margin: 0 0 .7rem; color: #00695c}
 ul {padding-left: 1.3rem; margin: .4rem 0} li, p {margin: .4rem 0}
-img {max-width: 100%; max-height: 26rem; margin: .8rem auto; object-fit: contain}
+img {max-width: 100%; max-height: min(26rem, 46vh); margin: .8rem auto; object-fit: contain}
 table {border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; margin: .7rem auto}
 th, td {padding: .25rem .9rem; border-bottom: 1px solid #8884; text-align: left; white-space: nowrap}
 .formula:has(math[display=block]) {display: block; margin: .5rem 0}
