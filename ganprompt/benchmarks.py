@@ -13,7 +13,7 @@ __all__ = ['T5_SIZES', 'LLAMA_SIZES', 'AXES', 'PARTS', 'in_turn', 'random_t5', '
            'asked_parts', 'BenchmarksSettings', 'make_benchmarks', 'keep_benchmarks', 'draw_benchmarks']
 
 # %% ../nbs/50_benchmarks.ipynb #50-004
-import json, math, subprocess, sys, time
+import json, math, subprocess, sys, textwrap, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,8 @@ from .scorer import (Questions, States, UntunedCausal, bank_for, load_recommende
                               score_prompts, scores_of)
 from .recommender import CausalLM, T5Decoder, T5Ranker, add_adapters, freeze_encoder, rec_loss, uncached_logits
 from .statistics import median_ratios
+from .pages import TWO_COLUMNS, for_print, save_figure
+from .figures import COLORS, MARKERS
 
 # %% ../nbs/50_benchmarks.ipynb #50-007
 def in_turn(
@@ -579,42 +581,44 @@ def draw_ratios(
         ours = next(k for k in part["seconds"] if k not in part["ratios"])
         for other, ratio in part["ratios"].items():
             y, rounds = len(labels), np.array(part["seconds"][other])/part["seconds"][ours]
-            ax.barh(y, ratio, color="#0072B2", alpha=.7)
-            ax.plot(rounds, [y]*len(rounds), ".", color="black", ms=4)
+            ax.barh(y, ratio, color=COLORS[6], alpha=.7)
+            ax.plot(rounds, [y]*len(rounds), ".", color="black", ms=3)
             slow, fast = (words(float(np.median(part["seconds"][k]))) for k in (other, ours))
-            ax.annotate(f"  {ratio:.1f}×  ({slow} / {fast})", (max(rounds), y), va="center", fontsize=7)
-            labels.append(f"{name}: {other} / {ours}")
+            ax.annotate(f"  {ratio:.1f}×  ({slow} / {fast})", (max(*rounds, ratio), y), va="center")
+            labels.append(textwrap.fill(f"{name}: {other} / {ours}", 38))
     ax.set(yticks=range(len(labels)), yticklabels=labels, xscale="log", title="time of the alternative / our time")
     ax.invert_yaxis()
-    ax.set_xlim(1, ax.get_xlim()[1]*8)
+    ax.set_xlim(1, ax.get_xlim()[1]*20)
 
 # %% ../nbs/50_benchmarks.ipynb #50-039
 def draw_growth(
     ax, # Where
     growth:dict, # Axis -> sizes, seconds, exponent
 ):
-    "A line for each axis, in logarithms, from its smallest size on."
-    for axis, line in growth.items():
+    "A line for each axis, in logarithms, from its smallest size on; its own colour and marker."
+    for (axis, line), color, marker in zip(growth.items(), (*COLORS[1:], *COLORS), MARKERS*2):
         x, t = np.array(line["sizes"]), np.array(line["seconds"])
-        ax.plot(x/x[0], t/t[0], "o-", ms=4, label=f"{axis}: exponent {line['exponent']:.2f}")
+        ax.plot(x/x[0], t/t[0], marker + "-", ms=4, color=color, label=f"{axis}: exponent {line['exponent']:.2f}")
     ax.set(xscale="log", yscale="log", xlabel="work, relative", ylabel="time, relative", title="growth")
-    ax.legend(fontsize=6, loc="upper center", bbox_to_anchor=(.45, -.18), ncols=2, columnspacing=1)
+    ax.figure.legend(loc="outside lower right", ncols=2, frameon=False)
 
 # %% ../nbs/50_benchmarks.ipynb #bebf327b
+@for_print
 def plot_benchmarks(
     found:dict, # What `benchmarks.json` holds
 ): # matplotlib figure
     "How many times as long everything else takes; and growth, if it was measured."
     from matplotlib.figure import Figure
     parts, growth = {n: p for n, p in found["parts"].items() if "ratios" in p}, found["parts"].get("growth", {})
-    fig = Figure(figsize=(11, max(2, 1.2 + .25*sum(len(p["ratios"]) for p in parts.values()))), layout="constrained")
+    bars = sum(len(p["ratios"]) for p in parts.values())
+    fig = Figure(figsize=(TWO_COLUMNS, max(1.2 + 1.6*bool(growth), .8 + .27*bars)), layout="constrained")
     left, *right = fig.subplots(1, 2 if growth else 1, width_ratios=(3, 2) if growth else None, squeeze=False)[0]
     draw_ratios(left, parts)
     for ax in right: draw_growth(ax, growth)
-    for ax in (left, *right): ax.spines[["top", "right"]].set_visible(False); ax.tick_params(labelsize=8)
+    for ax in (left, *right): ax.spines[["top", "right"]].set_visible(False)
     models = (f"{found['size']}-sized models with random weights" if found["random_weights"]
               else found.get("llm") or f"trained models of the run {found['run']}")
-    fig.suptitle(f"{found['machine']}, {found['threads']} threads; {models}", fontsize=9)
+    fig.suptitle(f"{found['machine']}, {found['threads']} threads; {models}")
     return fig
 
 # %% ../nbs/50_benchmarks.ipynb #50-041
@@ -682,7 +686,7 @@ def make_benchmarks(
                  "random_weights": parts != ["catalogue"] and not p.bench_llm, "machine": device_words(),
                  "threads": torch.get_num_threads(), "versions": versions()}
         write_json(folder/"benchmarks.json", about | {"parts": found})
-        plot_benchmarks(about | {"parts": found}).savefig(folder/"benchmarks.png", dpi=110, metadata={"Software": None})
+        save_figure(plot_benchmarks(about | {"parts": found}), folder/"benchmarks")
         return {f"{part}, {other}": ratio for part, of in found.items()
                 for other, ratio in of.get("ratios", {}).items()}
     # without one, that part says what it lacks
@@ -710,15 +714,13 @@ def keep_benchmarks(
 def draw_benchmarks(
     study:str|Path="benchmarks", # Folder under data/results, or a path
     out:Path|None=None, # Where the pictures go; figures/ by default
-)->list[Path]: # benchmarks-<entry>.png
+)->list[Path]: # benchmarks-<entry>.png and .pdf
     "Draw all kept measurements."
     files = sorted(results_folder(study).glob("*.json"))
     if not files:
         raise UserError(f"no results in data/results/{study}; keep some first: ganprompt keep RUN --study {study}")
-    made = {file: pages_folder(out)/f"benchmarks-{file.stem}.png" for file in files}
-    for file, picture in made.items():
-        plot_benchmarks(json.loads(file.read_text())).savefig(picture, dpi=110, metadata={"Software": None})
-    return [*made.values()]
+    return [path for file in files for path in save_figure(plot_benchmarks(json.loads(file.read_text())),
+                                                           pages_folder(out)/f"benchmarks-{file.stem}")]
 
 
 STUDIES["benchmarks"] = Study(lambda run, study, out: [keep_benchmarks(run, study)], draw_benchmarks,

@@ -18,12 +18,13 @@ import polars as pl
 from fastcore.basics import patch
 
 from .files import UserError, below, pages_folder, refuse, results_folder, root, run_folder, write_json
-from .runs import Run, Settings, manifest, need, stage
+from .runs import STUDIES, Run, Settings, Study, manifest, need, stage
 from .data import dataset_info, load_candidates, load_sequences, load_training, make_data
 from .recommender import make_recommender
 from .measures import METRICS, label, per_user
 from .statistics import difference, measure, over_trainings, scope
-from .pages import Block, Cell, Page, short, spread, to_html, to_md, write_page
+from .pages import (COLUMN, TWO_COLUMNS, Block, Cell, Page, for_print, save_figure, short, spread, to_html,
+                             to_md, write_page)
 from .published import consistency, reported
 
 # %% ../nbs/19_metrics.ipynb #19-045
@@ -134,12 +135,13 @@ def long_table(
                                    maintain_order="left_right")
 
 # %% ../nbs/19_metrics.ipynb #19-061
+@for_print
 def plot_ranks(
     people:pl.DataFrame, # users.parquet: model, user, rank
 ): # A matplotlib figure
     "Cumulative share of users by the rank of their target: HR@k for every k."
     from matplotlib import pyplot as plt
-    fig, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    fig, ax = plt.subplots(figsize=(COLUMN, 2.1), layout="constrained")
     for (model,), part in people.group_by("model", maintain_order=True):
         ax.ecdf(part["rank"].to_numpy(), label=model)
     ax.set(xlabel="k", ylabel="HR@k: users with rank ≤ k", xlim=(1, None), ylim=(0, 1)); ax.grid(alpha=.3); ax.legend()
@@ -204,7 +206,7 @@ def make_metrics(
         people = per_user(rows["user"], scores, rows["row"])
         result = evaluate(p.run, people, p.resamples, p.seed)
         people.write_parquet(folder / "users.parquet")
-        plot_ranks(people).savefig(folder / "ranks.png", dpi=120, metadata={"Software": None})
+        save_figure(plot_ranks(people), folder / "ranks")
         long_table(result).write_csv(folder / "table.csv")
         write_json(folder / "table.json", result)
         page = metrics_page(result)
@@ -333,13 +335,15 @@ def seeds_block(
                  ["data", "seed", "model", "AUC", "HR@10"], [rows])
 
 # %% ../nbs/19_metrics.ipynb #19-073
+@for_print
 def plot_study(
     kept:pl.DataFrame, # From `entries`
 ): # A matplotlib figure: one row a group; AUC and HR@10
     "Every seed's figure with its 95 % interval, model by model."
     from matplotlib import pyplot as plt
     groups, models = kept["group"].unique(maintain_order=True), kept["model"].unique(maintain_order=True).to_list()
-    fig, axes = plt.subplots(len(groups), 2, figsize=(9, 1 + 2 * len(groups)), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(len(groups), 2, figsize=(TWO_COLUMNS, .4 + (.5 + .22 * len(models)) * len(groups)),
+                             layout="constrained", squeeze=False)
     for row, group in zip(axes, groups):
         for ax, metric in zip(row, ("auc", "hit@10")):
             part = kept.filter((pl.col("group") == group) & (pl.col("metric") == metric))
@@ -347,13 +351,12 @@ def plot_study(
                 one = part.filter(pl.col("model") == model).sort("seed")
                 y = models.index(model) + .18 * (np.arange(len(one)) - (len(one) - 1) / 2)
                 ax.errorbar(one["value"], y, xerr=[one["value"] - one["low"], one["high"] - one["value"]], fmt="o",
-                            ms=4, color=color, capsize=2)
-            ax.set_yticks(range(len(models)), models, fontsize=8)
+                            ms=3, color=color, capsize=1.5)
+            ax.set_yticks(range(len(models)), models)
             ax.invert_yaxis()
             ax.grid(axis="x", alpha=.3)
-            ax.tick_params(labelsize=8)
-            ax.set_title(f"{group}: {label(metric)}", fontsize=9)
-    fig.suptitle("Each training with its 95 % interval over users", fontsize=9)
+            ax.set_title(f"{group}: {label(metric)}")
+    fig.suptitle("Each training with its 95 % interval over users")
     return fig
 
 # %% ../nbs/19_metrics.ipynb #19-074
@@ -372,15 +375,13 @@ def summary_page(
 def summary(
     study:str|Path="end_to_end", # Folder under data/results, or a path
     out:Path|None=None, # Where the files go; figures/ by default
-) -> list[Path]: # figures/<study>.md, .html, .tex, .csv and .png
+) -> list[Path]: # figures/<study>.md, .html, .tex, .csv, .png and .pdf
     "One page and one picture of all kept entries of a study."
-    from matplotlib import pyplot as plt
     records, stem = read_study(study), pages_folder(out) / Path(study).name
-    kept, drawn = entries(records), stem.with_name(f"{stem.name}.png")
-    fig = plot_study(kept)
-    fig.savefig(drawn, dpi=120, metadata={"Software": None}); plt.close(fig)
-    more = f"\n![AUC and HR@10 of every training]({drawn.name})\n"
-    return [*write_page(summary_page(records, stem.name), kept, stem, more), drawn]
+    kept, more = entries(records), f"\n![AUC and HR@10 of every training]({stem.name}.png)\n"
+    return [*write_page(summary_page(records, stem.name), kept, stem, more), *save_figure(plot_study(kept), stem)]
+
+STUDIES[""] = Study(lambda run, study, out: [keep_metrics(run, study)], summary) # what no other chapter knows
 
 # %% ../nbs/19_metrics.ipynb #19-079b
 @patch(as_prop=True)

@@ -5,14 +5,15 @@ robust, and is it the GAN?"""
 
 # %% auto #0
 __all__ = ['FORMS', 'FIRST', 'SHOWN', 'ABOUT', 'WHOLE', 'STATISTICS', 'CONTROLS', 'SEPARABILITY', 'HEAT', 'BEFORE_AFTER', 'WORDS',
-           'VIEWS', 'AGAINST', 'PAGES', 'STUDIES', 'names_of', 'refuse_names', 'refuse_choice', 'check_entry',
-           'first_stage', 'read_entries', 'asked_entries', 'encoder_for', 'StudySettings', 'tuned_model', 'bank_file',
-           'bank_of', 'unseen_in', 'first_places', 'shown_of', 'answers_table', 'unshifted', 'answers_of', 'run_entry',
-           'whole_entry', 'stage_page', 'write_study', 'make_study', 'kept_measures', 'table_of', 'by_entry',
-           'keep_study', 'read_study_entries', 'unseen_at', 'drawn', 'epochs_of', 'separated', 'costliest',
+           'LINE', 'BOUGHT', 'VIEWS', 'AGAINST', 'PAGES', 'STUDIES', 'names_of', 'refuse_names', 'refuse_choice',
+           'check_entry', 'first_stage', 'read_entries', 'asked_entries', 'encoder_for', 'StudySettings', 'tuned_model',
+           'bank_file', 'bank_of', 'unseen_in', 'first_places', 'shown_of', 'answers_table', 'unshifted', 'answers_of',
+           'run_entry', 'whole_entry', 'stage_page', 'write_study', 'make_study', 'kept_measures', 'table_of',
+           'by_entry', 'keep_study', 'read_study_entries', 'unseen_at', 'drawn', 'epochs_of', 'separated', 'costliest',
            'study_notes', 'part_errors', 'part_block', 'level', 'figures_block', 'difference_block', 'budget_block',
            'cost_block', 'separation_block', 'study_page', 'plot_study_groups', 'plot_study_heat', 'plot_separated',
-           'in_words', 'examples', 'most_moved', 'draw_head', 'bank_words', 'plot_figure1', 'draw_study']
+           'in_words', 'examples', 'most_moved', 'bank_words', 'numbered', 'figure1_facts', 'draw_head', 'draw_asked',
+           'draw_figure1', 'plot_figure1', 'draw_study']
 
 # %% ../nbs/41_study.ipynb #41-004
 import dataclasses, itertools, json, string, textwrap, time
@@ -35,8 +36,7 @@ from .scorer import KINDS, bank_for, blanked, load_recommender, own_attributes, 
 from .recommender import RecommenderSettings, find_llm, on_encoder
 from .measures import data_name, figures_of, label, ranking
 from .statistics import ahead, drawn_cps, drawn_worst, ends, redrawn, scope
-from .pages import Block, Page, short, spread, to_md, write_page
-from .figures import save_figure
+from .pages import (TWO_COLUMNS, Block, Page, for_print, save_figure, short, spread, to_md, write_page)
 from .idmodels import short_message
 from .titles import ItemSequence
 from .p5 import P5, PROMPTS
@@ -608,6 +608,7 @@ def study_page(
     return Page(f"{title} on {data_name(mine[0])}", study_notes(mine, seeds), blocks), pl.DataFrame(rows)
 
 # %% ../nbs/41_study.ipynb #41-020
+@for_print
 def plot_study_groups(
     mine:list, # Kept entries of one data set
     metric:str="hit@10", # One of `FIGURES`
@@ -616,8 +617,8 @@ def plot_study_groups(
     from matplotlib import pyplot as plt
     tables, bank = by_entry(mine), mine[0]["by_template"]
     colors = dict(zip(dict.fromkeys(t["group"] for t in bank[1:]), itertools.cycle(PALETTE[1:7])))
-    fig, axes = plt.subplots(1, len(colors), figsize=(1.8 + 1.9*len(colors), .9 + .36*len(tables)), sharex=True,
-                             sharey=True, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(1, len(colors), figsize=(TWO_COLUMNS, .75 + .2*len(tables)), sharex=True, sharey=True,
+                             squeeze=False, layout="constrained")
     for ax, (group, color) in zip(axes[0], colors.items()):
         at = [[i for i, t in enumerate(bank) if i and t["group"] == group and (t["split"] == "seen") == seen]
               for seen in (True, False)]
@@ -625,12 +626,12 @@ def plot_study_groups(
             x = t[metric].mean(axis=(0, 2))
             ax.plot([x[0]]*2, [y - .3, y + .3], color="#666666", lw=1)
             for i, face in zip(at, ("none", color)):
-                ax.scatter(x[i], np.full(len(i), y), s=16, facecolor=face, edgecolor=color, lw=.8)
-        ax.set_title(group, fontsize=9); ax.set_xlabel(label(metric), fontsize=8)
-        ax.grid(axis="x", alpha=.3); ax.tick_params(labelsize=8)
+                ax.scatter(x[i], np.full(len(i), y), s=8, facecolor=face, edgecolor=color, lw=.7)
+        ax.set_title(group); ax.set_xlabel(label(metric))
+        ax.grid(axis="x", alpha=.3)
     axes[0, 0].set_yticks(range(len(tables)), tables); axes[0, 0].invert_yaxis()
     fig.suptitle(f"{data_name(mine[0])}: {label(metric)} under every template; rings: seen ones, line: the clean "
-                 "template", fontsize=9)
+                 "template")
     return fig
 
 # %% ../nbs/41_study.ipynb #41-020a
@@ -644,11 +645,11 @@ def plot_study_heat(
     "What sixty users' answers do under every template, in the first seed."
     first = {e["model"]: e for e in reversed(mine)} # entries are sorted by seed
     shown = {name: first[name] for name in HEAT if name in first} or first
-    fig = plot_heat({f"{name}, seed {e['seed']}": e["odds"] for name, e in shown.items()}, mine[0]["by_template"])
-    fig.suptitle(data_name(mine[0]), fontsize=9)
-    return fig
+    return plot_heat({f"{name}\nseed {e['seed']}": e["odds"] for name, e in shown.items()}, mine[0]["by_template"],
+                     title=f"{data_name(mine[0])}: P(yes) for what was bought, under every template")
 
 # %% ../nbs/41_study.ipynb #64b074b2
+@for_print
 def plot_separated(
     mine:list, # Kept entries of one data set
 ): # A matplotlib figure
@@ -657,20 +658,20 @@ def plot_separated(
     from matplotlib import pyplot as plt
     draws, apart = drawn(mine), separated(mine)
     names, shown = sorted(apart, key=lambda name: apart[name]["silhouette"]), ("clean", "q05", "CPS")
-    fig, axes = plt.subplots(1, 4, figsize=(9.5, .9 + .27*len(names)), sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, 4, figsize=(TWO_COLUMNS, .75 + .19*len(names)), sharey=True, layout="constrained")
     y, colors = np.arange(len(names)), [PALETTE[1 + (apart[name]["silhouette"] > .2)] for name in names]
     axes[0].barh(y, [apart[name]["silhouette"] for name in names], .6, color=colors)
     for ax, s in zip(axes[1:], shown):
         for i, (name, color) in enumerate(zip(names, colors)):
             value, low, high = ends(draws[s][name])
-            ax.errorbar(value, i, xerr=[[value - low], [high - value]], fmt="o", color=color, ms=4.5, lw=1.2)
-        if "attributes" in draws[s]: ax.axvline(draws[s]["attributes"][0].mean(), color="#555555", lw=1, ls="--")
+            ax.errorbar(value, i, xerr=[[value - low], [high - value]], fmt="o", color=color, ms=3)
+        if "attributes" in draws[s]: ax.axvline(draws[s]["attributes"][0].mean(), color="#555555", lw=.8, ls="--")
     for ax, title in zip(axes, ("silhouette of the versions", *(f"{s}, HR@10" for s in shown))):
-        ax.set_title(title, fontsize=9); ax.tick_params(labelsize=8); ax.grid(axis="x", alpha=.3)
+        ax.set_title(title); ax.grid(axis="x", alpha=.3)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(y, names, fontsize=8)
-    fig.suptitle(f"{data_name(mine[0])}: readings of stage 1, the versions together (blue) or apart (orange); bars: "
-                 "95 %, over trainings, users and templates; dashed: no stage 1", fontsize=8)
+    axes[0].set_yticks(y, names)
+    fig.suptitle(f"{data_name(mine[0])}: readings of stage 1, the versions together (blue) or apart (orange)\nBars: "
+                 "95 %, over trainings, users and templates; dashed: no stage 1")
     return fig
 
 # %% ../nbs/41_study.ipynb #41-020d
@@ -698,51 +699,96 @@ def most_moved(
     return int(np.argmax([len(np.unique(heads[:, u])) for u in range(heads.shape[1])]))
 
 # %% ../nbs/41_study.ipynb #41-020du
-def draw_head(
-    ax, x:float, y:float, # Where
-    head, # First three candidates; 0 is the target
-    met:list, # Other candidates, in the order of their names
-    rank:int, # Of the target
-):
-    "Three candidates as boxes, what was bought in blue, and its rank."
-    for place, c in enumerate(head):
-        ax.text(x + .3 + .75*place, y, "bought" if c == 0 else f"item {met.index(c) + 1}", ha="center", va="center",
-                fontsize=7, color="white" if c == 0 else "black",
-                bbox=dict(boxstyle="round", fc="#0173b2" if c == 0 else "#eeeeee", ec="#949494", lw=.5))
-    ax.text(x + 2.45, y, f"rank {rank}", ha="center", va="center", fontsize=7, color="#666666")
-
 def bank_words(
     e:dict, # Kept entry
 )->list[str]: # Of each template that it was asked under
     "A bank for people."
     texts = {t["id"]: t["text"] for t in read_templates(bank_of(e))}
     clean = "the clean template, the one that the run trains with"
-    return [textwrap.fill(in_words(texts.get(t["id"], clean)), 90) for t in e["by_template"]]
+    return [in_words(texts.get(t["id"], clean)) for t in e["by_template"]]
 
-# %% ../nbs/41_study.ipynb #d0ab9905
-def plot_figure1(
+def numbered(
+    heads:list, # First candidates, each i64[templates, 3]
+)->dict: # Candidate -> what it is called
+    "Candidates without their titles, in the order in which they come; 0 is what was bought."
+    met = [c for c in dict.fromkeys(np.concatenate([h.ravel() for h in heads]).tolist()) if c]
+    return {0: "bought"} | {c: f"item {n}" for n, c in enumerate(met, 1)}
+
+def figure1_facts(
     mine:list, # Kept entries of one data set
-): # A matplotlib figure; None if there is nothing kept to draw it from
-    "The paper's Figure 1 from data: one user, a template of each group, the first three candidates, before and after."
-    from matplotlib import pyplot as plt
+    titles=None, # Function of a user's place that returns the titles of the candidates; None: they stay numbers
+)->dict: # names, user, users and more; rows: group, words, and of each name heads ([text, bought or not]) and ranks
+    "What Figure 1 says; nothing if what it is drawn from was not kept."
     first = {e["model"]: e for e in reversed(mine) if "heads" in e} # entries are sorted by seed
     if missing := set(BEFORE_AFTER) - set(first):
         return print(f"no figure 1: nothing kept of {', '.join(sorted(missing))}")
     before, both = first[BEFORE_AFTER[0]], [first[name] for name in BEFORE_AFTER]
     shown, words = examples(before["by_template"]), bank_words(before)
     user = most_moved(before["heads"][shown])
-    met = [c for c in dict.fromkeys(np.concatenate([e["heads"][shown, user].ravel() for e in both]).tolist()) if c]
-    fig, ax = plt.subplots(figsize=(12, .6 + .62*len(shown)), layout="constrained")
-    for y, i in enumerate(shown):
-        ax.text(-7, y, before["by_template"][i]["group"], va="center", fontsize=8)
-        ax.text(-5.9, y, words[i], va="center", fontsize=7)
-        for x, e in enumerate(both): draw_head(ax, 3*x, y, e["heads"][i, user], met, e["ranks"].rank[i, user])
-    for x, name in enumerate(BEFORE_AFTER): ax.text(1.05 + 3*x, -.75, name, ha="center", fontsize=8)
-    ax.set(xlim=(-7, 6), ylim=(len(shown) - .4, -1)); ax.axis("off")
-    fig.suptitle(f"{data_name(mine[0])}: the first three candidates and the rank of what was bought, under other "
-                 f"words; of {before['heads'].shape[1]} users the one whose head changes most under "
-                 f"{BEFORE_AFTER[0]!r}", fontsize=9)
+    called = titles(user) if titles else numbered([e["heads"][shown, user] for e in both])
+    def head(e, i): return [[called[c], c == 0] for c in e["heads"][i, user].tolist()]
+    rows = [dict(group=before["by_template"][i]["group"], words=words[i], heads=[head(e, i) for e in both],
+                 ranks=[int(e["ranks"].rank[i, user]) for e in both]) for i in shown]
+    about = {k: before[k] for k in ("dataset", "synthetic", "pocket", "recommender")}
+    return about | dict(names=list(BEFORE_AFTER), user=user, users=before["heads"].shape[1], rows=rows)
+
+# %% ../nbs/41_study.ipynb #d0ab9905
+LINE = .125 # inches between two lines of 7 points
+BOUGHT = "#0072B2"
+
+def draw_head(
+    ax, x:float, y:float, # Where, inches
+    head:list, # Of three candidates: text, whether it was bought
+    rank:int, # Of what was bought
+):
+    "Three candidates, one below the other, what was bought on a ground of its own; and its rank."
+    for place, (text, bought) in enumerate(head):
+        ax.text(x, y + place*LINE, f"{place + 1}  {textwrap.shorten(text, 29, placeholder=' …')}", va="center",
+                color="white" if bought else "black",
+                bbox=dict(boxstyle="square,pad=.12", fc=BOUGHT, lw=0) if bought else None)
+    ax.text(x + 2.1, y + LINE, f"rank {rank}", ha="right", va="center", color="#555555")
+
+def draw_asked(
+    ax, y:float, # Axes in inches, and the row's first line
+    row:dict, # Of `figure1_facts`
+)->float: # Where the next row begins
+    "One wording, and the head of each ranking."
+    words = textwrap.wrap(row["words"], 46)
+    ax.text(.05, y, row["group"], va="center", weight="bold")
+    for n, line in enumerate(words, 1): ax.text(.05, y + n*LINE, line, va="center")
+    for x, head, rank in zip((2.6, 4.85), row["heads"], row["ranks"]): draw_head(ax, x, y, head, rank)
+    return y + (max(2, len(words)) + 1.7)*LINE
+
+# %% ../nbs/41_study.ipynb #ca7d1e6a
+@for_print
+def draw_figure1(
+    facts:dict, # From `figure1_facts`
+    *more:str, # Further sentences to stand above
+): # A matplotlib figure
+    "One user asked in several ways: the first three candidates and the rank of what was bought, before and after."
+    from matplotlib import pyplot as plt
+    first = (f"{data_name(facts)}, {facts['recommender']}{' (pocket)'*facts['pocket']}: the first three candidates and "
+             f"the rank of what was bought, under other words. Of {facts['users']} users the one whose first "
+             f"candidates change most under {facts['names'][0]!r}.")
+    said = [line for sentence in (first, *more) for line in textwrap.wrap(sentence, 124)]
+    top = (len(said) + 2.2)*LINE
+    height = top + sum(max(2, len(textwrap.wrap(row["words"], 46))) + 1.7 for row in facts["rows"])*LINE
+    fig = plt.figure(figsize=(TWO_COLUMNS, height))
+    ax = fig.add_axes([0, 0, 1, 1])
+    ax.set(xlim=(0, TWO_COLUMNS), ylim=(height, 0)); ax.axis("off")
+    for n, line in enumerate(said, 1): ax.text(.05, n*LINE, line, va="center")
+    for x, name in zip((2.6, 4.85), facts["names"]): ax.text(x, top - .8*LINE, name, va="center", weight="bold")
+    y = top + .4*LINE
+    for row in facts["rows"]:
+        ax.axhline(y - .75*LINE, color="#bbbbbb", lw=.5)
+        y = draw_asked(ax, y, row)
     return fig
+
+def plot_figure1(
+    mine:list, # Kept entries of one data set
+): # A matplotlib figure; None if there is nothing kept to draw it from
+    "The paper's Figure 1 from data, without titles: a template of each group, before and after."
+    return (facts := figure1_facts(mine)) and draw_figure1(facts)
 
 # %% ../nbs/41_study.ipynb #d4ca3041
 VIEWS = [("", plot_study_groups, "HR@10 under every template"),
@@ -765,12 +811,10 @@ def draw_study(
     title += f" ({Path(study).name})"*(Path(study).name not in PAGES)
     for dataset, mine in by_dataset(entries).items():
         stem = out/f"{Path(study).name}_{slug(dataset)}"
-        pictures = {f"{stem.name}{end}.png": (words, fig) for end, plot, words in plots if (fig := plot(mine))}
+        pictures = {f"{stem.name}{end}": (words, fig) for end, plot, words in plots if (fig := plot(mine))}
         made += write_page(*study_page(mine, against, title), stem,
-                           "".join(f"\n![{words}]({name})\n" for name, (words, _) in pictures.items()))
-        for name, (_, fig) in pictures.items():
-            made.append(out/name)
-            save_figure(fig, made[-1])
+                           "".join(f"\n![{words}]({name}.png)\n" for name, (words, _) in pictures.items()))
+        for name, (_, fig) in pictures.items(): made += save_figure(fig, out/name)
     return made
 
 STUDIES |= {kind: Study(lambda run, study, out: keep_study(run, study), draw_study, asks={"study": "study_entries"})

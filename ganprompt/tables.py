@@ -22,10 +22,10 @@ from .files import pages_folder, results_folder, root
 from .runs import STUDIES, Study
 from .measures import METRICS, data_name, label
 from .statistics import against_best, by_training, interval, mark_best, method_figures, scope, trainings
-from .pages import Block, Cell, Page, short, spread, write_page
+from .pages import TWO_COLUMNS, Block, Cell, Page, for_print, save_figure, short, spread, write_page
 from .published import check_tables, paper_tables
 from .metrics import notes
-from .figures import COLORS, save_figure
+from .figures import COLORS
 from .results import (NUMBERS, ORDER, TIMES, base, by_dataset, keep_models, people, read_json, read_tables,
                                sampling_table, slug, table_order, time_table)
 
@@ -268,13 +268,14 @@ def plot_metric(
     figures = {s["model"]: s for s in r.stats.filter(metric=metric).iter_rows(named=True)}
     for y, row in enumerate(rows):
         s, (color, _) = figures[row["model"]], FAMILIES[row["family"]]
-        ax.errorbar(s["mean"], y, xerr=[[s["mean"] - s["low"]], [s["high"] - s["mean"]]], fmt="o", ms=5, capsize=2,
+        ax.errorbar(s["mean"], y, xerr=[[s["mean"] - s["low"]], [s["high"] - s["mean"]]], fmt="o", ms=3, capsize=1.5,
                     color=color)
         values = seeds.filter(model=row["model"])[metric]
-        ax.plot(values, [y + .28] * len(values), "o", ms=3, mfc="none", mew=.7, color=color)
-    ax.set_title(label(metric), fontsize=10); ax.grid(axis="x", alpha=.3); ax.tick_params(labelsize=8)
+        ax.plot(values, [y + .28] * len(values), "o", ms=2, mfc="none", mew=.5, color=color)
+    ax.set_title(label(metric)); ax.grid(axis="x", alpha=.3)
 
 # %% ../nbs/40_tables.ipynb #40-069v1
+@for_print
 def plot_models(
     r:Results, # From `results_of`
 ): # A matplotlib figure
@@ -282,15 +283,15 @@ def plot_models(
     from matplotlib import pyplot as plt
     rows, first = [row for row in r.rows if row["seeds"]], r.entries[0]
     seeds = people(r.entries).group_by("model", "seed", maintain_order=True).agg(pl.col(METRICS).mean())
-    fig, axes = plt.subplots(1, 2, figsize=(10, 1.6 + .27 * len(rows)), sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, 2, figsize=(TWO_COLUMNS, .9 + .19 * len(rows)), sharey=True, layout="constrained")
     for ax, metric in zip(axes, ("auc", "hit@10")): plot_metric(ax, r, rows, seeds, metric)
     axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows]); axes[0].set_ylim(len(rows) - .4, -.6)
     there = {row["family"] for row in rows}
     keys = [plt.Line2D([], [], ls="", marker="o", color=color, label=name)
             for family, (color, name) in FAMILIES.items() if family in there]
-    fig.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=8, frameon=False)
+    fig.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False)
     fig.suptitle(f"{data_name(first)}: {first['users']} users, uni99; a ring for each seed, dots with 95 % intervals "
-                 "over trainings and users (of one training: over users)", fontsize=9)
+                 "over trainings and users (of one training: over users)")
     return fig
 
 # %% ../nbs/40_tables.ipynb #1eee8699
@@ -398,8 +399,7 @@ def make_tables(
         r, stem = results_of(mine), out / f"table{NUMBERS.get(dataset, '')}_{slug(dataset)}"
         made += write_page(page_of(r, known.get(dataset, {})), long_rows(r), stem,
                            f"\n![AUC and HR@10 of all models]({stem.name}.png)\n")
-        made.append(stem.with_name(stem.name + ".png"))
-        save_figure(plot_models(r), made[-1])
+        made += save_figure(plot_models(r), stem)
     if data:
         made += write_page(table1_page(data), pl.concat([pl.DataFrame(d["table1"]) for d in data],
                                                         how="vertical_relaxed"), out / "table1")

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['AGAIN', 'HEAD', 'TAP', 'PICK', 'NAMED', 'SHOW_WORDING', 'LIST', 'READING', 'LISTED_USERS', 'LISTED_TEMPLATES',
            'ROOM_AROUND', 'ACCENT', 'report_home', 'read_report', 'first_three', 'heads_of', 'ranks_under', 'Wordings',
-           'in_groups', 'template_rows', 'user_rows', 'wordings_of', 'splits_of', 'wordings_page', 'is_report',
-           'explore_wordings']
+           'template_rows', 'user_rows', 'wordings_of', 'splits_of', 'wordings_page', 'is_report', 'explore_wordings']
 
 # %% ../nbs/44_wordings.ipynb #44-003
 import html, json
@@ -19,7 +18,7 @@ import polars as pl
 from .files import UserError
 from .measures import ranking
 from .explorer import SAFE, STYLE_SHEET, Explorer, amounts, kinds, whole_file, wrapped
-from .robustness import subject
+from .robustness import in_groups, subject
 
 # %% ../nbs/44_wordings.ipynb #44-006
 AGAIN = "make it anew: ganprompt robustness MODEL"
@@ -80,13 +79,6 @@ class Wordings(NamedTuple):
     users: pl.DataFrame # user, history (titles), bought, size (candidates), clean (rank), lost
     ranks: np.ndarray # int64[users, templates]
     heads: np.ndarray # Titles, str[users, templates, 3]
-
-def in_groups(
-    table:list, # Templates with id, group and split, the clean one first
-) -> list: # Their numbers
-    "The clean template, then group by group, in the order in which they come."
-    groups = list(dict.fromkeys(t["group"] for t in table))
-    return [0, *sorted(range(1, len(table)), key=lambda t: groups.index(table[t]["group"]))]
 
 # %% ../nbs/44_wordings.ipynb #44-013
 def template_rows(

@@ -41,5 +41,26 @@ def test_a_part_that_fails_does_not_stop_the_others_and_results_are_kept(finishe
     with pytest.raises(UserError, match="no results"): draw_benchmarks()
     kept = json.loads(keep_benchmarks(str(run)).read_text())
     assert kept["parts"] == found["parts"] and kept["fingerprint"]
-    assert ([p.name for p in draw_benchmarks()] == ["benchmarks-mine.png"]
+    assert ([p.name for p in draw_benchmarks()] == ["benchmarks-mine.png", "benchmarks-mine.pdf"]
             and draw_benchmarks()[0].stat().st_size > 10_000)
+
+
+def test_growth_has_a_marker_and_a_safe_colour_for_each_line_and_all_is_as_wide_as_a_page():
+    from ganprompt.figures import COLORS
+    from ganprompt.pages import TWO_COLUMNS
+    axes = {name: dict(sizes=[2, 4, 8], seconds=[1., s, s*s], exponent=e)
+            for name, s, e in (("users", 2., 1.), ("candidates", 1.5, .58), ("tokens", 3., 1.58))}
+    training = dict(seconds={"full": [8., 9.], "kept": [2., 3.]}, ratios={"full": 3.5})
+    found = dict(parts=dict(training=training, growth=axes), machine="by hand", threads=1, random_weights=True,
+                 size="pocket", llm="", run="toy")
+    fig = plot_benchmarks(found)
+    bars, growth = fig.axes
+    lines = growth.get_lines()
+    assert [line.get_ydata().tolist() for line in lines] == [[1, s, s*s] for s in (2, 1.5, 3)]
+    assert [line.get_xdata().tolist() for line in lines] == [[1, 2, 4]]*3
+    assert len({line.get_marker() for line in lines}) == len({line.get_color() for line in lines}) == 3
+    assert {line.get_color() for line in lines} <= set(COLORS) and fig.get_size_inches()[0] == TWO_COLUMNS
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["users: exponent 1.00", "candidates: exponent 0.58",
+                                                                  "tokens: exponent 1.58"]
+    assert bars.patches[0].get_width() == 3.5
+    assert {t.get_fontsize() for t in (*bars.texts, *bars.get_yticklabels())} == {7}

@@ -1,5 +1,4 @@
-"""Figure 3: the same picture twice, the same users in every panel, versions apart where the states are apart."""
-import hashlib
+"""Figures 2 and 3: the same picture twice, the same users in every panel, versions apart where the states are apart."""
 
 import numpy as np
 import polars as pl
@@ -7,6 +6,7 @@ import pytest
 
 from ganprompt import figures as F
 from ganprompt.files import UserError
+from ganprompt.pages import COLUMN, PRINT, TWO_COLUMNS, for_print, save_figure
 
 VERSIONS = 6
 
@@ -62,21 +62,16 @@ def test_after_is_turned_to_before(points, method):
 
 
 def test_same_bytes_twice(points, tmp_path):
-    def draw(name):
-        F.save_figure(F.draw_figure3([(ABOUT, points)]), tmp_path / f"{name}.png", tmp_path / f"{name}.pdf")
-        return [hashlib.sha256((tmp_path / f"{name}.{end}").read_bytes()).hexdigest() for end in ("png", "pdf")]
+    def draw(name): return [p.read_bytes() for p in save_figure(F.draw_figure3([(ABOUT, points)]), tmp_path/name)]
     assert draw("one") == draw("two")
 
 
 def test_labels(points):
     fig = F.draw_couplings([(ABOUT, points), (ABOUT | dict(coupling="cooperative"), points)])
-    assert [ax.get_title()
-            for ax in fig.axes] == ["before stage 1\nsilhouette 0.00, kNN purity 0.20,\nlinear probe 0.56 (chance "
-                                    "0.17)",
-                                    "after, coupling none\nsilhouette 0.80, kNN purity 1.00,\nlinear probe 1.00 "
-                                    "(chance 0.17)",
-                                                   "after, coupling cooperative\nsilhouette 0.80, kNN purity "
-                                                   "1.00,\nlinear probe 1.00 (chance 0.17)"]
+    before, after = ("silhouette 0.00, purity 0.20\nlinear probe 0.56 (chance 0.17)",
+                     "silhouette 0.80, purity 1.00\nlinear probe 1.00 (chance 0.17)")
+    assert [ax.get_title() for ax in fig.axes] == [f"before stage 1\n{before}", f"after, coupling none\n{after}",
+                                                   f"after, coupling cooperative\n{after}"]
     assert "synthetic data" in fig.get_suptitle() and "pocket model" in fig.get_suptitle()
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["plain", *"abcde"]
 
@@ -105,14 +100,56 @@ def test_figure_2_says_what_a_run_did(finished):
     (moved, whole), (changed, decoder) = facts["stage_2"]["encoder"], facts["stage_2"]["decoder"]
     assert (moved, whole, decoder) == (0, numbers["encoder"], numbers["decoder"]) and 0 < changed < decoder
     fig = F.draw_framework(facts)
+    assert fig.get_size_inches()[0] == TWO_COLUMNS and {t.get_fontsize() for t in texts_of(fig)} == {7}
     said = " ".join(t.get_text() for t in fig.axes[0].texts)
     assert f"trained: {changed:,}" in said and "frozen" in said and f"{facts['users']:,} users" in said
     with pytest.raises(UserError, match="recommender 'ganprompt, causal-lm'"):
         F.framework_facts(str(finished), "ganprompt, causal-lm")
 
 
+def texts_of(fig):
+    "All that is written in a figure and is seen."
+    from matplotlib.text import Text
+    fig.draw_without_rendering()
+    return [t for t in fig.findobj(Text) if t.get_visible() and t.get_text().strip()]
+
+
+def test_six_panels_hold_the_points_and_the_figures_of_their_data_set(points):
+    "A column a data set, before above after: every point is drawn once, where it lies."
+    other = ABOUT | dict(dataset="beauty", synthetic=False, words=list("vwxyz"), separability={
+        "before": dict(silhouette=-.5, knn_purity=.3, linear_probe=.25),
+        "after": dict(silhouette=.25, knn_purity=.9, linear_probe=.75)})
+    moved = points.with_columns(pl.col("x") + 100)
+    fig = F.draw_six([(ABOUT, points), (other, moved)], "t-SNE")
+    assert [ax.get_title().split()[1] for ax in fig.axes] == ["before", "after"]*2
+    assert [ax.get_title().rsplit("\n")[-1] for ax in fig.axes] == [f"linear probe {x} (chance 0.17)"
+                                                                    for x in ("0.56", "1.00", "0.25", "0.75")]
+    for ax, (all_points, when) in zip(fig.axes, ((p, w) for p in (points, moved) for w in ("before", "after"))):
+        drawn = np.concatenate([c.get_offsets() for c in ax.collections])
+        wanted = all_points.filter(method="t-SNE", stage=when).select("x", "y").to_numpy()
+        assert sorted(map(tuple, drawn)) == sorted(map(tuple, wanted))
+    one, two = fig.subfigs
+    assert "Toy (synthetic data)" in one.get_suptitle() and "Beauty: 30 held-out users" in two.get_suptitle().replace(
+        "\n", " ")
+    assert [t.get_text() for t in two.legends[0].get_texts()] == ["plain", *"vwxyz"]
+
+
+def test_figures_are_as_wide_as_they_are_printed_and_can_be_read(points):
+    row = ABOUT, points
+    for fig in (F.draw_figure3([row]), F.draw_six([row]*3), F.draw_couplings([row]*3)):
+        assert fig.get_size_inches()[0] == pytest.approx(TWO_COLUMNS)
+        assert {t.get_fontsize() for t in texts_of(fig)} == {PRINT["font.size"]}
+        inside = fig.get_tightbbox()
+        assert inside.x0 > -.05 and inside.x1 < TWO_COLUMNS + .05
+
+
 def test_a_pdf_has_truetype_fonts(points, tmp_path):
-    "Publishers take no Type 3 fonts."
-    F.save_figure(F.draw_figure3([(ABOUT, points)]), tmp_path/"a.pdf", tmp_path/"a.png")
-    said = (tmp_path/"a.pdf").read_bytes()
+    "Publishers take no Type 3 fonts. Ticks that are made as the file is written have the size of print too."
+    said = save_figure(F.draw_figure3([(ABOUT, points)]), tmp_path/"a.b")[1].read_bytes()
     assert b"/FontFile2" in said and b"/Type3" not in said and b"/CreationDate" not in said
+    @for_print
+    def draw():
+        from matplotlib.figure import Figure
+        (fig := Figure(figsize=(COLUMN, 1))).subplots().plot([0, 1])
+        return fig
+    assert {t.get_fontsize() for t in texts_of(draw())} == {7} and for_print(lambda: None)() is None

@@ -394,3 +394,22 @@ def test_a_part_of_the_questions(finished, tmp_path, monkeypatch, capsys):
     assert list(R.part_report(seen, .5, draws=3)[0]["estimated"]) == ["clean"]
     for share in 0., 1.5:
         with pytest.raises(UserError, match="share=.* cannot be"): R.make_report(model, share=share)
+
+
+def test_a_heat_map_names_each_group_once_marks_what_was_seen_and_names_what_falls_out():
+    "Rows stand in their groups, whatever the bank's order; a model alone can make a template fall out."
+    bank = [dict(id=i, group=g, split=s) for i, g, s in (
+        ("own", "own", "seen"), ("s-a", "a", "seen"), ("s-b", "b", "seen"), ("a-1", "a", "attack"),
+        ("b-1", "b", "attack"), ("b-2", "b", "attack"), ("a-2", "a", "attack"))]
+    odds = np.linspace(-1, 1, 8) + .01*np.arange(7)[:, None]
+    wild = odds.copy(); wild[4] = 4
+    fig = R.plot_heat({"calm": odds, "wild": wild}, bank, title="Toy")
+    calm, second, _ = fig.axes
+    rows = [0, 1, 3, 6, 2, 4, 5]
+    for ax, z in ((calm, odds), (second, wild)):
+        np.testing.assert_allclose(ax.images[0].get_array(), 1/(1 + np.exp(-z[rows])))
+        seen = [line.get_ydata() for line in ax.get_lines() if line.get_color() == "black"]
+        assert [sum(y)/2 for y in seen] == [0, 1, 4]
+    assert [t.get_text() for t in calm.get_yticklabels()] == ["own", "a", "b"]
+    assert calm.get_yticks().tolist() == [0, 2, 5]
+    assert [t.get_text() for t in second.texts] == ["b-1"] and second.texts[0].xy[1] == 5 and not calm.texts

@@ -153,7 +153,7 @@ def test_an_entry_that_fails_does_not_stop_the_rest_and_whole_ones_are_kept(stud
 def test_pages_and_pictures_come_from_kept_entries(studied, tmp_path):
     S.keep_study(str(studied), tmp_path/"kept")
     made = S.draw_study(tmp_path/"kept", tmp_path/"out")
-    assert ({p.suffix for p in made} == {".md", ".html", ".tex", ".csv", ".png"}
+    assert ({p.suffix for p in made} == {".md", ".html", ".tex", ".csv", ".png", ".pdf"}
             and all(p.stat().st_size > 500 for p in made))
     text = next(p for p in made if p.suffix == ".md").read_text()
     assert [p.stem.rsplit("_", 1)[1] for p in made if p.suffix == ".png"][-1] == "figure1" and "_figure1.png" in text
