@@ -5,8 +5,8 @@ copy of anything: the notebook is the job."""
 
 # %% auto #0
 __all__ = ['RunCommand', 'cli', 'shown', 'chosen_chapters', 'run', 'stage_row', 'as_table', 'show', 'presets', 'read_plan',
-           'studies', 'study_of', 'given_by', 'make_missing', 'check_home', 'keep', 'plan_of', 'tables', 'compare',
-           'explore', 'board', 'fetch', 'robustness', 'main']
+           'studies', 'study_of', 'given_by', 'make_missing', 'check_home', 'keep', 'plan_of', 'tables', 'explore',
+           'board', 'fetch', 'robustness', 'main']
 
 # %% ../nbs/54_cli.ipynb #54-n04
 import importlib, itertools, os, sys
@@ -264,8 +264,8 @@ def check_home(
 @click.option("--study", metavar="NAME", default="end_to_end",
               help="Folder under data/results; or, with a slash in it, a folder of your own  [end_to_end]")
 def keep(runs, study):
-    """Keep the results of runs, as their kind of study keeps them: figures of merit and the first run's Figure 3, the
-    ranks of each model, or measurements; and remake its pages."""
+    """Keep the results of runs, as their kind of study keeps them: figures of merit, the ranks of each model, what a
+    picture is drawn from, or measurements; and remake its pages."""
     runs = [absolute("run", run) for run in runs]
     check_home(study, runs)
     study, out, kind = study_of(study)
@@ -292,14 +292,6 @@ def tables(study, data_dir, plan, runs):
     failed = make_missing(read_plan(plan or plan_of(home)), study, data_dir, runs) if data_dir is not None else []
     for path in kind.draw(home, out): click.echo(shown(path))
     if failed: raise UserError("\n".join(["these are missing; the rest is made:", *failed]))
-
-# %% ../nbs/54_cli.ipynb #54-058sv1
-@cli.command()
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
-def compare(runs):
-    "Draw the encoders of several runs of one data set side by side, as figures/coupling.png."
-    from ganprompt import figures
-    click.echo(shown(figures.compare_runs([absolute("run", run) for run in runs])))
 
 # %% ../nbs/54_cli.ipynb #54-058sv2
 @cli.command()

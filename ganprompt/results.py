@@ -119,7 +119,8 @@ def write_entry(
     table:pl.DataFrame, # Its ranks
 ) -> Path: # `path`
     "Keep an entry, in place of an earlier one: its ranks, then the JSON that names them; then the earlier ranks go."
-    constant, half = {c: table[c][0] for c in CONSTANT if table[c].n_unique() == 1}, path.with_suffix(".half")
+    constant = {c: table[c][0] for c in CONSTANT if c in table and table[c].n_unique() == 1}
+    half = path.with_suffix(".half")
     path.parent.mkdir(parents=True, exist_ok=True)
     small = table.drop(constant).with_columns(pl.col(pl.Int64).cast(pl.Int32))
     small.write_parquet(half, compression="zstd", compression_level=22, statistics=False)
