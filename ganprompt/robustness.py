@@ -152,8 +152,9 @@ def draw_names(
     for y, name in enumerate(names):
         if not name: continue
         free = max(y, free + room)
-        ax.annotate(name, (1, y), (1.05, free), xycoords=ax.get_yaxis_transform(), va="center", annotation_clip=False,
-                    textcoords=ax.get_yaxis_transform(), arrowprops=dict(arrowstyle="-", lw=.4, shrinkA=0, shrinkB=0))
+        ax.annotate(name, (1, y), (1.08, free), xycoords=ax.get_yaxis_transform(), va="center", annotation_clip=False,
+                    textcoords=ax.get_yaxis_transform(), arrowprops=dict(arrowstyle="-", lw=.4, relpos=(0, .5),
+                    shrinkA=0, shrinkB=0))
 
 def draw_groups(
     ax, # Axes with a row for each template

@@ -5,15 +5,16 @@ robust, and is it the GAN?"""
 
 # %% auto #0
 __all__ = ['FORMS', 'FIRST', 'SHOWN', 'ABOUT', 'WHOLE', 'STATISTICS', 'CONTROLS', 'SEPARABILITY', 'HEAT', 'BEFORE_AFTER', 'WORDS',
-           'LINE', 'BOUGHT', 'VIEWS', 'AGAINST', 'PAGES', 'STUDIES', 'names_of', 'refuse_names', 'refuse_choice',
-           'check_entry', 'first_stage', 'read_entries', 'asked_entries', 'encoder_for', 'StudySettings', 'tuned_model',
-           'bank_file', 'bank_of', 'unseen_in', 'first_places', 'shown_of', 'answers_table', 'unshifted', 'answers_of',
-           'run_entry', 'whole_entry', 'stage_page', 'write_study', 'make_study', 'kept_measures', 'table_of',
-           'by_entry', 'keep_study', 'read_study_entries', 'unseen_at', 'drawn', 'epochs_of', 'separated', 'costliest',
-           'study_notes', 'part_errors', 'part_block', 'level', 'figures_block', 'difference_block', 'budget_block',
-           'cost_block', 'separation_block', 'study_page', 'plot_study_groups', 'plot_study_heat', 'plot_separated',
-           'in_words', 'examples', 'most_moved', 'bank_words', 'numbered', 'figure1_facts', 'draw_head', 'draw_asked',
-           'draw_figure1', 'plot_figure1', 'draw_study']
+           'LINE', 'HEADS', 'BOUGHT', 'VIEWS', 'AGAINST', 'PAGES', 'STUDIES', 'names_of', 'refuse_names',
+           'refuse_choice', 'check_entry', 'first_stage', 'read_entries', 'asked_entries', 'encoder_for',
+           'StudySettings', 'tuned_model', 'bank_file', 'bank_of', 'unseen_in', 'first_places', 'shown_of',
+           'answers_table', 'unshifted', 'answers_of', 'run_entry', 'whole_entry', 'stage_page', 'write_study',
+           'make_study', 'kept_measures', 'table_of', 'by_entry', 'keep_study', 'read_study_entries', 'unseen_at',
+           'drawn', 'epochs_of', 'separated', 'costliest', 'study_notes', 'part_errors', 'part_block', 'level',
+           'figures_block', 'difference_block', 'budget_block', 'cost_block', 'separation_block', 'study_page',
+           'plot_study_groups', 'plot_study_heat', 'plot_separated', 'in_words', 'examples', 'most_moved', 'bank_words',
+           'numbered', 'figure1_facts', 'draw_head', 'lines_of', 'draw_asked', 'draw_figure1', 'plot_figure1',
+           'draw_study']
 
 # %% ../nbs/41_study.ipynb #41-004
 import dataclasses, itertools, json, string, textwrap, time
@@ -734,6 +735,7 @@ def figure1_facts(
 
 # %% ../nbs/41_study.ipynb #d0ab9905
 LINE = .125 # inches between two lines of 7 points
+HEADS = 2.05, 4.55 # where the heads of the two entries begin, inches
 BOUGHT = "#0072B2"
 
 def draw_head(
@@ -741,23 +743,25 @@ def draw_head(
     head:list, # Of three candidates: text, whether it was bought
     rank:int, # Of what was bought
 ):
-    "Three candidates, one below the other, what was bought on a ground of its own; and its rank."
+    "Three candidates, one below the other, what was bought on a ground of its own; below them its rank."
     for place, (text, bought) in enumerate(head):
-        ax.text(x, y + place*LINE, f"{place + 1}  {textwrap.shorten(text, 29, placeholder=' …')}", va="center",
+        ax.text(x, y + place*LINE, f"{place + 1}  {textwrap.shorten(text, 46, placeholder=' …')}", va="center",
                 color="white" if bought else "black",
                 bbox=dict(boxstyle="square,pad=.12", fc=BOUGHT, lw=0) if bought else None)
-    ax.text(x + 2.1, y + LINE, f"rank {rank}", ha="right", va="center", color="#555555")
+    ax.text(x, y + len(head)*LINE, f"rank of what was bought: {rank}", va="center", color="#555555")
+
+def lines_of(row:dict)->list[str]: return textwrap.wrap(row["words"], 37) # of a wording, beside the heads
 
 def draw_asked(
     ax, y:float, # Axes in inches, and the row's first line
     row:dict, # Of `figure1_facts`
 )->float: # Where the next row begins
     "One wording, and the head of each ranking."
-    words = textwrap.wrap(row["words"], 46)
+    words = lines_of(row)
     ax.text(.05, y, row["group"], va="center", weight="bold")
     for n, line in enumerate(words, 1): ax.text(.05, y + n*LINE, line, va="center")
-    for x, head, rank in zip((2.6, 4.85), row["heads"], row["ranks"]): draw_head(ax, x, y, head, rank)
-    return y + (max(2, len(words)) + 1.7)*LINE
+    for x, head, rank in zip(HEADS, row["heads"], row["ranks"]): draw_head(ax, x, y, head, rank)
+    return y + (max(3, len(words)) + 1.7)*LINE
 
 # %% ../nbs/41_study.ipynb #ca7d1e6a
 @for_print
@@ -770,14 +774,14 @@ def draw_figure1(
     first = (f"{data_name(facts)}, {facts['recommender']}{' (pocket)'*facts['pocket']}: the first three candidates and "
              f"the rank of what was bought, under other words. Of {facts['users']} users the one whose first "
              f"candidates change most under {facts['names'][0]!r}.")
-    said = [line for sentence in (first, *more) for line in textwrap.wrap(sentence, 124)]
+    said = [line for sentence in (first, *more) for line in textwrap.wrap(sentence, 128)]
     top = (len(said) + 2.2)*LINE
-    height = top + sum(max(2, len(textwrap.wrap(row["words"], 46))) + 1.7 for row in facts["rows"])*LINE
+    height = top + sum(max(3, len(lines_of(row))) + 1.7 for row in facts["rows"])*LINE
     fig = plt.figure(figsize=(TWO_COLUMNS, height))
     ax = fig.add_axes([0, 0, 1, 1])
     ax.set(xlim=(0, TWO_COLUMNS), ylim=(height, 0)); ax.axis("off")
     for n, line in enumerate(said, 1): ax.text(.05, n*LINE, line, va="center")
-    for x, name in zip((2.6, 4.85), facts["names"]): ax.text(x, top - .8*LINE, name, va="center", weight="bold")
+    for x, name in zip(HEADS, facts["names"]): ax.text(x, top - .8*LINE, name, va="center", weight="bold")
     y = top + .4*LINE
     for row in facts["rows"]:
         ax.axhline(y - .75*LINE, color="#bbbbbb", lw=.5)

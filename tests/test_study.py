@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from conftest import copy_run, make
-from ganprompt import robustness as R, sensitivity, study as S
+from ganprompt import pictures, robustness as R, sensitivity, study as S
 from ganprompt.files import UserError, root, write_json
 from ganprompt.runs import manifest, stage
 from ganprompt.models import load_model
@@ -164,6 +164,28 @@ def test_pages_and_pictures_come_from_kept_entries(studied, tmp_path):
                                                                                        "templates") in text
     before = {p: p.read_bytes() for p in made}
     assert {p: p.read_bytes() for p in S.draw_study(tmp_path/"kept", tmp_path/"out")} == before
+
+
+def test_figure_1_with_titles_says_what_the_run_answered(studied, tmp_path, monkeypatch):
+    "From the stage's own table: whose history it is, what was bought, the heads and ranks of both entries."
+    monkeypatch.setattr(pictures, "dataset_info", lambda run: dict(dataset="shop", synthetic=True))
+    (path,) = pictures.keep_figure1(str(studied), tmp_path/"figure1")
+    facts, titles = json.loads(path.read_text()), reader_for(str(studied))[0].titles
+    (rows, lists), user = R.test_lists(str(studied), 20), facts["user"]
+    assert facts["history"] == [titles[i] for i in rows["history"][user]]
+    assert facts["bought"] == titles[lists[user][0]] and facts["names"] == list(S.BEFORE_AFTER)
+    answers = S.pl.read_parquet(studied/"study/ranks.parquet")
+    for at, name in enumerate(facts["names"]):
+        mine = answers.filter(entry=name)
+        clean, *others = (part for _, part in mine.group_by("template", maintain_order=True))
+        attack = next(part for part in others if part["group"][0] == "attack" and part["split"][0] != "seen")
+        first, last = facts["rows"][0], next(row for row in facts["rows"] if row["group"] == "attack")
+        for row, part in ((first, clean), (last, attack)):
+            assert row["heads"][at] == [[titles[lists[user][c]], c == 0] for c in part["head"][user]]
+        assert (first["ranks"][at], last["ranks"][at]) == (rank := clean["rank_shift"][user],
+                                                           rank + attack["rank_shift"][user])
+    made = pictures.draw_answers(tmp_path/"figure1", tmp_path)
+    assert [p.name for p in made] == [f"figure1_{facts['dataset']}.png", f"figure1_{facts['dataset']}.pdf"]
 
 
 def test_entries_that_cannot_be_compared_are_refused(studied, tmp_path):
