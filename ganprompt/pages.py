@@ -184,6 +184,7 @@ def save_figure(
     stem = Path(stem)
     paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".pdf")]
     with plt.rc_context(PRINT):
+        fig.draw_without_rendering() # panels of a fixed shape find their place at the second time
         for path, dates in zip(paths, ({"Software": None}, {"CreationDate": None})): fig.savefig(path, metadata=dates)
     plt.close(fig)
     return paths

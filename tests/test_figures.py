@@ -3,6 +3,7 @@
 import numpy as np
 import polars as pl
 import pytest
+from matplotlib.text import Text
 
 from ganprompt import figures as F
 from ganprompt.files import UserError
@@ -109,7 +110,6 @@ def test_figure_2_says_what_a_run_did(finished):
 
 def texts_of(fig):
     "All that is written in a figure and is seen."
-    from matplotlib.text import Text
     fig.draw_without_rendering()
     return [t for t in fig.findobj(Text) if t.get_visible() and t.get_text().strip()]
 
@@ -141,6 +141,18 @@ def test_figures_are_as_wide_as_they_are_printed_and_can_be_read(points):
         assert {t.get_fontsize() for t in texts_of(fig)} == {PRINT["font.size"]}
         inside = fig.get_tightbbox()
         assert inside.x0 > -.05 and inside.x1 < TWO_COLUMNS + .05
+
+
+def test_nothing_is_written_over_something_else(points, tmp_path, monkeypatch):
+    "In the files, both of them: a figure is laid out anew each time that it is drawn."
+    from matplotlib.figure import Figure
+    laid = []
+    def watched(fig, path, **how): laid.append([t.get_window_extent() for t in texts_of(fig)])
+    monkeypatch.setattr(Figure, "savefig", watched)
+    for n, draw in enumerate((F.draw_figure3, F.draw_six, F.draw_couplings)):
+        save_figure(draw([(ABOUT, points)]*3), tmp_path/str(n))
+    assert len(laid) == 6
+    for boxes in laid: assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def test_a_pdf_has_truetype_fonts(points, tmp_path):
