@@ -21,7 +21,7 @@ same = @echo "$(firstword $(notdir $(1)))"; before=$$($(STATE)); $(1) >/dev/null
 # Chapters and tests run side by side, each on half of the cores; the chapters, which end first, take the tests LATE
 # along. A run that these and the others both need is made once, in a folder that they share.
 HALF := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 1 ? n/2 : 1)))
-LATE := tests/test_processes.py tests/test_beside.py tests/test_gpu.py tests/test_board.py
+LATE := tests/test_processes.py tests/test_beside.py tests/test_gpu.py tests/test_board.py tests/test_wheel.py
 
 .PHONY: demo test chapters tests readme site mutants busy soak gpu
 demo: .venv/.demo-stamp

@@ -21,8 +21,9 @@ from .files import UserError, below, listed, refuse, root, run_folder, strange, 
 from .runs import Settings, need, stage
 from .data import dataset_info, load_training, make_data
 from .backbones import EVERY
+from .recommender import sampled
 from .idmodels import (VALID_METRIC, VALID_ROWS, attempt, has_recbole, known_models, mean_figures, ndcg,
-                                rank_all, sampled, trainer_process, write_atomic)
+                                rank_all, trainer_process, write_atomic)
 
 # %% ../nbs/31_baselines.ipynb #31-012
 def finish(

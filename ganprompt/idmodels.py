@@ -7,8 +7,8 @@ __all__ = ['RECENT', 'VALID_ROWS', 'VALID_METRIC', 'rank_rows', 'mean_figures', 
            'title_words', 'write_rows', 'interactions', 'write_atomic', 'has_recbole', 'recbole', 'open_data',
            'their_ids', 'questions', 'score_pairs', 'score_listed', 'Trimmed', 'bce', 'cross_entropy',
            'train_every_place', 'TrainerState', 'resumable', 'count_from_the_end', 'sasrec_block',
-           'as_its_authors_built_it', 'ndcg', 'pretrain', 'new_trainer', 'fit', 'known_models', 'search', 'sampled',
-           'rank_all', 'train_model', 'serve', 'trainer_process']
+           'as_its_authors_built_it', 'ndcg', 'pretrain', 'new_trainer', 'fit', 'known_models', 'search', 'rank_all',
+           'train_model', 'serve', 'trainer_process']
 
 # %% ../nbs/30_idmodels.ipynb #30-n04
 import html, importlib.util, json, logging, math, os, re, subprocess, sys, time, warnings
@@ -26,10 +26,10 @@ import yaml
 from .files import Killed, UserError, digest, root, write_json
 from .runs import manifest, need, once
 from .processes import die_with, load_checkpoint, save_checkpoint, set_threads
-from .data import load_candidates, load_sequences, load_training, make_data
+from .data import load_sequences, load_training, make_data
 from .backbones import EVERY
 from .attributes import usable
-from .recommender import sample_rows
+from .recommender import sampled
 from .measures import figures_of, gains, ranking
 
 # %% ../nbs/30_idmodels.ipynb #30-006
@@ -71,6 +71,7 @@ def attempt(
     family:str, # simple, id or text
     work, # Function without arguments; returns frames of `rank_rows` and a dict for models.json
     folder:Path|None=None, # The stage's folder, to keep the ranks in until it is whole
+    params:dict|None=None, # What decides it; None: all that decides the stage, but which models there are
 )->pl.DataFrame|None: # The ranks; None if it failed
     "Run one model's work; record what it says about itself, or why it failed."
     def make(home):
@@ -80,7 +81,7 @@ def attempt(
     try:
         with TemporaryDirectory() as temporary:
             home = Path(folder or temporary)/".ranked"/name
-            about = once(home, None, make)
+            about = once(home, params, make)
             models[name] = {"family": family, **about}
             print(f"{name}: validation {about['valid']:.3f}, {sum(about['seconds'].values()):.1f} s")
             return pl.read_parquet(home/"ranks.parquet", memory_map=False)
@@ -540,17 +541,6 @@ def search(
     return best, at, tried, seconds
 
 # %% ../nbs/30_idmodels.ipynb #30-049
-def sampled(
-    run:str, # Run
-    split:str, # valid or test
-    candidates:str, # uni99 or full
-    wanted:int, # Rows wanted; 0: all
-): # (rows, their lists)
-    "Rows of a split with their candidate lists; the same for every model and seed."
-    rows, lists = load_sequences(run, split), load_candidates(run, candidates, split)[1]
-    at = sample_rows(rows["user"], wanted, 0)
-    return rows[at], [lists[i] for i in at]
-
 def rank_all(
     name:str, # Model
     run:str, # Run

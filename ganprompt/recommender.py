@@ -8,8 +8,8 @@ __all__ = ['POCKET_LINEAR', 'KINDS', 'SCORES', 'LISTS', 'OnEncoder', 'freeze_enc
            'add_adapters', 'save_adapters', 'lora_faults', 'llm_faults', 'uncached_logits', 'Trained', 'Best',
            'train_with_patience', 'rec_loss', 'list_auc', 'divergence', 'Reworded', 'worded', 'logits_at',
            'training_items', 'to_learn_from', 'RecommenderSettings', 'states_update', 'tune_on_states', 'sample_rows',
-           'kept_states', 'kept_scores', 'score_lists', 'find_llm', 'wordings_faults', 'kind_faults', 'on_encoder',
-           'starting_points', 'tune_and_score', 'make_recommender']
+           'sampled', 'kept_states', 'kept_scores', 'score_lists', 'find_llm', 'wordings_faults', 'kind_faults',
+           'on_encoder', 'starting_points', 'tune_and_score', 'make_recommender']
 
 # %% ../nbs/14_recommender.ipynb #14-004
 import json, math
@@ -482,14 +482,14 @@ def logits_at(
 
 # %% ../nbs/14_recommender.ipynb #14-n13
 def training_items(
-    run:str, # Run
+    bought:list, # Items of each user's training part, from `load_training`
     rows:pl.DataFrame, # user, target
     n_items:int, # Items of the catalogue
     k:int, # Negatives a positive
     seed:int, # Seed
 )->np.ndarray: # (rows, k + 1), the bought item first
     "The bought item and `k` items that the user's training part does not hold. Drawn once, since states are kept."
-    mine = [set(items) for items in load_training(run)]
+    mine = [set(items) for items in bought]
     drawn = negatives([mine[u] for u in rows["user"].to_list()], n_items, k, np.random.default_rng(seed))
     return np.column_stack([rows["target"].to_numpy(), drawn])
 
@@ -503,7 +503,7 @@ def to_learn_from(
     rows, asked = load_sequences(run, "train"), load_sequences(run, "valid")
     at = sample_rows(asked["user"], p.valid_users, p.seed)
     lists = load_candidates(run, "uni99" if candidates == "full" else candidates, "valid")[1]
-    items = training_items(run, rows, n_items, p.negatives_per_positive, p.seed)
+    items = training_items(load_training(run), rows, n_items, p.negatives_per_positive, p.seed)
     return (rows, items), (asked[at], square([lists[i][:21] for i in at]))
 
 # %% ../nbs/14_recommender.ipynb #14-n01
@@ -617,6 +617,17 @@ def sample_rows(
     if not 0 < wanted < len(each): return np.arange(len(users))
     chosen = np.random.default_rng(seed).choice(len(each), wanted, replace=False)
     return np.flatnonzero(np.isin(users, each[chosen]))
+
+def sampled(
+    run:str, # Run
+    split:str, # valid or test
+    candidates:str, # uni99 or full
+    wanted:int, # Users wanted; 0: all
+): # (rows, their lists)
+    "Rows of a split with their candidate lists; the same for every model and seed."
+    rows, lists = load_sequences(run, split), load_candidates(run, candidates, split)[1]
+    at = sample_rows(rows["user"], wanted, 0)
+    return rows[at], [lists[i] for i in at]
 
 def kept_states(
     prompts:list[list[int]], # Token ids

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .files import UserError, below, digest, model_files, refuse, run_folder, sha256, told, write_json
 from .runs import commit, device_words, kept, manifest, need, versions
-from .data import dataset_info, load_candidates, load_sequences
+from .data import dataset_info
 from .templates import read_templates, render, slots
 from .prompts import pad
 from .models import is_here, log_odds, resolve
@@ -30,7 +30,7 @@ from .backbones import backbone
 from .attributes import make_attributes
 from .encoder import reader_for
 from .scorer import Questions, Recommender, Untuned, bank_for, is_saved, load_recommender, own_attributes
-from .recommender import sample_rows
+from .recommender import sampled
 from . import collm, p5 # noqa: F401, whose recommenders are among those that can be opened
 from .titles import ItemSequence # noqa: F401, likewise
 from .measures import label, ranking
@@ -372,9 +372,7 @@ def test_lists(
     users:int, # Users wanted; 0: all
 ) -> tuple: # (rows, lists): the same for every model and seed
     "Test rows and their uni99 lists."
-    rows, lists = load_sequences(run, "test"), load_candidates(run, "uni99")[1]
-    at = sample_rows(rows["user"], users, 0)
-    return rows[at], [lists[i] for i in at]
+    return sampled(run, "test", "uni99", users)
 
 def check_report(
     p:dict, # Parameters of `make_report`

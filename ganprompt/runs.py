@@ -367,14 +367,16 @@ def _finish(partial, final, about):
     _stand(partial, final)
 
 def _stand(partial, final):
-    """Put a whole stage in its place. The one that it replaces goes when it stands; what a kill has left undone here
-    is done when it is next called."""
+    """Put a whole stage in its place; its whole parts stay, for a time when it gets more. The one that it replaces
+    goes when it stands; what a kill has left undone here is done when it is next called."""
     if complete(partial):
         if final.exists(): _remove(partial/".replaced"); final.rename(partial/".replaced")
         partial.rename(final)
     if (final/".fingerprint").exists():
-        # of a part .fingerprint goes before .part.json: it is not to look given up
-        for path in sorted(_work(final) - {final/".fingerprint"}, key=lambda p: p.name):
+        parts = {mark.parent for mark in final.rglob(".part.json")}
+        def whole(path): return not parts.isdisjoint([path, *path.parents]) or any(path in p.parents for p in parts)
+        for path in _work(final) - {final/".fingerprint"}:
+            if whole(path) and path.name not in (".fingerprint", ".earlier", ".replaced"): continue
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         (final/".fingerprint").unlink()
 
@@ -382,10 +384,21 @@ def _stand(partial, final):
 being_made = [] # (partial folder, fingerprint and what it was made of) of the stages that this process is making
 
 
-def _work_out(partial, key, make):
+def _outgrow(final, partial):
+    "Begin with all that a stage has, where it only gets more parts; each folder gets its name when it is whole."
+    for old in final.iterdir():
+        new, half = partial/old.name, partial/f".{old.name}.half"
+        if new.exists() or old.name == "manifest.json": continue
+        shutil.rmtree(half, ignore_errors=True)
+        (shutil.copytree if old.is_dir() else shutil.copy2)(old, half)
+        half.rename(new)
+
+
+def _work_out(partial, key, of_parts, make, outgrown=None):
     "Fill a stage's folder; returns what its manifest says of the work."
-    resumed, start, state = _begin(partial, key["fingerprint"]), time.time(), commit()
-    being_made.append((partial, key))
+    resumed, start, state = _begin(partial, key), time.time(), commit()
+    if outgrown: _outgrow(outgrown, partial)
+    being_made.append((partial, of_parts))
     try: metrics = make(partial) or {}
     except BaseException:
         if not _useful(partial): _remove(partial)
@@ -416,10 +429,14 @@ def stage(
         for other in inputs:
             if why := stale(run, other): raise _missing(run, other, why)
         if _there(run, name, params, grows, key): return final
-        made_of = key(params)
+        made_of, was = key(params), manifest(run, name) if complete(final) else {}
         _check(run, name, params, inputs, given or {}, grows)
-        _finish(partial, final, dict(stage=name, **made_of, given=given or {}, seed=params.get("seed"),
-                                     **_work_out(partial, made_of, make)))
+        # a part minds all that its stage minds but which other parts there are
+        alone = {k: v for k, v in params.items() if k not in grows}
+        of_parts = made_of | {"fingerprint": key(alone)["fingerprint"]}
+        outgrown = was and key(grown(was["parameters"], params, grows))["fingerprint"] == was["fingerprint"]
+        done = _work_out(partial, made_of["fingerprint"], of_parts, make, final if outgrown else None)
+        _finish(partial, final, dict(stage=name, **made_of, given=given or {}, seed=params.get("seed"), **done))
     return final
 
 # %% ../nbs/01_runs.ipynb #01-037b

@@ -6,7 +6,8 @@
 __all__ = ['LONGEST', 'WIDTH', 'LAYERS', 'HEADS', 'START', 'VECTORS', 'KINDS', 'title_vectors', 'principal_vectors',
            'item_vectors', 'facing', 'causal_model', 'next_item_loss', 'new_net', 'listed_scores', 'towers_of',
            'TitlesSettings', 'reading_model', 'reads', 'kept_vectors', 'item_update', 'learn', 'ItemSequence',
-           'best_weights', 'Towers', 'kind_of_model', 'tune_vectors', 'run_vectors', 'make_titles', 'by_frequency']
+           'best_weights', 'Towers', 'kind_of_model', 'one_of', 'tune_vectors', 'run_vectors', 'make_titles',
+           'by_frequency']
 
 # %% ../nbs/32_titles.ipynb #32-004
 import dataclasses, json, math, time
@@ -26,9 +27,9 @@ from .models import is_here, load_encoder, load_tokenizer, resolve
 from .backbones import backbone, descend
 from .encoder import vectors_of
 from .scorer import KINDS, Recommender, tune
-from .recommender import list_auc, train_with_patience
+from .recommender import list_auc, sampled, train_with_patience
 from .statistics import bootstrap
-from .idmodels import VALID_METRIC, VALID_ROWS, attempt, cross_entropy, ndcg, prefixes, rank_all, sampled
+from .idmodels import VALID_METRIC, VALID_ROWS, attempt, cross_entropy, ndcg, prefixes, rank_all
 from .baselines import finish
 
 # %% ../nbs/32_titles.ipynb #32-008
@@ -365,14 +366,20 @@ def kind_of_model(
     "The towers are a kind of their own."
     return vectors if vectors in KINDS else "titles"
 
+def one_of(
+    vectors:str, # One of `VECTORS`
+    p:TitlesSettings, # What is asked for
+)->TitlesSettings: # What concerns this model
+    "The settings of one of the models; the towers need the others."
+    return dataclasses.replace(p, vectors=",".join(towers_of(p.vectors)) if vectors == "towers" else vectors)
+
 def tune_vectors(
     vectors:str, # One of `VECTORS`
     folder:Path, # The stage's folder
     p:TitlesSettings, # What is asked for
 )->dict: # From `tune`
     "Train one of the models."
-    of = ",".join(towers_of(p.vectors)) if vectors == "towers" else vectors
-    return tune(p.run, kind_of_model(vectors), folder/vectors, {}, dataclasses.replace(p, vectors=of))
+    return tune(p.run, kind_of_model(vectors), folder/vectors, {}, one_of(vectors, p))
 
 # %% ../nbs/32_titles.ipynb #32-041
 def run_vectors(
@@ -405,7 +412,7 @@ def make_titles(
     def make(folder):
         models = {}
         ranks = [attempt(models, VECTORS[name], "id" if name == "id" else "text",
-                         lambda: run_vectors(name, folder, p), folder) for name in names]
+                         lambda: run_vectors(name, folder, p), folder, one_of(name, p).params) for name in names]
         merits = finish(folder, ranks, models)
         curves = [row for name in names if "failed" not in models[VECTORS[name]]
                   for row in tune_vectors(name, folder, p)["curves"]]

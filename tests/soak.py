@@ -136,7 +136,7 @@ def compare(calm, killed):
     both = outputs(calm) & outputs(killed)
     differ = sorted(p for p in both if not same(calm/p, killed/p))
     left = sorted(str(p.relative_to(killed)) for p in killed.rglob("*") if p.name == "checkpoint.pt"
-                  or p.suffix in (".partial", ".half") or p.name in (".fingerprint", ".part.json"))
+                  or p.suffix in (".partial", ".half") or p.name == ".fingerprint")
     return {"equal": len(both) - len(differ), "differ": differ, "only_one_has": sorted(outputs(calm) ^ outputs(killed)),
             "left_over": left}
 

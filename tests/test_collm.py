@@ -158,7 +158,7 @@ def test_only_collm_looks_at_the_vectors(done, monkeypatch):
 def test_no_held_out_purchase_is_ever_a_positive_or_in_a_history(done):
     "Titles of the whole catalogue are public and may be drawn as negatives; what is held out is who bought them."
     run, rows = str(done), load_sequences(str(done), "train")
-    items = training_items(run, rows, len(pl.read_parquet(done/"data/items.parquet")), 4, 0)
+    items = training_items(load_training(run), rows, len(pl.read_parquet(done/"data/items.parquet")), 4, 0)
     held = {(u, i) for split in ("valid", "test") for u, i in load_sequences(run, split).select("user",
             "target").iter_rows()}
     owned = load_training(run)
@@ -179,7 +179,7 @@ def test_nothing_that_training_reads_changes_if_held_out_purchases_are_hidden(do
     both = [(str(r), load_sequences(str(r), "train")) for r in (done, run)]
     (reader, rows), (other, rows_too) = ((text_reader(reader_for(r)[0], str(done/"collm/llm")), x) for r, x in both)
     assert rows.select("user", "history", "target").equals(rows_too.select("user", "history", "target"))
-    assert (np.array_equal(*(training_items(r, x, len(reader.titles), 4, 0) for r, x in both))
+    assert (np.array_equal(*(training_items(load_training(r), x, len(reader.titles), 4, 0) for r, x in both))
             and torch.equal(*(collaborative(r) for r, _ in both)))
     # what the pocket Llama is made from
     assert reader.past == other.past and np.array_equal(reader.nexts, other.nexts) and reader.texts() == other.texts()

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ganprompt import robustness as R, sensitivity as S
+from ganprompt import recommender, robustness as R, sensitivity as S
 from ganprompt.cli import main
 from ganprompt.templates import read_templates
 from ganprompt.files import UserError, root
@@ -359,9 +359,9 @@ def test_other_histories_are_asked_about_in_the_same_words(tmp_path):
 def test_everyone_is_asked_about_the_same_users(monkeypatch):
     "The rows of the test part with their own lists, whatever the order."
     rows = pl.DataFrame({"user": [4, 7, 9, 11]})
-    monkeypatch.setattr(R, "load_sequences", lambda run, part: {"test": rows}[part])
+    monkeypatch.setattr(recommender, "load_sequences", lambda run, part: {"test": rows}[part])
     lists = [[40], [70], [90], [110]]
-    monkeypatch.setattr(R, "load_candidates", lambda run, name: {"uni99": (rows["user"], lists)}[name])
+    monkeypatch.setattr(recommender, "load_candidates", lambda run, *which: {("uni99", "test"): (None, lists)}[which])
     some, theirs = R.test_lists("r", 2)
     assert some.height == 2 and [x[0] for x in theirs] == [10*u for u in some["user"]]
     assert R.test_lists("r", 0)[1] == lists

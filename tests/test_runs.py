@@ -129,7 +129,7 @@ def test_failure_keeps_what_a_rerun_can_use(tmp_path, error):
     folder = stage(tmp_path/"r", "toy", {}, work)
     assert made == ["first"]
     assert (sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
-            == ["first", "first/first.json", "manifest.json"])
+            == ["first", "first/.part.json", "first/first.json", "manifest.json"])
 
 
 def two_parts(run, made, seed=0, rank=8, fails=False):
@@ -219,8 +219,8 @@ def test_a_kill_at_any_step_loses_no_stage_and_no_part(tmp_path):
         standing = [json.loads((p/"manifest.json").read_text())["parameters"]["rank"] for p in (old, new)
                     if complete(p)]
         assert standing, f"killed at step {n}: neither the old stage nor the new one is there"
-        before, whole = log.read_text().split() if log.exists() else [], {p.parent.name
-                for p in run.rglob(".part.json")}
+        before = log.read_text().split() if log.exists() else []
+        whole = {p.parent.name for p in (old if 4 in standing else new).rglob(".part.json")}
         again = []
         two_parts(run, again, rank=4)
         assert not whole & set(again) and (4 not in standing or again == []) and len(before) == len(set(before))
@@ -436,6 +436,53 @@ def test_more_parts_replace_nothing(tmp_path):
     assert saved() == "d"
     go("all")
     assert json.loads((tmp_path/"r/toy/x.json").read_text()) == "all"
+
+
+def test_a_stage_that_gets_more_parts_makes_only_those(tmp_path):
+    "What is there is taken over, files beside the parts too; a changed setting, or a list that got shorter, is not."
+    made = []
+    def go(parts, rank=1):
+        def make(folder):
+            def part(name):
+                def fill(home):
+                    made.append(name)
+                    write_json(folder/f"{name}.json", rank)
+                    return name
+                return once(folder/".parts"/name, None, fill) + once(folder/"models"/name, {"rank": rank}, fill)
+            write_json(folder/"all.json", [part(name) for name in parts.split(",")])
+        made.clear()
+        folder = stage(tmp_path/"r", "toy", {"parts": parts, "rank": rank}, make, grows=["parts"])
+        return sorted(p.name for p in folder.glob("*.json")), json.loads((folder/"all.json").read_text())
+    assert go("a,b") == (["a.json", "all.json", "b.json", "manifest.json"], ["aa", "bb"]) and made == list("aabb")
+    assert go("a,b,c")[1] == ["aa", "bb", "cc"] and made == ["c", "c"]
+    assert "a.json" in go("c,b,a,d")[0] and made == ["d", "d"]
+    assert json.loads((tmp_path/"r/toy/a.json").read_text()) == 1
+    assert sorted(manifest(tmp_path/"r", "toy")["outputs"]) == ["a.json", "all.json", "b.json", "c.json", "d.json"]
+    with replacing(True):
+        assert go("a,b,c,d,e", rank=2)[1][0] == "aa" and made == list("aabbccddee")
+        assert go("f", rank=2) == (["all.json", "f.json", "manifest.json"], ["ff"]) and made == ["f", "f"]
+
+
+def test_a_kill_while_a_stage_is_outgrown_loses_nothing(tmp_path):
+    def go(run, parts, log):
+        def part(folder, name):
+            def fill(home):
+                with log.open("a") as f: f.write(name)
+                write_json(home/"x", name)
+            once(folder/name, None, fill)
+        def make(folder):
+            for name in parts.split(","): part(folder, name)
+        return stage(run, "toy", {"parts": parts}, make, grows=["parts"])
+    for n in range(60):
+        run, log = tmp_path/str(n), tmp_path/f"{n}.log"
+        go(run, "a,b", log)
+        died = killed_at(n, lambda: go(run, "a,b,c", log))
+        go(run, "a,b,c", log)
+        assert sorted(p.name for p in (run/"toy").iterdir()) == ["a", "b", "c", "manifest.json"]
+        assert log.read_text().startswith("abc") and set(log.read_text()[2:]) == {"c"}
+        assert all(json.loads((run/f"toy/{name}/x").read_text()) == name for name in "abc")
+        if not died: break
+    assert 5 < n < 59
 
 
 def test_what_was_told_counts_if_the_result_would_differ(tmp_path):

@@ -257,19 +257,24 @@ def test_what_is_answered_is_kept_and_drawn(shop, tmp_path, monkeypatch):
         stage(run, name, dict(seed=0), lambda to: write_json(to/"x.json", {}), inputs=["data"])
     z, bank = answers(candidates=12)
     scores = {"random templates": z, "one template": -z, "gathered amid nonsense": z**2}
+    others = {"attributes": z + z**2}
     rows = S.pl.DataFrame({"user": range(70)})
+    asked = []
     def tuned(run, name, *rest):
+        asked.append(name)
         if name == "agreement": raise UserError("no room")
         return name, .5, {}
-    known = dict(tuned_model=tuned, score_bank=lambda model, *rest: scores[model], test_lists=lambda *p: (rows, None),
-                 bank_for=lambda *p: bank, reader_for=lambda run: (None, None), backbone=lambda *p: {"pocket": True},
+    known = dict(tuned_model=tuned, score_bank=lambda model, *rest: (scores | others)[model],
+                 test_lists=lambda *p: (rows, None), bank_for=lambda *p: bank, reader_for=lambda run: (None, None),
+                 backbone=lambda *p: {"pocket": True},
                  dataset_info=lambda run: {"dataset": "shop", "synthetic": False})
     for name, what in known.items(): monkeypatch.setattr(S, name, what)
     for name in ("own_attributes", "unseen_in", "need"): monkeypatch.setattr(S, name, lambda *p: None)
     S.make_study(S.StudySettings(str(run), study_entries=",".join([*scores, "agreement"]), recommender_epochs=1))
     paths = S.keep_study(str(run), tmp_path/"robustness")
     kept = read(paths)
-    assert list(kept) == list(scores) and not list((run/"study").glob(".*")) and (run/"study/ranks.parquet").is_file()
+    assert list(kept) == list(scores) and (run/"study/ranks.parquet").is_file()
+    assert [p.name for p in (run/"study").glob(".*")] == [".entries"] and not list((run/"study").rglob(".scores"))
     for name, e in kept.items():
         for found, x in zip(e["ranks"].rank, scores[name]):
             np.testing.assert_array_equal(found, S.ranking(S.unpadded(x))["rank"])
@@ -281,6 +286,14 @@ def test_what_is_answered_is_kept_and_drawn(shop, tmp_path, monkeypatch):
     before = contents()
     assert S.keep_study(str(run), tmp_path/"robustness") == paths and contents() == before
     assert all(p.stat().st_size > 500 for p in S.draw_study(tmp_path/"robustness", tmp_path/"out"))
+    # one more entry: it is made, what failed is tried again, and the others are as they were
+    asked.clear()
+    S.make_study(S.StudySettings(str(run), study_entries="attributes," + ",".join([*scores, "agreement"]),
+                                 recommender_epochs=1))
+    assert asked == ["attributes", "agreement"]
+    more = read(S.keep_study(str(run), tmp_path/"more"))
+    assert sorted(more) == sorted([*scores, "attributes"]) and all(
+        np.array_equal(more[name]["ranks"].rank, kept[name]["ranks"].rank) for name in scores)
 
 
 def test_deaf_and_parrot_are_told_from_steady():
