@@ -5,7 +5,7 @@ robust, and is it the GAN?"""
 
 # %% auto #0
 __all__ = ['FORMS', 'FIRST', 'SHOWN', 'ABOUT', 'WHOLE', 'STATISTICS', 'CONTROLS', 'SEPARABILITY', 'HEAT', 'BEFORE_AFTER', 'WORDS',
-           'LINE', 'HEADS', 'BOUGHT', 'VIEWS', 'AGAINST', 'PAGES', 'STUDIES', 'names_of', 'refuse_names',
+           'LINE', 'HEAD_AT', 'BOUGHT', 'VIEWS', 'AGAINST', 'PAGES', 'STUDIES', 'names_of', 'refuse_names',
            'refuse_choice', 'check_entry', 'first_stage', 'read_entries', 'asked_entries', 'encoder_for',
            'StudySettings', 'tuned_model', 'bank_file', 'bank_of', 'unseen_in', 'first_places', 'shown_of',
            'answers_table', 'unshifted', 'answers_of', 'run_entry', 'whole_entry', 'stage_page', 'write_study',
@@ -735,7 +735,7 @@ def figure1_facts(
 
 # %% ../nbs/41_study.ipynb #d0ab9905
 LINE = .125 # inches between two lines of 7 points
-HEADS = 2.05, 4.55 # where the heads of the two entries begin, inches
+HEAD_AT = 2.05, 4.55 # where the heads of the two entries begin, inches
 BOUGHT = "#0072B2"
 
 def draw_head(
@@ -760,7 +760,7 @@ def draw_asked(
     words = lines_of(row)
     ax.text(.05, y, row["group"], va="center", weight="bold")
     for n, line in enumerate(words, 1): ax.text(.05, y + n*LINE, line, va="center")
-    for x, head, rank in zip(HEADS, row["heads"], row["ranks"]): draw_head(ax, x, y, head, rank)
+    for x, head, rank in zip(HEAD_AT, row["heads"], row["ranks"]): draw_head(ax, x, y, head, rank)
     return y + (max(3, len(words)) + 1.7)*LINE
 
 # %% ../nbs/41_study.ipynb #ca7d1e6a
@@ -781,7 +781,7 @@ def draw_figure1(
     ax = fig.add_axes([0, 0, 1, 1])
     ax.set(xlim=(0, TWO_COLUMNS), ylim=(height, 0)); ax.axis("off")
     for n, line in enumerate(said, 1): ax.text(.05, n*LINE, line, va="center")
-    for x, name in zip(HEADS, facts["names"]): ax.text(x, top - .8*LINE, name, va="center", weight="bold")
+    for x, name in zip(HEAD_AT, facts["names"]): ax.text(x, top - .8*LINE, name, va="center", weight="bold")
     y = top + .4*LINE
     for row in facts["rows"]:
         ax.axhline(y - .75*LINE, color="#bbbbbb", lw=.5)
