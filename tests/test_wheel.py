@@ -49,7 +49,7 @@ def test_a_recommender_is_put_to_the_bank(installed, finished):
 def test_tables_are_made_of_kept_results(installed):
     shutil.copytree(root()/"data/results/benchmarks", installed[1]/"data/results/benchmarks")
     ganprompt(installed, "tables", "benchmarks") # into figures/, which is not there yet
-    made, ours = ({p.name for p in (home/"figures").glob("benchmarks*")} for home in (installed[1], root()))
+    made, ours = ({p.name for p in (home/"figures").glob("benchmarks*.png")} for home in (installed[1], root()))
     assert made == ours
     shutil.copytree(root()/"data/results/end_to_end", installed[1]/"end_to_end")
     ganprompt(installed, "tables", "./end_to_end")
