@@ -293,3 +293,16 @@ def test_machines_that_cannot_work_together(monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1"); monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="process 1 of 2.*follow()"): in_processes(2, work)
     with pytest.raises(UserError, match="not by torchrun"): processes.follow()
+
+
+def test_launchers_understand_what_the_how_to_says():
+    "Their own readers of options find the command, and leave it its options."
+    import re, shlex
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.run import get_args_parser
+    text = (root()/"docs/machines.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^(torchrun|accelerate launch) (.+)$", text, re.M)
+    assert [name for name, _ in lines] == ["torchrun", "accelerate launch"]
+    for (_, line), parser in zip(lines, (get_args_parser(), launch_command_parser())):
+        found = parser.parse_args(shlex.split(line))
+        assert found.training_script == "ganprompt" and found.training_script_args[:2] == ["run", "--run"]
