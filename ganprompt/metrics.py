@@ -225,9 +225,9 @@ def card_metrics(
     about:dict, # Its manifest
 ):
     "Write the cards of stage `recommender` again once its models are measured."
-    if about["stage"] != "metrics" or not (folder / "table.json").exists(): return
+    if not (table := folder / "table.json").exists(): return
     tests = {name: {label(m): values[m] for m in METRICS} for name, values in
-             json.loads((folder / "table.json").read_text())["metrics"].items()}
+             json.loads(table.read_text())["metrics"].items()}
     write_cards(folder.parent / "recommender", manifest(folder.parent, "recommender"), tests)
 
 # %% ../nbs/19_metrics.ipynb #19-067
