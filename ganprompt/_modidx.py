@@ -532,7 +532,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'ganprompt.gpu.real_parts': ('gpu.html#real_parts', 'ganprompt/gpu.py'),
                                'ganprompt.gpu.score_lm': ('gpu.html#score_lm', 'ganprompt/gpu.py'),
                                'ganprompt.gpu.score_t5': ('gpu.html#score_t5', 'ganprompt/gpu.py'),
-                               'ganprompt.gpu.spent': ('gpu.html#spent', 'ganprompt/gpu.py'),
                                'ganprompt.gpu.step_of_stage_1': ('gpu.html#step_of_stage_1', 'ganprompt/gpu.py'),
                                'ganprompt.gpu.timed_step': ('gpu.html#timed_step', 'ganprompt/gpu.py'),
                                'ganprompt.gpu.tune_lm': ('gpu.html#tune_lm', 'ganprompt/gpu.py'),

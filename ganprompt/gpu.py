@@ -6,7 +6,7 @@
 __all__ = ['FIRST_STAGES', 'TINY', 'PART_SECONDS', 'GPU_FIGURES', 'Bare', 'random_lm', 'made_up', 'useful_operations', 'forwards',
            'score_lm', 'with_peak', 'tune_lm', 'in_bits', 'Longest', 'paper_sizes', 'timed_step', 'step_of_stage_1',
            'bare_t5', 'score_t5', 'real_lm', 'asked_of', 'ask_bank', 'alike', 'agreement_with_cpu', 'tuned_lm',
-           'agreement_tuned', 'chosen_for', 'asked_all', 'pipeline', 'spent', 'added_up', 'reached', 'parts_of_stage_1',
+           'agreement_tuned', 'chosen_for', 'asked_all', 'pipeline', 'added_up', 'reached', 'parts_of_stage_1',
            'real_parts', 'parts_of', 'measured', 'finished', 'measure_gpu', 'keep_gpu', 'draw_gpu', 'gpu_command']
 
 # %% ../nbs/51_gpu.ipynb #51-004
@@ -22,7 +22,7 @@ import numpy as np
 import polars as pl
 import yaml
 
-from .files import (UserError, pages_folder, refuse, results_folder, root, run_folder, strange, write_json)
+from .files import UserError, pages_folder, refuse, results_folder, root, run_folder, strange, write_json
 from .runs import STUDIES, Study, commit, device_words, settings_of, versions
 from .processes import TimeOver, device, seed_all, within
 from .data import make_data
@@ -32,8 +32,8 @@ from .backbones import Reader, adamw, descend, make_backbones
 from .engine import shares_prefix, token_budget
 from .attributes import AttributesSettings, make_attributes
 from .encoder import EncoderSettings, Versions, adversarial_update, make_encoder, players
-from .scorer import (Continued, Questions, UntunedCausal, bank_for, chat_ends, score_prompts, score_tails,
-                              scores_of, with_tokenizer)
+from .scorer import (Continued, Questions, UntunedCausal, bank_for, chat_ends, read_facts, score_prompts,
+                              score_tails, scores_of, with_tokenizer)
 from .recommender import (RecommenderSettings, T5Decoder, add_adapters, list_auc, make_recommender, rec_loss,
                                    states_update, to_learn_from)
 from .pages import Block, Page, write_page
@@ -366,26 +366,20 @@ def pipeline(
             | {"encoder, as printed": copied})
 
 # %% ../nbs/51_gpu.ipynb #9bd29351
-def spent(
-    file:Path, # From `added_up`
-)->dict: # Name -> seconds, whole
-    "What pieces of work have taken so far."
-    return json.loads(file.read_text()) if file.exists() else {}
-
 def added_up(
     file:Path, # Where it is noted
     name:str, # Of a piece of work
     work, # Function without arguments
 ): # What it returned
     "Do a piece of work, and add what it takes to what it took before."
-    began, before, whole = time.monotonic(), spent(file).get(name, {"seconds": 0.})["seconds"], False
+    began, before, whole = time.monotonic(), read_facts(file).get(name, {"seconds": 0.})["seconds"], False
     try:
         found = work()
         whole = True
         return found
     finally:
         took = before + time.monotonic() - began
-        write_json(file, spent(file) | {name: {"seconds": took, "whole": whole}})
+        write_json(file, read_facts(file) | {name: {"seconds": took, "whole": whole}})
 
 # %% ../nbs/51_gpu.ipynb #d53db071
 def reached(
@@ -395,8 +389,8 @@ def reached(
 )->dict: # stage_seconds, and figures, if it has some
     "Make everything up to a stage; what was made already is passed over."
     for name in [*steps][:[*steps].index(last) + 1]:
-        if name == last or not spent(file).get(name, {}).get("whole"): found = added_up(file, name, steps[name])
-    return {"stage_seconds": spent(file)[last]["seconds"]} | (found if isinstance(found, dict) else {})
+        if name == last or not read_facts(file).get(name, {}).get("whole"): found = added_up(file, name, steps[name])
+    return {"stage_seconds": read_facts(file)[last]["seconds"]} | (found if isinstance(found, dict) else {})
 
 # %% ../nbs/51_gpu.ipynb #efb6a61e
 def parts_of_stage_1(tiny:bool)->dict: # Name -> function without arguments
