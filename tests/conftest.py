@@ -3,6 +3,7 @@ import ast, csv, gzip, json, multiprocessing, os, shutil
 from pathlib import Path
 
 import pytest
+from waiting import wait_at
 
 from ganprompt.files import lock, root
 from ganprompt.runs import replacing, settings_of
@@ -80,15 +81,17 @@ def begin(function, *args):
     return process
 
 
-def keep_every(seconds, run, last, shop, more):
+def keep_every(seconds, waits, run, last, shop, more):
     from ganprompt import backbones
     backbones.EVERY = seconds
+    if waits: wait_at(waits)
     make(run, last, shop, **more)
 
 
-def start(run, last, shop, every=10, **more):
-    "`make` in a process of its own, with a checkpoint every so many seconds."
-    return begin(keep_every, every, str(run), last, str(shop), more)
+def start(run, last, shop, every=10, waits=None, **more):
+    """`make` in a process of its own, with a checkpoint every so many seconds; the second time that it
+    saves the file `waits` it waits to be killed."""
+    return begin(keep_every, every, waits, str(run), last, str(shop), more)
 
 
 def copy_run(run, to, *without):

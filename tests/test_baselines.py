@@ -143,19 +143,24 @@ def test_a_killed_job_is_no_failed_model(small):
 
 def test_killed_trainings_end_with_the_same_ranks(small, tmp_path):
     """The whole tree of processes is killed between epochs, twice in each training, with a checkpoint at each; batches,
-    negatives, dropout and early stopping go on as if nothing had been."""
+    negatives, dropout and early stopping go on as if nothing had been. A training waits to be killed: Python reads
+    sitecustomize when it starts, in every process."""
     runs, models = {name: str(tmp_path/name) for name in ("calm", "killed")}, ["SASRec-CE", "BERT4Rec", "MF"]
     for run in runs.values(): shutil.copytree(run_folder(small)/"data", Path(run)/"data")
-    def start(run):
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    (tmp_path/"sitecustomize.py").write_text(
+        "import os, waiting\nif 'WAIT_AT' in os.environ: waiting.wait_at(os.environ['WAIT_AT'], 3)")
+    def start(run, **more):
         code = (f"from ganprompt import baselines; baselines.EVERY = 0; baselines.make_baselines("
                 f"baselines.BaselinesSettings({run!r}, models={','.join(models)!r}, id_epochs=40))")
-        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                env=os.environ | {"PYTHONPATH": path} | more)
     def kept(model):
         return [p.stat().st_mtime_ns for p in (Path(runs["killed"])/"baselines.partial").rglob("checkpoint.pt")
                 if p.parent.name.startswith(f".{model} ")]
     assert start(runs["calm"]).wait() == 0
     for model in np.repeat(models, 2):
-        before, process = kept(model), start(runs["killed"])
+        before, process = kept(model), start(runs["killed"], WAIT_AT=f".{model} */checkpoint.pt")
         while kept(model) in (before, []): assert process.poll() is None; time.sleep(.005)
         process.kill(); process.wait(); time.sleep(1)
         assert kept(model)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import begin
 from safetensors.torch import load_file, save_file
+from waiting import wait_at
 
 from ganprompt import collm
 from ganprompt.collm import CollmSettings, CoLLM, Texts, collaborative, make_collm, text_reader
@@ -32,15 +33,17 @@ def give_vectors(run, width=8):
     return stage(run, "baselines", {}, make, inputs=["data"])
 
 
-def keep_always(run):
+def keep_always(run, waits):
     from ganprompt import backbones
     backbones.EVERY = 0
+    if waits: wait_at(waits)
     make_collm(CollmSettings(run, **SMALL))
 
 
-def start(run):
-    "The stage in a process of its own, with a checkpoint at every step."
-    return begin(keep_always, str(run))
+def start(run, waits=None):
+    """The stage in a process of its own, with a checkpoint at every step; the second time that it saves the file
+    `waits` it waits to be killed."""
+    return begin(keep_always, str(run), waits)
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +233,8 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_numbers(done, tmp_path):
     run = tmp_path/"killed"
     shutil.copytree(done, run, ignore=shutil.ignore_patterns("collm"))
     for name in "TALLRec", "CoLLM": # killed in both steps
-        process, checkpoint = start(run), run/f"collm.partial/{name}/checkpoint.pt"
+        checkpoint = run/f"collm.partial/{name}/checkpoint.pt"
+        process = start(run, waits=checkpoint)
         while not checkpoint.exists():
             assert process.poll() is None
             time.sleep(.01)

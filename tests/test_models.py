@@ -31,7 +31,8 @@ def test_a_killed_training_ends_with_the_same_numbers(what, finished, shop, tmp_
     run, name = tmp_path/"killed", {"encoder": "", "t5-decoder": "ganprompt"}.get(what, f"ganprompt, {what}")
     shutil.copytree(finished, run)
     for made in ("recommender", stage): shutil.rmtree(run/made, ignore_errors=True)
-    checkpoint, process = run/f"{stage}.partial"/name/"checkpoint.pt", start(run, stage, shop, every=0, **more)
+    checkpoint = run/f"{stage}.partial"/name/"checkpoint.pt"
+    process = start(run, stage, shop, every=0, waits=checkpoint, **more)
     for _ in range(12000):
         if checkpoint.exists(): break
         assert process.poll() is None

@@ -3,6 +3,7 @@ import json, shutil, subprocess, sys, time
 from pathlib import Path
 
 import polars as pl
+import psutil
 import pytest
 from conftest import SMALL
 
@@ -20,9 +21,10 @@ def launch(*args, **kwargs):
     return subprocess.run(command(*args, **kwargs), capture_output=True, text=True, timeout=600)
 
 
-def kill_in(run, shop, stage, tries=4):
+def kill_in(run, shop, stage):
     """Launch a training stage and kill the launcher once it has begun; so short a training has no checkpoint yet and
-    starts over. On a fast machine it may be through before its kernel notices; then once more, and sooner."""
+    starts over. The kernel, which has to notice by itself and looks once a second, is held for that long: on a fast
+    machine it would be through."""
     code = "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
     only = {"encoder": "encoder", "recommender": "encoder,recommender"}[stage]
     process = subprocess.Popen([sys.executable, "-c", code, *command(run, shop, only=only)], stdout=subprocess.DEVNULL)
@@ -30,13 +32,13 @@ def kill_in(run, shop, stage, tries=4):
         if list((run/f"{stage}.partial").rglob("no-stage-1" if stage == "recommender" else ".fingerprint")): break
         assert process.poll() is None, "ended before it could be killed"
         time.sleep(.02)
-    time.sleep(.1*tries)
-    process.kill(); process.wait() # the launcher alone: the kernel has to notice by itself
-    time.sleep(5)
-    if not (run/stage).exists(): return
-    assert tries > 1, "ended each time before it could be killed"
-    shutil.rmtree(run/stage)
-    kill_in(run, shop, stage, tries - 1)
+    time.sleep(.1)
+    held = psutil.Process(process.pid).children(recursive=True)
+    for child in held: child.suspend()
+    process.kill(); process.wait() # the launcher alone
+    time.sleep(2)
+    for child in held: child.resume()
+    assert held and not psutil.wait_procs(held, timeout=10)[1] and not (run/stage).exists()
 
 
 @pytest.fixture(scope="module")

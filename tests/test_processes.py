@@ -103,7 +103,7 @@ def test_scoring_in_two_processes(finished):
 
 def test_a_killed_pair_leaves_nobody_behind_and_its_work_goes_on(ready, finished, shop, tmp_path):
     run = copy(ready, tmp_path/"killed")
-    process = start(run, "encoder", shop, every=0, processes=2)
+    process = start(run, "encoder", shop, every=0, waits=run/"encoder.partial/checkpoint.pt", processes=2)
     while not list((run/"encoder.partial").rglob("checkpoint.pt")): assert process.poll() is None; time.sleep(.01)
     children = offspring(process.pid)
     os.kill(process.pid, signal.SIGKILL); process.wait()
