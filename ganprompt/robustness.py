@@ -31,7 +31,7 @@ from .attributes import make_attributes
 from .encoder import reader_for
 from .scorer import Questions, Recommender, Untuned, bank_for, is_saved, load_recommender, own_attributes
 from .recommender import sampled
-from . import collm, p5 # noqa: F401, whose recommenders are among those that can be opened
+from . import collm, ctrl, p5 # noqa: F401, whose recommenders are among those that can be opened
 from .titles import ItemSequence # noqa: F401, likewise
 from .measures import label, ranking
 from .statistics import ends

@@ -1,5 +1,5 @@
 "CTRL: the contrastive loss by loops, what the collaborative model may see, and what it must not read."
-import itertools, shutil
+import itertools, re, shutil
 
 import numpy as np
 import polars as pl
@@ -12,6 +12,8 @@ from ganprompt.encoder import reader_for
 from ganprompt.measures import ranking
 from ganprompt.statistics import bootstrap
 from ganprompt.prompts import load_titles, pad
+from ganprompt.robustness import make_report
+from ganprompt.scorer import Questions, own_attributes
 from ganprompt.files import UserError
 
 FEW = dict(ctrl_align_epochs=1, ctrl_epochs=3, ctrl_width=32, valid_users=40)
@@ -103,8 +105,8 @@ def test_scores_need_no_titles(trained, tmp_path):
     pl.read_parquet(path).with_columns(title=pl.lit("nothing")).write_parquet(path)
     assert set(load_titles(str(tmp_path/"run"))) == {"nothing"}
     def scores(run):
-        return np.concatenate(ctrl.score_run(str(run), ctrl.load_ctrl(folder/"CTRL/model.safetensors"), "test",
-                                             np.arange(20), "uni99")[1])
+        rows, lists = load_sequences(str(run), "test"), load_candidates(str(run), "uni99")[1]
+        return np.concatenate(ctrl.catalogue_lists(ctrl.load_ctrl(folder/"CTRL/model.safetensors"), rows[:20], lists))
     assert scores(run).tobytes() == scores(tmp_path/"run").tobytes()
     shutil.rmtree(tmp_path/"run/prompts"); shutil.rmtree(tmp_path/"run/backbones")
     assert scores(run).tobytes() == scores(tmp_path/"run").tobytes()
@@ -163,13 +165,29 @@ def test_ranks_are_those_of_the_saved_model(trained):
                                           for row, items in zip(z, lists)]
 
 
+@pytest.mark.parametrize("name", ctrl.CTRL_MODELS)
+def test_its_card_loads_it_and_no_wording_reaches_it(name, trained, tmp_path):
+    run, folder = trained
+    card, space = (folder/name/"README.md").read_text(), {}
+    exec(re.search("(?s)```python\n(.*?)\n```", card)[1], space)
+    rows, lists = load_sequences(str(run), "test"), load_candidates(str(run), "uni99")[1]
+    said = space["model"].scores(Questions(space["model"].reader, own_attributes(str(run)), rows), np.arange(5), lists)
+    z = ctrl.catalogue_scores(ctrl.load_ctrl(folder/name/"model.safetensors"), rows["history"].to_list()[:5])
+    for mine, row, items in zip(said, z, lists): np.testing.assert_array_equal(mine, row[items])
+    assert "none; it reads no template" in card and ("ctrl_temperature" in card) == (name == "CTRL")
+    page = make_report(str(folder/name), users=6, out=str(tmp_path/"report"))
+    for answers in pl.read_parquet(page.with_name("answers.parquet"))["scores"].to_list(): # one list a wording
+        assert len(answers) > 50 and all(answer == answers[0] for answer in answers)
+
+
 def test_both_models_beat_chance_beyond_their_intervals(trained):
     run, folder = trained
     p = ctrl.CtrlSettings(**FEW | dict(seed=0, ctrl_epochs=20, ctrl_lr=3e-3, ctrl_negatives=128, ctrl_patience=20))
     for start in ctrl.load_ctrl(folder/"CTRL/model.safetensors"), ctrl.new_model(str(run), p):
         ctrl.fine_tune(str(run), start, folder, p)
         (folder/"checkpoint.pt").unlink(missing_ok=True)
-        auc = ranking(ctrl.score_run(str(run), start, "test", np.arange(100), "uni99")[1])["auc"]
+        rows, lists = load_sequences(str(run), "test"), load_candidates(str(run), "uni99")[1]
+        auc = ranking(ctrl.catalogue_lists(start, rows[:100], lists))["auc"]
         assert bootstrap(auc[:, None])[1, 0] > .5
 
 
