@@ -1,5 +1,7 @@
 "The package without its repository: a wheel, installed elsewhere, runs in the folder where one stands."
-import os, shutil, subprocess, sys
+import ast, os, re, shutil, subprocess, sys
+from configparser import ConfigParser
+from importlib.metadata import packages_distributions
 
 import pytest
 
@@ -54,3 +56,21 @@ def test_tables_are_made_of_kept_results(installed):
     shutil.copytree(root()/"data/results/end_to_end", installed[1]/"end_to_end")
     ganprompt(installed, "tables", "./end_to_end")
     assert next(installed[1].rglob("end_to_end.csv")).read_bytes() == (root()/"figures/end_to_end.csv").read_bytes()
+
+
+def test_what_is_imported_is_required():
+    "Also what would come with something else; extras count, since only some commands need them."
+    ini = ConfigParser(interpolation=None)
+    ini.read(root()/"settings.ini", encoding="utf-8")
+    def plain(name): return re.split("[<>=]", name)[0].lower().replace("_", "-")
+    required = {plain(line) for key, lines in ini["DEFAULT"].items() if key.endswith("requirements")
+                for line in lines.split()}
+    def names(node):
+        if isinstance(node, ast.Import): return [alias.name for alias in node.names]
+        return [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+    imported = {name.split(".")[0] for path in (root()/"ganprompt").glob("*.py")
+                for node in ast.walk(ast.parse(path.read_text("utf-8"))) for name in names(node)}
+    homes = packages_distributions()
+    others = imported - sys.stdlib_module_names - {"ganprompt"}
+    assert {"torch", "psutil", "PIL", "recbole"} <= others
+    assert not [name for name in others if not required & set(map(plain, homes.get(name, [])))]
