@@ -288,4 +288,4 @@ def make_collm(
         write_curves(folder, pl.DataFrame(curves, infer_schema_length=None), ["loss", "valid_auc"])
         return merits
     return stage(run, "collm", p.params, make, inputs=["data", "prompts", "backbones", "baselines"],
-                 files=[root()/"data/templates.yaml"], models=[found] if found else [])
+                 files=[root()/"data/templates.yaml", *[found]*bool(found)])

@@ -10,7 +10,7 @@ __all__ = ['STEP_1', 'STEP_2', 'CTRL_MODELS', 'KINDS', 'collaborative_model', 'p
            'run_ctrl', 'make_ctrl']
 
 # %% ../nbs/35_ctrl.ipynb #35-004
-import math, time
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from .processes import device, seed_all
 from .data import load_candidates, load_sequences, load_training
 from .prompts import load_titles, pad
 from .models import body, encode, load_encoder, width_of
-from .backbones import adamw, backbone, descend, train
+from .backbones import Epochs, adamw, backbone, descend, train
 from .encoder import pool, reader_for
 from .scorer import KINDS, Recommender, tune
 from .recommender import list_auc, sample_rows, train_with_patience
@@ -177,8 +177,9 @@ def train_aligner(
 )->list[dict]: # One row a step: loss, accuracy
     "Step 1: both models learn to recognise a sample in the other's terms."
     histories, items = rows["history"].to_list(), rows["target"].to_numpy()
-    opt, schedule = adamw(aligner.trained.parameters(), p.ctrl_align_lr,
-                          p.ctrl_align_epochs*math.ceil(len(items)/size))
+    lengths = np.array([min(len(h), aligner.prompt.history_items) for h in histories])
+    epochs = Epochs(lengths, p.ctrl_align_epochs, size, p.seed)
+    opt, schedule = adamw(aligner.trained.parameters(), p.ctrl_align_lr, epochs.steps)
     aligner.trained.train()
     def update(at, rng):
         chosen = [histories[i] for i in at], items[at]
@@ -186,9 +187,7 @@ def train_aligner(
         loss = info_nce(text, ids, p.ctrl_temperature)
         descend(loss, opt, schedule)
         return {"loss": loss, "accuracy": matched(max_sim(text, ids).detach().cpu().numpy())}
-    lengths = np.array([min(len(h), aligner.prompt.history_items) for h in histories])
-    return train(update, dict(models=aligner.trained, opt=opt, schedule=schedule), len(items), p.ctrl_align_epochs,
-                 size, folder, p.seed, "CTRL, step 1", lengths)
+    return train(update, dict(models=aligner.trained, opt=opt, schedule=schedule), epochs, folder, "CTRL, step 1")
 
 # %% ../nbs/35_ctrl.ipynb #35-023
 def matched(
@@ -301,9 +300,9 @@ def fine_tune(
     at = sample_rows(rows["user"], p.valid_users, p.seed)
     def examine():
         return {"valid_auc": list_auc([z[:21] for z in catalogue_lists(model, rows[at], [lists[r] for r in at])])}
+    epochs = Epochs(np.array([len(x) for x in pieces]), p.ctrl_epochs, size, p.seed)
     return train_with_patience(model, partial(purchase_update, model, pieces, drawn=p.ctrl_negatives), examine,
-                               p.ctrl_lr, p.ctrl_patience, len(pieces), p.ctrl_epochs, size, folder, p.seed,
-                               f"{folder.name}, step 2", np.array([len(x) for x in pieces]))
+                               p.ctrl_lr, p.ctrl_patience, epochs, folder, f"{folder.name}, step 2")
 
 # %% ../nbs/35_ctrl.ipynb #35-035
 def save_model(model, file):

@@ -6,7 +6,8 @@
 __all__ = ['COUPLINGS', 'TARGETS', 'pool', 'pairs', 'cosine', 'js', 'total', 'discriminator', 'version_loss', 'target_faults',
            'corrupt', 'hide', 'contrast', 'between', 'Versions', 'in_parts', 'pooled', 'vectors_of', 'language_loss',
            'twins', 'among_all', 'title_contrast', 'EncoderSettings', 'adversarial_update', 'version_states',
-           'separability', 'split_users', 'reader_for', 'players', 'train_encoder', 'make_encoder', 'tune_encoder']
+           'separability', 'split_users', 'reader_for', 'epochs_over', 'players', 'train_encoder', 'make_encoder',
+           'tune_encoder']
 
 # %% ../nbs/12_encoder.ipynb #12-004
 import math
@@ -18,8 +19,8 @@ import polars as pl
 
 from .attributes import load_attributes, make_attributes
 from .models import MODELS, answers, encode, encoder_kind, fast_math, load_encoder, load_tokenizer, width_of
-from .backbones import (OPTIMIZERS, Reader, adamw, backbone, descend, kind_named, label_loss, model_bytes,
-                                 negatives, train, write_curves)
+from .backbones import (OPTIMIZERS, Epochs, Reader, adamw, backbone, descend, kind_named, label_loss,
+                                 model_bytes, negatives, train, write_curves)
 from .engine import token_batches
 from .data import load_sequences
 from .prompts import pad
@@ -436,6 +437,13 @@ def reader_for(
     return reader, about["path"]
 
 # %% ../nbs/12_encoder.ipynb #12-f1
+def epochs_over(
+    versions:Versions, # Training histories
+    p:EncoderSettings, # What is asked for
+)->Epochs:
+    "The order in which stage 1 sees them."
+    return Epochs(np.array([len(h) for h in versions.past]), p.encoder_epochs, p.encoder_batch, p.seed)
+
 def players(
     path:str, # Model to start from
     versions:Versions, # Training histories
@@ -444,8 +452,7 @@ def players(
     "The two that are optimised in turn, encoder and discriminator."
     model = load_encoder(path).to(device())
     D = discriminator(width_of(model), len(versions.words) + 1).to(device())
-    steps = p.encoder_epochs*math.ceil(len(versions.past)/p.encoder_batch)
-    opt_g, schedule = adamw(model.parameters(), p.encoder_lr, steps, p.optimizer)
+    opt_g, schedule = adamw(model.parameters(), p.encoder_lr, epochs_over(versions, p).steps, p.optimizer)
     opt_d, _ = adamw(D.parameters(), p.encoder_lr, 1, p.optimizer)
     return dict(model=model, D=D, opt_g=opt_g, schedule=schedule, opt_d=opt_d)
 
@@ -464,8 +471,8 @@ def train_encoder(
     model, D = parts["model"], parts["D"]
     before = version_states(model, shown)
     model.train()
-    curves = train(adversarial_update(versions=versions, p=p, **parts), parts, len(versions.past), p.encoder_epochs,
-                   p.encoder_batch, folder, p.seed, "stage 1", np.array([len(h) for h in versions.past]))
+    curves = train(adversarial_update(versions=versions, p=p, **parts), parts, epochs_over(versions, p), folder,
+                   "stage 1")
     after = version_states(model.eval(), shown)
     with torch.inference_mode(): accuracy = version_loss(D, torch.from_numpy(after).to(device()))[1].item()
     if is_main():

@@ -7,7 +7,6 @@ __all__ = ['GatherSettings', 'drawn_wordings', 'next_contrast', 'gather_losses',
            'tune_gather', 'make_gather']
 
 # %% ../nbs/36_gather.ipynb #36-004
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np, polars as pl
 
 from .attributes import make_attributes
 from .models import encode, load_encoder
-from .backbones import adamw, descend, model_bytes, train, write_curves
+from .backbones import Epochs, adamw, descend, model_bytes, train, write_curves
 from .data import load_sequences
 from .encoder import contrast, pool, reader_for, twins
 from .prompts import pad
@@ -156,13 +155,11 @@ def tune_gather(
     seed_all(p.seed)
     model = load_encoder(path).to(device())
     before = likeness_of(model, p.run, reader)
-    opt, schedule = adamw(model.parameters(), p.gather_lr, p.gather_epochs*math.ceil(len(rows)/p.gather_batch),
-                          "adam")
+    epochs = Epochs(rows["history"].list.len().to_numpy(), p.gather_epochs, p.gather_batch, p.seed)
+    opt, schedule = adamw(model.parameters(), p.gather_lr, epochs.steps, "adam")
     asked = worded(reader, {}, rows, False, p.gather_wordings, p.gather_nonsense, p.seed)
     update = gather_update(model.train(), reader, asked, rows["target"].to_numpy(), opt, schedule, p)
-    lengths = np.array([len(h) for h in rows["history"].to_list()])
-    curves = train(update, dict(model=model, opt=opt, schedule=schedule), len(rows), p.gather_epochs,
-                   p.gather_batch, folder, p.seed, "gathering", lengths)
+    curves = train(update, dict(model=model, opt=opt, schedule=schedule), epochs, folder, "gathering")
     model.eval().save_pretrained(folder/"model"); reader.tokenizer.save_pretrained(folder/"model")
     table = pl.DataFrame(curves).with_columns(model=pl.lit("gathering"))
     write_curves(folder, table, ["lm", "next", *(["same"] if p.gather_same else [])])

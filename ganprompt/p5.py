@@ -24,7 +24,7 @@ from .processes import device, seed_all
 from .data import load_candidates, load_sequences, make_data
 from .prompts import PromptEncoder, load_titles, pad
 from .models import cross_attention, encode, fast_math, load_model, load_tokenizer, t5_logits
-from .backbones import backbone, descend, kind_named, label_loss, model_bytes, t5_faults
+from .backbones import Epochs, backbone, descend, kind_named, label_loss, model_bytes, t5_faults
 from .encoder import reader_for
 from .scorer import KINDS, Prompted, load_recommender, tune, with_tokenizer
 from .recommender import list_auc, sample_rows, train_with_patience
@@ -217,9 +217,10 @@ def train_p5(
     "Minimise equation 1 over whole histories."
     def examine(): return {"valid_auc": list_auc(score_items(model.eval(), asker, *valid))}
     lengths = np.array([len(asker.ask(h)) for h in rows["history"].to_list()])
+    epochs = Epochs(lengths, p.recommender_epochs, p.recommender_batch, p.seed)
     model.set_attn_implementation("eager")
     curves = train_with_patience(model, partial(p5_update, model, asker, rows), examine, p.recommender_lr, p.patience,
-                                 len(rows), p.recommender_epochs, p.recommender_batch, folder, p.seed, where, lengths)
+                                 epochs, folder, where)
     model.eval()
     return curves
 

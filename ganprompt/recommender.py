@@ -30,9 +30,9 @@ from .templates import nonsense as templates_of_nonsense, read_templates
 from .models import (MODELS, answer_logits, answers, check_t5, encode, encoder_kind, fast_math, first_step,
                               halved, head_rows, is_large, load_encoder, load_model, load_tokenizer, resolve,
                               t5_logits, to_fetch, vocabulary_words, weights, width_of)
-from .backbones import (BackbonesSettings, Reader, adamw, backbone, check_causal, descend, kind_named,
-                                 model_bytes, model_faults, negatives, odds_loss, question_tails, train, train_pocket,
-                                 write_curves)
+from .backbones import (BackbonesSettings, Epochs, Reader, adamw, backbone, check_causal, descend,
+                                 kind_named, model_bytes, model_faults, negatives, odds_loss, question_tails, train,
+                                 train_pocket, write_curves)
 from .engine import answer_whole, shares_prefix
 from .encoder import make_encoder, reader_for, vectors_of
 from .scorer import (Continued, KINDS, Prompted, Questions, States, bank_for, load_recommender,
@@ -420,17 +420,16 @@ def train_with_patience(
     examine, # () -> validation figures by name, the first of which decides: more is better
     lr:float, # Peak learning rate
     patience:int, # Epochs without a better figure before training stops
-    n:int, epochs:int, size:int, # As of `train`
-    *where, # Folder, seed, name and lengths, as of `train`
+    epochs:Epochs, folder:Path, where:str, # As of `train`
 )->list[dict]: # One row a step; the last step of an epoch has the validation figures
     "Train with early stopping."
-    trained, (opt, schedule) = Trained(module), adamw(module.parameters(), lr, epochs*math.ceil(n/size))
+    trained, (opt, schedule) = Trained(module), adamw(module.parameters(), lr, epochs.steps)
     best = Best(trained, patience)
     def after_epoch(epoch, curves):
         curves[-1] |= (figures := examine())
         return best.stop(next(iter(figures.values())))
-    curves = train(update_with(opt, schedule), dict(model=trained, opt=opt, schedule=schedule, best=best), n, epochs,
-                   size, *where, after_epoch=after_epoch)
+    curves = train(update_with(opt, schedule), dict(model=trained, opt=opt, schedule=schedule, best=best), epochs,
+                   folder, where, after_epoch)
     trained.load_state_dict(best.weights)
     return curves
 
@@ -623,9 +622,9 @@ def tune_on_states(
                  for at in np.array_split(mine, math.ceil(len(mine)/16)) if len(at)]
         return {"valid_auc": list_auc(np.concatenate([x for share in gathered(z) for x in share]))}
     lengths = states.lengths[:len(items)*model.prompts_a_row(items):model.prompts_a_row(items)]
+    epochs = Epochs(lengths, p.recommender_epochs, p.recommender_batch, p.seed)
     return train_with_patience(model.module, partial(states_update, model, train_set, p), examine, p.recommender_lr,
-                               p.patience, len(items), p.recommender_epochs, p.recommender_batch, folder, p.seed,
-                               where, lengths)
+                               p.patience, epochs, folder, where)
 
 # %% ../nbs/14_recommender.ipynb #14-030
 SCORES = ("yes-no", "vocab")
@@ -795,7 +794,7 @@ def make_recommender(
         return ({f"valid_auc {name}": c["valid_auc"].max() for name, c in zip(models, curves)}
                 | ({"processes": p.processes} if p.processes > 1 else {}))
     return stage(run, "recommender", p.params, make, inputs=["data", "prompts", "backbones", "attributes", "encoder"],
-                 files=[root()/"data/templates.yaml"], models=[found] if found else [], grows=["recommender"])
+                 files=[root()/"data/templates.yaml", *[found]*bool(found)], grows=["recommender"])
 
 # %% ../nbs/14_recommender.ipynb #14-034b
 @patch

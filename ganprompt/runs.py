@@ -368,25 +368,7 @@ def _there(run, name, params, grows, key):
     return any(key(asked)["fingerprint"] == was["fingerprint"]
                for asked in (params, covered(was["parameters"], params, grows)))
 
-# %% ../nbs/01_runs.ipynb #01-028
-AT_END = {} # Name → function of (a stage's folder, its manifest) that writes README.md files, which are no outputs
-
-def at_end(
-    describe, # Such a function
-): # The same
-    "As a decorator: call it when a stage ends."
-    AT_END[describe.__name__] = describe
-    return describe
-
-def _finish(partial, final, about):
-    "Write the manifest and give the stage its name."
-    work = _work(partial)
-    outputs = {str(p.relative_to(partial)): sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()
-               and p not in work and p.name != "README.md"}
-    for describe in AT_END.values(): describe(partial, about)
-    write_json(partial/"manifest.json", about | {"outputs": outputs})
-    _stand(partial, final)
-
+# %% ../nbs/01_runs.ipynb #e833ffc3
 def _stand(partial, final):
     """Put a whole stage in its place; its whole parts stay, for a time when it gets more. The one that it replaces
     goes when it stands; what a kill has left undone here is done when it is next called."""
@@ -400,6 +382,26 @@ def _stand(partial, final):
             if whole(path) and path.name not in (".fingerprint", ".earlier", ".replaced"): continue
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         (final/".fingerprint").unlink()
+
+# %% ../nbs/01_runs.ipynb #01-028
+AT_END = {} # Name → function of (a stage's folder, its manifest) that writes README.md files, which are no outputs
+
+def at_end(
+    describe, # Such a function
+): # The same
+    "As a decorator: call it when a stage ends."
+    AT_END[describe.__name__] = describe
+    return describe
+
+
+def _finish(partial, final, about):
+    "Write the manifest and give the stage its name."
+    work = _work(partial)
+    outputs = {str(p.relative_to(partial)): sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()
+               and p not in work and p.name != "README.md"}
+    for describe in AT_END.values(): describe(partial, about)
+    write_json(partial/"manifest.json", about | {"outputs": outputs})
+    _stand(partial, final)
 
 # %% ../nbs/01_runs.ipynb #01-f1
 being_made = [] # (partial folder, fingerprint and what it was made of) of the stages that this process is making
@@ -430,13 +432,31 @@ def _work_out(partial, key, of_parts, make, outgrown=None):
                         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) // 1024,
                 finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), metrics=metrics)
 
+# %% ../nbs/01_runs.ipynb #488a70c9
+def _key(run, name, inputs, files, make):
+    "Function of a stage's parameters: its fingerprint, and what it was made of."
+    models = [path for path in files if Path(path).is_dir()]
+    read = [path for path in files if not Path(path).is_dir()]
+    return lambda params: fingerprint(run, name, params, inputs, read, models, make)
+
+
+def _fill(final, partial, params, make, grows, key):
+    "Fill a stage's folder; returns what it was made of, and what its manifest says of the work."
+    made_of, was = key(params), manifest(final.parent, final.name) if complete(final) else {}
+    # a part minds all that its stage minds but which other parts there are
+    alone = {k: v for k, v in params.items() if k not in grows}
+    of_parts = made_of | {"fingerprint": key(alone)["fingerprint"]}
+    outgrown = was and key(grown(was["parameters"], params, grows))["fingerprint"] == was["fingerprint"]
+    return made_of, _work_out(partial, made_of["fingerprint"], of_parts, make, final if outgrown else None)
+
 # %% ../nbs/01_runs.ipynb #01-029
 def stage(
     run:str|Path, # Run
     name:str, # Stage, and its folder
     params:dict, # What decides the result, besides inputs and files
     make, # Function of the folder to fill; returns a dict of figures of merit
-    inputs=(), files=(), models=(), # What it reads: names of stages, files, folders of models
+    inputs=(), # Names of the stages it reads
+    files=(), # Files it reads, and folders of models
     given:dict|None=None, # Parameters as they were given, where that is not what decides the result
     grows=(), # Names of parameters that list parts with commas: more parts replace nothing, and fewer are there already
 ) -> Path: # The stage's folder, complete
@@ -444,19 +464,14 @@ def stage(
     fails, nothing stays behind but what a rerun can use: checkpoints and whole parts."""
     final, partial = run_folder(run)/name, run_folder(run)/f"{name}.partial"
     if not final.parent.is_dir(): print(f"a new run: {final.parent}")
-    def key(asked): return fingerprint(run, name, asked, inputs, files, models, make)
+    key = _key(run, name, inputs, files, make)
     with lock(run, name):
         _stand(partial, final)
         for other in inputs:
             if why := stale(run, other): raise _missing(run, other, why)
         if _there(run, name, params, grows, key): return final
-        made_of, was = key(params), manifest(run, name) if complete(final) else {}
         _check(run, name, params, inputs, given or {}, grows)
-        # a part minds all that its stage minds but which other parts there are
-        alone = {k: v for k, v in params.items() if k not in grows}
-        of_parts = made_of | {"fingerprint": key(alone)["fingerprint"]}
-        outgrown = was and key(grown(was["parameters"], params, grows))["fingerprint"] == was["fingerprint"]
-        done = _work_out(partial, made_of["fingerprint"], of_parts, make, final if outgrown else None)
+        made_of, done = _fill(final, partial, params, make, grows, key)
         _finish(partial, final, dict(stage=name, **made_of, given=given or {}, seed=params.get("seed"), **done))
     return final
 

@@ -393,8 +393,8 @@ def make_study(
         return write_study(folder, found, p)
     return stage(run, "study", p.params, make, inputs=["data", "prompts", "backbones", "attributes"],
                  grows=["study_entries"], given=asked,
-                 files=[file, root()/PROMPTS, *dict.fromkeys([root()/"data/templates.yaml", bank])],
-                 models=[resolve(llm) for llm in llms if llm != "pocket"])
+                 files=[file, root()/PROMPTS, *dict.fromkeys([root()/"data/templates.yaml", bank]),
+                        *(resolve(llm) for llm in llms if llm != "pocket")])
 
 # %% ../nbs/41_study.ipynb #41-017
 def kept_measures(

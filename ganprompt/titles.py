@@ -24,7 +24,7 @@ from .processes import device, moved, seed_all, set_threads
 from .data import load_training, make_data
 from .prompts import load_titles, pad
 from .models import is_here, load_encoder, load_tokenizer, resolve
-from .backbones import backbone, descend
+from .backbones import Epochs, backbone, descend
 from .encoder import vectors_of
 from .scorer import KINDS, Recommender, tune
 from .recommender import list_auc, sampled, train_with_patience
@@ -255,9 +255,9 @@ def learn(
         net.eval()
         scores = listed_scores(net.causal, net.items().detach(), exam[0]["history"].to_list(), exam[1])
         return {"valid_ndcg": ndcg(scores), "valid_auc": list_auc(scores)}
-    curves = train_with_patience(net, partial(item_update, net, rows), examine, p.titles_lr, p.titles_patience,
-                                 len(rows), p.titles_epochs, p.titles_batch, folder, p.seed, folder.name,
-                                 rows["history"].list.len().to_numpy())
+    epochs = Epochs(rows["history"].list.len().to_numpy(), p.titles_epochs, p.titles_batch, p.seed)
+    curves = train_with_patience(net, partial(item_update, net, rows), examine, p.titles_lr, p.titles_patience, epochs,
+                                 folder, folder.name)
     net.eval()
     return curves
 
@@ -424,7 +424,7 @@ def make_titles(
         return merits
     return stage(p.run, "titles", p.params, make,
                  inputs=["data"] + ["prompts"]*read + ["backbones"]*(read and not p.title_encoder),
-                 models=[reading_model(p)] if read and p.title_encoder else [], grows=["vectors"])
+                 files=[reading_model(p)] if read and p.title_encoder else [], grows=["vectors"])
 
 # %% ../nbs/32_titles.ipynb #32-049
 def by_frequency(

@@ -14,7 +14,7 @@ from scipy.spatial.distance import jensenshannon
 from ganprompt.files import root
 from ganprompt.processes import later, seed_all
 from ganprompt.templates import read_templates
-from ganprompt.backbones import Reader, adamw, descend, pocket_model, t5_tokenizer
+from ganprompt.backbones import Epochs, Reader, adamw, descend, pocket_model, t5_tokenizer
 from ganprompt.encoder import (COUPLINGS, EncoderSettings, Versions, adversarial_update, contrast, cosine,
                                discriminator, js, pool, separability, split_users, total, version_loss, version_states)
 from ganprompt.scorer import Questions, States, bank_for, describe, load_recommender, scores_of
@@ -460,8 +460,8 @@ def test_training_with_patience_ends_early_with_the_best_weights(tmp_path):
             weights.append(layer.weight.item())
             return {"loss": loss}
         return update
-    curves = train_with_patience(layer, update_with, lambda: {"decides": next(values), "does not": 1.}, .1, 2, 6, 10, 3,
-                                 tmp_path, 0, "here")
+    curves = train_with_patience(layer, update_with, lambda: {"decides": next(values), "does not": 1.}, .1, 2,
+                                 Epochs(np.zeros(6), 10, 3, 0), tmp_path, "here")
     assert len(curves) == 8 and layer.weight.item() == weights[3] and len(set(weights)) == 8
     assert [row.get("decides") for row in curves] == [None, .6, None, .7, None, .7, None, .65]
     assert curves[1]["does not"] == 1

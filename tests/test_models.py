@@ -9,7 +9,7 @@ from conftest import make, start
 
 from ganprompt import backbones
 from ganprompt.models import answers, load_model, load_tokenizer, resolve
-from ganprompt.backbones import backbone, pocket_model, train
+from ganprompt.backbones import Epochs, backbone, pocket_model, train
 from ganprompt.data import load_candidates, load_sequences
 from ganprompt.encoder import reader_for
 from ganprompt.recommender import (CausalLM, RecommenderSettings, divergence, logits_at, make_recommender,
@@ -333,7 +333,7 @@ def test_a_step_is_under_way_when_the_figures_of_the_last_are_read(tmp_path, mon
         said.append(f"ask {len(said)}")
         return lambda: said.append("read") or figures
     monkeypatch.setattr(backbones, "later", later)
-    train(lambda rows, rng: {"loss": 1.}, {}, 4, 1, 1, tmp_path, 0, "here")
+    train(lambda rows, rng: {"loss": 1.}, {}, Epochs(np.zeros(4), 1, 1, 0), tmp_path, "here")
     assert [s.split()[0] for s in said] == ["ask", "ask", "read", "ask", "read", "ask", "read", "read"]
 
 
@@ -343,5 +343,6 @@ def test_a_loss_that_is_no_number_is_told_with_its_step_and_never_kept(bad, tmp_
     monkeypatch.setattr(backbones, "save_checkpoint", lambda folder, step, state: kept.append(state["curves"][:]))
     kept, losses = [], iter([1. if s != bad else float("nan") for s in range(3)])
     with pytest.raises(UserError, match=f"here, step {bad}"):
-        train(lambda rows, rng: {"loss": torch.tensor(next(losses))}, {}, 3, 1, 1, tmp_path, 0, "here")
+        train(lambda rows, rng: {"loss": torch.tensor(next(losses))}, {}, Epochs(np.zeros(3), 1, 1, 0), tmp_path,
+              "here")
     assert all(np.isfinite(row["loss"]) for curves in kept for row in curves) and len(kept) <= bad

@@ -390,7 +390,7 @@ def test_weights_and_tokenizer_of_a_model_count(tmp_path):
     (model := tmp_path/"model").mkdir()
     for name in "config.json", "model.safetensors", "tokenizer.json", "README.md": (model/name).write_text("1")
     go = lambda: stage(tmp_path/"r", "toy", {}, lambda folder: write_json(folder/"where.json", str(model)),
-                       models=[model])
+                       files=[model])
     go(); toy(tmp_path/"r", [], name="after", inputs=["toy"])
     (model/"README.md").write_text("2")
     assert fresh(tmp_path/"r", "after")

@@ -197,7 +197,7 @@ def test_a_wrong_recommender_is_named(bad, said, finished, shop, tmp_path):
 def test_a_pocket_llama_is_trained_once_and_whole(finished, tmp_path, monkeypatch):
     "A folder with a configuration and no weights, as a kill while it is saved leaves it, is no model."
     trainings = []
-    monkeypatch.setattr(backbones, "train", lambda *args: trainings.append(args[-2]) or [])
+    monkeypatch.setattr(backbones, "train", lambda *args: trainings.append(args[-1]) or [])
     (tmp_path/"llm").mkdir()
     shutil.copy(finished/"recommender/llm/config.json", tmp_path/"llm")
     for _ in range(2):
