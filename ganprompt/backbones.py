@@ -24,14 +24,14 @@ import polars as pl
 
 from .files import UserError, below, not_positive, refuse, strange, told, write_json
 from .runs import Settings, need, once, stage
-from .processes import (LARGE, device, finite, is_main, later, load_checkpoint, progress_bar, save_checkpoint,
-                                 seed_all, set_threads, side_by_side, summed)
+from .processes import (device, finite, is_main, later, load_checkpoint, progress_bar, save_checkpoint,
+                                 seed_all, side_by_side, summed)
 from .data import dataset_info, load_training
 from .templates import fixed_words
 from .prompts import PromptEncoder, load_templates, load_titles, make_prompts, pad
-from .models import (MODELS, answer_logits, answers, check_encoder, check_t5, close, encode, encoder_kind,
-                              find_model, head_rows, is_model, load_encoder, load_tokenizer, log_odds, resolve,
-                              weights)
+from .models import (LARGE, MODELS, answer_logits, answers, check_encoder, check_t5, close, encode,
+                              encoder_kind, find_model, head_rows, is_model, load_encoder, load_tokenizer, log_odds,
+                              resolve, set_threads, weights)
 
 # %% ../nbs/09_backbones.ipynb #09-011
 def pieces(

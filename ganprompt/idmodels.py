@@ -25,8 +25,9 @@ import yaml
 
 from .files import Killed, UserError, digest, root, write_json
 from .runs import manifest, need, once
-from .processes import die_with, load_checkpoint, save_checkpoint, set_threads
+from .processes import die_with, load_checkpoint, save_checkpoint
 from .data import load_sequences, load_training, make_data
+from .models import set_threads
 from .backbones import EVERY
 from .attributes import usable
 from .recommender import sampled

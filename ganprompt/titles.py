@@ -20,10 +20,10 @@ import polars as pl
 
 from .files import below, digest, listed, model_files, not_positive, refuse, strange, told
 from .runs import Settings, manifest, need, once, stage
-from .processes import device, moved, seed_all, set_threads
+from .processes import device, moved, seed_all
 from .data import load_training, make_data
 from .prompts import load_titles, pad
-from .models import is_here, load_encoder, load_tokenizer, resolve
+from .models import is_here, load_encoder, load_tokenizer, resolve, set_threads
 from .backbones import Epochs, backbone, descend
 from .encoder import vectors_of
 from .scorer import KINDS, Recommender, tune

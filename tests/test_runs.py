@@ -642,7 +642,7 @@ print((need("demo", "slow", make)/"by.json").read_text())'''
 def test_threads_are_chosen_by_the_model_alone():
     """A pocket model computes with one thread however many there are, so that a busy machine neither slows it down
     many times nor changes its sums; a large one gets them all, and keeps them."""
-    code = ("import torch; from ganprompt.processes import set_threads; torch.set_num_threads(3); seen = []\n"
+    code = ("import torch; from ganprompt.models import set_threads; torch.set_num_threads(3); seen = []\n"
             "for width in 64, 600, 64: set_threads(torch.nn.Linear(width, 1000)); "
             "seen.append(torch.get_num_threads())\n"
             "print(seen)")
