@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORM', 'LITTLE', 'k_core', 'cut_reviews', 'histories', 'split_of', 'split_rows', 'uniforms', 'sample', 'rankable',
-           'prepare', 'table1_row', 'table1', 'DataSettings', 'gentler', 'make_data', 'dataset_info', 'load_sequences',
+           'table1_row', 'table1', 'prepare', 'DataSettings', 'gentler', 'make_data', 'dataset_info', 'load_sequences',
            'load_training', 'load_candidates']
 
 # %% ../nbs/05_data.ipynb #05-n02
@@ -142,6 +142,23 @@ def rankable(
     whole = df.group_by("user").len().filter(pl.col("len") == df["item"].n_unique())["user"]
     return rows.filter((pl.col("split") == "train") | ~pl.col("user").is_in(whole.implode()))
 
+def table1_row(dataset, source, cut, made):
+    "One row of Table 1."
+    n, u, i = len(made["core"]), len(made["users"]), len(made["items"])
+    sequences = (made["sequences"]["split"] == "test").sum()
+    sparsity = round(100 - 100*n / max(1, u*i), 2)
+    return dict(dataset=dataset, source=source, cut=cut, users=u, items=i, interactions=n, sequences=sequences,
+                sparsity=sparsity)
+
+def table1(
+    dataset:str, # Short name
+    made:dict, # Cut → result of `prepare`
+) -> pl.DataFrame: # dataset, source, cut, users, items, interactions, sequences (test), sparsity (%)
+    "Both cuts, and the paper's row if it has one."
+    ours = pl.DataFrame([table1_row(dataset, "ours", cut, m) for cut, m in made.items()])
+    paper = pl.read_csv(root()/"data"/"paper_table1.csv").filter(pl.col("dataset") == dataset)
+    return pl.concat([ours, paper.with_columns(source=pl.lit("paper"), cut=pl.lit("as reported")).select(ours.columns)])
+
 # %% ../nbs/05_data.ipynb #05-066
 def prepare(
     reviews:pl.DataFrame, # From `read_reviews`
@@ -161,25 +178,6 @@ def prepare(
     df = df.with_columns(split=split_of(histories(df, 0, 1, max_sequence), df["time"], protocol))
     return dict(core=kept, interactions=df, sequences=rankable(split_rows(rows, df["time"], protocol), df), users=users,
                 items=items)
-
-# %% ../nbs/05_data.ipynb #05-067
-def table1_row(dataset, source, cut, made):
-    "One row of Table 1."
-    n, u, i = len(made["core"]), len(made["users"]), len(made["items"])
-    sequences = (made["sequences"]["split"] == "test").sum()
-    sparsity = round(100 - 100*n / max(1, u*i), 2)
-    return dict(dataset=dataset, source=source, cut=cut, users=u, items=i, interactions=n, sequences=sequences,
-                sparsity=sparsity)
-
-
-def table1(
-    dataset:str, # Short name
-    made:dict, # Cut → result of `prepare`
-) -> pl.DataFrame: # dataset, source, cut, users, items, interactions, sequences (test), sparsity (%)
-    "Both cuts, and the paper's row if it has one."
-    ours = pl.DataFrame([table1_row(dataset, "ours", cut, m) for cut, m in made.items()])
-    paper = pl.read_csv(root()/"data"/"paper_table1.csv").filter(pl.col("dataset") == dataset)
-    return pl.concat([ours, paper.with_columns(source=pl.lit("paper"), cut=pl.lit("as reported")).select(ours.columns)])
 
 # %% ../nbs/05_data.ipynb #05-072b
 # Settings that say how files are written

@@ -294,6 +294,7 @@ def draw_six(
         draw_legend(part, about["words"], 3)
     return fig
 
+# %% ../nbs/20_figures.ipynb #31c4bf50
 @for_print
 def draw_couplings(
     rows:list, # (about, points) for each run, of one data set

@@ -302,6 +302,7 @@ def tuned_lm(
     update, rng = states_update(model, (Texts(model, asked), items), p, opt, schedule), np.random.default_rng(0)
     return model, [float(update(rng.choice(len(items), rows, False), rng)["loss"]) for _ in range(steps)]
 
+# %% ../nbs/51_gpu.ipynb #7960589c
 def agreement_tuned(
     folder:str, run:str, steps:int, rows:int, # As of `tuned_lm`
     users:int, # Test users

@@ -540,7 +540,6 @@ def search(
         if best is None or found[0] > best[0]: best, at = found, i
     return best, at, tried, seconds
 
-# %% ../nbs/30_idmodels.ipynb #30-049
 def rank_all(
     name:str, # Model
     run:str, # Run

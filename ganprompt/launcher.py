@@ -207,8 +207,7 @@ def execute(
             raise UserError(f"{chapter.stage}: its process died, perhaps for lack of memory; run again to go "
                             f"on\n(log: {log})") from None
         finally:
-            line.close()
-            shared.lines.remove(line)
+            line.close(); shared.lines.remove(line)
             shared.end(chapter.stage)
 
 # %% ../nbs/53_launcher.ipynb #53-034
@@ -235,6 +234,7 @@ def took_before(
         if found: return max(found, key=lambda m: m["finished"])["wall_seconds"], folders[0] == home
     return None
 
+# %% ../nbs/53_launcher.ipynb #8838f957
 def beginning(
     stage:str, # Stage
     run:str, # Run
@@ -265,8 +265,7 @@ def run_chapter(
     said = {name: v for name, v in values.items() if name not in PASSING} # changes of these alone execute nothing
     out, log = run_folder(run)/"notebooks"/chapter.path.name, run_folder(run)/"logs"/f"{chapter.path.stem}.log"
     for folder in (out.parent, log.parent): folder.mkdir(exist_ok=True)
-    record = out.with_suffix(".json")
-    now = current(chapter, said, run)
+    record, now = out.with_suffix(".json"), current(chapter, said, run)
     if now and record.exists() and out.exists() and json.loads(record.read_text()) == now:
         shared.say(f"{chapter.stage:12} up to date\n")
         return False
@@ -317,7 +316,6 @@ def write_report(
     half.write_text(run_report(run, notebooks), encoding="utf-8")
     return half.replace(page)
 
-# %% ../nbs/53_launcher.ipynb #53-038
 @contextmanager
 def launching(
     chapters, # `Chapter`s, in order
@@ -333,6 +331,7 @@ def launching(
         note_run(chapters[0].path.parent, values)
         yield
 
+# %% ../nbs/53_launcher.ipynb #53-038
 def launch(
     chapters, values:dict, # As of `launching`
     console=None, # A rich console

@@ -20,9 +20,9 @@ from .encoder import COUPLINGS
 from .measures import data_name
 from .pages import Block, Page, save_figure, short, write_page
 from .figures import about_run, draw_couplings, draw_framework, draw_six, framework_facts
-from .robustness import test_lists
+from .robustness import draw_figure1, test_lists
 from .results import NUMBERS, by_dataset, entry_path, read_entry, read_json, without_folders, write_entry
-from .study import answers_of, draw_figure1, figure1_facts, keep_study
+from .study import answers_of, figure1_facts, keep_study
 
 # %% ../nbs/45_pictures.ipynb #8c7a4b24
 def made_by(
@@ -125,6 +125,7 @@ def draw_points(
     return [*write_page(page._replace(pictures=shown), table, stem),
             *save_figure(draw_six(rows), stem), *save_figure(draw_six(rows, "t-SNE"), other)]
 
+# %% ../nbs/45_pictures.ipynb #61856ece
 def draw_kept_couplings(
     study:str|Path="coupling", # Folder under data/results, or a path
     out:Path|None=None, # Where the files go; figures/ by default

@@ -257,15 +257,12 @@ def _ragged(file):
     return lf.select((odd | line.is_null() | (pl.lit(one) & line.str.contains('"',
             literal=True))).any()).collect(engine="streaming").item()
 
-
 MISSING = ["", "NA", "N/A", "nan", "NaN", "null", "NULL", "None"]
-
 
 def _number(c):
     "Text → number, also with a decimal comma; null for what marks a missing value, and for what is no number."
     return pl.col(c).str.strip_chars().str.replace(",", ".", literal=True).cast(pl.Float64, strict=False).fill_nan(None)
 
-# %% ../nbs/03_reviews.ipynb #96a6e795
 def _id(c, type):
     "An id as text; whole numbers without a fraction, however they are kept."
     c = pl.col(c)
@@ -316,7 +313,6 @@ def _types(source):
     numbers = {"rating": plain(rating, r"-?\d+(\.\d+)?"), "time": plain(time, r"-?\d+") and not source.date_format}
     return TYPES | {c: pl.String for c, is_one in numbers.items() if not is_one}
 
-# %% ../nbs/03_reviews.ipynb #03-f3
 def _misfits(lf, name, orders):
     "Order → number of times in a column that none of its formats reads."
     if not orders: return {}
@@ -435,6 +431,21 @@ def note_drop(
     drops.append({"step": step, "rows_in": drops[-1]["rows_out"] if rows_in is None else rows_in, "rows_out": rows_out,
                   "why": why})
 
+INCOMPLETE = pl.any_horizontal(pl.col("user", "item", "rating").is_null())
+
+def _read_drops(source, lf, counts, formats):
+    "What was read, and what of it is incomplete or below the scale."
+    low, high = source.scale
+    why = f"rows of {source.reviews.path.name}" + (f", times as {formats[0]}" if formats else "")
+    drops = [{"step": "read", "rows_in": counts["rows"], "rows_out": counts["rows"], "why": why}]
+    note_drop(drops, "missing", counts["rows"] - counts["missing"], "no user, item or rating")
+    if counts["below"]:
+        row, values = _first(lf, ~INCOMPLETE & (pl.col("rating") < low))
+        place = _place(source, row).rpartition(", ")[2]
+        why = f"rating outside {low:g} to {high:g}, the first ({values['rating']:g}) in {place}"
+        note_drop(drops, "scale", drops[-1]["rows_out"] - counts["below"], why)
+    return drops
+
 # %% ../nbs/03_reviews.ipynb #37b20dd3
 def _check_values(source, lf, counts, dates):
     "Raise `UserError` for a column without any value, ratings above the scale, and times in two units."
@@ -454,23 +465,6 @@ def _check_values(source, lf, counts, dates):
     if not dates and 1e8 < early < 1e11 < late:
         raise UserError(f"{path}: times from {early} to {late} cannot all be seconds, nor all milliseconds; write "
                         "them in one unit")
-
-# %% ../nbs/03_reviews.ipynb #03-f4
-INCOMPLETE = pl.any_horizontal(pl.col("user", "item", "rating").is_null())
-
-
-def _read_drops(source, lf, counts, formats):
-    "What was read, and what of it is incomplete or below the scale."
-    low, high = source.scale
-    why = f"rows of {source.reviews.path.name}" + (f", times as {formats[0]}" if formats else "")
-    drops = [{"step": "read", "rows_in": counts["rows"], "rows_out": counts["rows"], "why": why}]
-    note_drop(drops, "missing", counts["rows"] - counts["missing"], "no user, item or rating")
-    if counts["below"]:
-        row, values = _first(lf, ~INCOMPLETE & (pl.col("rating") < low))
-        place = _place(source, row).rpartition(", ")[2]
-        why = f"rating outside {low:g} to {high:g}, the first ({values['rating']:g}) in {place}"
-        note_drop(drops, "scale", drops[-1]["rows_out"] - counts["below"], why)
-    return drops
 
 # %% ../nbs/03_reviews.ipynb #03-036
 def _enum(ids):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TAGS', 'TAG', 'SCRIPT', 'CODE', 'SLOTS', 'TEMPLATE_FIELDS', 'SPLITS', 'HISTORY', 'UNKNOWN', 'NOISES', 'CASES', 'ANY',
-           'WRITTEN', 'OPTIONS', 'KEYS', 'SLIP_RATE', 'NEAR', 'SIGNS', 'ALPHABETS', 'BRACES', 'FOCUS', 'clean_title',
-           'options', 'parsed', 'slots', 'escaped', 'put', 'fixed_words', 'slip', 'noisy', 'broken', 'nonsense',
-           'read_templates', 'styled', 'sequence', 'render']
+           'WRITTEN', 'OPTIONS', 'KEYS', 'SLIP_RATE', 'NEAR', 'SIGNS', 'ALPHABETS', 'BRACES', 'FOCUS', 'WORDS',
+           'clean_title', 'options', 'parsed', 'slots', 'escaped', 'put', 'fixed_words', 'slip', 'noisy', 'broken',
+           'nonsense', 'read_templates', 'styled', 'sequence', 'render', 'in_words']
 
 # %% ../nbs/06_templates.ipynb #06-n04
 import html, math, random, re, string
@@ -279,3 +279,15 @@ def render(
         if name not in HISTORY: return styled(values[name], o)
         return " ".join(p if isinstance(p, str) else styled(values[name][p], o) for p in sequence(len(values[name]), o))
     return "".join(before + (fill(name, o) if name else "") for before, name, o in parsed(text))
+
+# %% ../nbs/06_templates.ipynb #773c3510
+WORDS = {"purchase_history": "[history{}]", "target_item": "[item{}]", "user_entity": "The user",
+         "attribute": "[attribute{}]"}
+
+def in_words(
+    text:str, # Template
+)->str: # The same with its slots in words
+    "A template for people."
+    pieces = string.Formatter().parse(text)
+    return "".join(before + ("" if name is None else WORDS[name].format(spec and f":{spec}"))
+                   for before, name, spec, _ in pieces)
