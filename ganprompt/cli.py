@@ -234,6 +234,7 @@ def left_to_make(
                   else [(dataset, seed, todo)]*bool(todo))
     return found
 
+# %% ../nbs/54_cli.ipynb #23999bf2
 def make_and_keep(
     plan:dict, study:str, data_dir:str, runs:str, # As of `make_missing`
     dataset:str, seed:int, todo:dict, # From `left_to_make`
