@@ -63,14 +63,24 @@ def test_settings_have_a_field_for_each_line_of_the_parameters_cell(chapter):
     assert {"run", *settings.neutral} <= set(cell)
 
 
+def may_be_long(source):
+    "Whether a cell has nothing but classes, imports and data."
+    def is_data(node):
+        try: return [ast.literal_eval(node.value)]
+        except ValueError: return []
+    return all(isinstance(node, (ast.ClassDef, ast.Import, ast.ImportFrom))
+               or isinstance(node, (ast.Assign, ast.AnnAssign)) and is_data(node) for node in ast.parse(source).body)
+
+
 @each_chapter
 def test_shape(path):
-    "A title, a one-line subtitle, a module of the chapter's name, and short cells."
+    "A title, a one-line subtitle, a module of the chapter's name, and short cells, not too many."
     cells = nbformat.read(path, as_version=4).cells
     assert re.match(r"# .+\n+> .+", cells[0].source)
     assert any(c.source.startswith(f"#| default_exp {path.stem.split('_', 1)[1]}") for c in cells)
-    for c in cells:
-        if c.cell_type == "code" and "\nclass " not in c.source: assert len(c.source.splitlines()) <= 60, c.source[:80]
+    code = [c.source for c in cells if c.cell_type == "code"]
+    assert len(code) <= 42
+    for source in code: assert sum(map(bool, map(str.strip, source.splitlines()))) <= 25 or may_be_long(source), source
 
 
 def test_exports_in_sync(tmp_path):
@@ -135,6 +145,15 @@ def defined(path):
 
 
 MODULES = sorted((root()/"ganprompt").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_a_function_has_at_most_eight_arguments(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            a = node.args
+            given = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, [a.vararg, a.kwarg])]
+            assert len(given) <= 8, getattr(node, "name", "lambda")
 
 
 def bound(source):
