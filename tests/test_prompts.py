@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ganprompt import prompts, templates as T
-from ganprompt.templates import clean_title, read_templates, render
+from ganprompt.templates import clean_title, in_words, read_templates, render
 from ganprompt.prompts import PromptEncoder, pad
 from ganprompt.files import UserError, root
 
@@ -220,7 +220,6 @@ def test_braces_go_through_every_path(tmp_path):
     "Words, slips, nonsense, a blank, the words of Figure 1, and the file a run keeps."
     import string, yaml
     from ganprompt.scorer import BLANK, blanked
-    from ganprompt.study import in_words
     for t in BRACED:
         assert {n for n in T.slots(t["text"])} >= {"purchase_history", "target_item"}
         plain = (string.Formatter().vformat(in_words(t["text"]), (), {}) if "{" not in in_words(t["text"])
