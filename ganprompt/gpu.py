@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FIRST_STAGES', 'TINY', 'PART_SECONDS', 'GPU_FIGURES', 'Bare', 'random_lm', 'made_up', 'useful_operations', 'forwards',
-           'score_lm', 'with_peak', 'tune_lm', 'in_bits', 'Longest', 'paper_sizes', 'timed_step', 'step_of_stage_1',
-           'bare_t5', 'score_t5', 'real_lm', 'asked_of', 'ask_bank', 'alike', 'agreement_with_cpu', 'tuned_lm',
-           'agreement_tuned', 'chosen_for', 'asked_all', 'pipeline', 'added_up', 'reached', 'parts_of_stage_1',
-           'real_parts', 'parts_of', 'measured', 'finished', 'measure_gpu', 'keep_gpu', 'draw_gpu', 'gpu_command']
+           'score_lm', 'with_peak', 'tune_lm', 'block_masks', 'score_otherwise', 'in_bits', 'Longest', 'paper_sizes',
+           'timed_step', 'step_of_stage_1', 'bare_t5', 'score_t5', 'real_lm', 'asked_of', 'ask_bank', 'alike',
+           'agreement_with_cpu', 'tuned_lm', 'agreement_tuned', 'chosen_for', 'asked_all', 'pipeline', 'added_up',
+           'reached', 'parts_of_stage_1', 'real_parts', 'parts_of', 'measured', 'finished', 'measure_gpu', 'keep_gpu',
+           'draw_gpu', 'gpu_command']
 
 # %% ../nbs/51_gpu.ipynb #51-004
 import argparse, gc, json, shutil, time
@@ -29,7 +30,7 @@ from .data import make_data
 from .prompts import make_prompts, pad
 from .models import fast_math, halved, load_model, load_tokenizer
 from .backbones import Reader, adamw, descend, make_backbones
-from .engine import shares_prefix, token_budget
+from .engine import masks, shares_prefix, sight, token_budget
 from .attributes import AttributesSettings, make_attributes
 from .encoder import EncoderSettings, Versions, adversarial_update, make_encoder, players
 from .scorer import (Continued, Questions, UntunedCausal, bank_for, chat_ends, read_facts, score_prompts,
@@ -40,7 +41,7 @@ from .pages import Block, Page, write_page
 from .collm import INSTRUCTION, TALLRec, Texts
 from .robustness import make_report, test_lists
 from .results import slug
-from .benchmarks import LLAMA_SIZES, bench_training, matmul_rate, random_t5, utilisation
+from .benchmarks import LLAMA_SIZES, bench_training, best_of, matmul_rate, random_t5, utilisation
 
 # %% ../nbs/51_gpu.ipynb #51-007
 class Bare(Continued):
@@ -142,6 +143,36 @@ def tune_lm(
     found = with_peak(lambda: utilisation(step))
     return found | {"rows_a_second": rows/found["seconds"]}
 
+# %% ../nbs/51_gpu.ipynb #e5459778
+def block_masks(
+    config, dtype, # As of `masks`
+    *where, # tail, place and before, as of `sight`
+): # BlockMask (r, 1, t, p + t)
+    "What `masks` says, in the form that flex_attention takes; for models without windows."
+    from torch.nn.attention.flex_attention import create_block_mask
+    seen = sight(*where)[:, 0]
+    return create_block_mask(lambda row, head, i, j: seen[row, i, j], len(seen), None, *seen.shape[1:],
+                             device=seen.device)
+
+# %% ../nbs/51_gpu.ipynb #34f0024b
+def score_otherwise(
+    size:str, # As of `random_lm`
+    way:str, # flex or compiled
+    users:int, # Prefixes
+    tiny:bool, # Whether to compile nothing, and only go the same way
+    n:int=100, # Candidates of each
+)->dict: # first_seconds, seconds, pairs_a_second
+    "Scoring with flex_attention, or with compiled layers."
+    import torch
+    flex, asked = way == "flex", made_up(users, n)
+    with (patch("ganprompt.engine.masks", block_masks if flex else masks), torch.compiler.set_stance("force_eager" if tiny else "default")):
+        lm = random_lm(size, "flex_attention" if flex else "sdpa")
+        if not flex: lm.base_model.compile(dynamic=True)
+        model, began = Bare(lm), time.perf_counter()
+        score_tails(model, *asked)
+        first, seconds = time.perf_counter() - began, best_of(lambda: score_tails(model, *asked))
+    return {"first_seconds": first, "seconds": seconds, "pairs_a_second": users*n/seconds}
+
 # %% ../nbs/51_gpu.ipynb #d4178b39
 @contextmanager
 def in_bits(
@@ -159,7 +190,7 @@ class Longest(Versions):
         title:int, # Tokens of the next item's title
     ):
         self.words, self.kind, self.tokenizer = [""]*AttributesSettings.k, "t5", SimpleNamespace(pad_token_id=0)
-        self.past, self.tokens, self.title = [None]*histories, tokens, title
+        self.past, self.tokens, self.title = [[]]*histories, tokens, title
     def some(self, seed, n): return np.random.default_rng(seed).integers(10, 400, n).tolist()
     def ids(self, row, version): return self.some((row, version), self.tokens)
     def text_pair(self, row, lm_target, rng): return self.ids(row, 0), self.some(row, self.title)
@@ -428,7 +459,8 @@ def parts_of(
                                                          40 if tiny else 320),
             f"score {big}, large": lambda: score_lm(random_lm(big), users//2),
             f"tune {big}, large": lambda: tune_lm(random_lm(big), 2 if tiny else 32),
-            f"score {lm}, eager": lambda: score_lm(random_lm(lm, "eager"), max(1, users//4))}
+            f"score {lm}, eager": lambda: score_lm(random_lm(lm, "eager"), max(1, users//4)),
+            **{f"score {lm}, {way}": partial(score_otherwise, lm, way, users, tiny) for way in ("flex", "compiled")}}
 
 # %% ../nbs/51_gpu.ipynb #51-020
 def measured(
@@ -479,7 +511,7 @@ def measure_gpu(
 
 # %% ../nbs/51_gpu.ipynb #51-023
 GPU_FIGURES = {"pairs_a_second": "pairs/s", "rows_a_second": "rows/s", "tokens_a_second": "tokens/s",
-         "seconds_a_template": "s a template", "seconds_a_step": "s a step", "stage_seconds": "s a stage",
+         "seconds_a_template": "s a template", "seconds_a_step": "s a step", "first_seconds": "s the first time", "stage_seconds": "s a stage",
          "share_of_matmul_rate": "of the matrix rate", "useful": "useful",
          "padding": "padding", "forwards": "forwards", "peak_gb": "peak GB", "tau": "tau", "matmul_tflops": "TFLOP/s"}
 

@@ -51,10 +51,11 @@ def test_every_part_is_measured_once_and_kept(lent, tmp_path):
     assert (done := command(run, *given)).returncode == 0, done.stderr[-2000:]
     files = {p: p.read_bytes() for p in (run/"measured").glob("*.json")}
     found = {part["part"]: part for part in map(json.loads, files.values())}
-    assert len(found) == 23 and not any({"failed", "unfinished"} & {*part} for part in found.values()), found
+    assert len(found) == 25 and not any({"failed", "unfinished"} & {*part} for part in found.values()), found
     assert found["score pocket"]["forwards"] == 2 and .5 < found["score pocket"]["useful"] <= 1
     assert found["agreement pocket"]["tau"] == pytest.approx(1) and found["rate"]["budget"] == 4096
     assert found["stage 1, paper, 16 bits"]["tokens_a_step"] == 4*6*40
+    for way in "flex", "compiled": assert found[f"score pocket, {way}"]["pairs_a_second"] > 0
     assert found["real, tuned, agreement"]["steps"] == 24 and found["real, tuned, agreement"]["tau"] > .8
     spent = json.loads((run/"spent.json").read_text())
     assert all(found[f"end to end, {name}"]["stage_seconds"] == it["seconds"] > 0 for name, it in spent.items())
@@ -63,7 +64,7 @@ def test_every_part_is_measured_once_and_kept(lent, tmp_path):
         assert made["coupling"] == coupling and (home/"robustness/ganprompt, ranker/report.json").is_file()
     assert command(run, *given).returncode == 0
     assert files == {p: p.read_bytes() for p in (run/"measured").glob("*.json")}
-    assert len(json.loads(keep_gpu(str(run), tmp_path/"gpu").read_text())["parts"]) == 23
+    assert len(json.loads(keep_gpu(str(run), tmp_path/"gpu").read_text())["parts"]) == 25
     page = next(p for p in draw_gpu(tmp_path/"gpu", tmp_path/"out") if p.suffix == ".md").read_text()
     assert "| score pocket " in page and "Random weights" in page
     assert "was made with other values: dataset 'beauty' -> 'demo'" in command(run).stderr
