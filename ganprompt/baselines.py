@@ -22,7 +22,7 @@ from .runs import Settings, at_end, need, stage
 from .data import dataset_info, load_training, make_data
 from .backbones import EVERY
 from .scorer import write_cards
-from .recommender import sampled
+from .recommender import LISTS, sampled
 from .measures import METRICS, figures_of, label
 from .statistics import bootstrap
 from .idmodels import (VALID_METRIC, VALID_ROWS, attempt, has_recbole, known_models, mean_figures, ndcg,
@@ -174,6 +174,7 @@ class BaselinesSettings(Settings):
     "What stage `baselines` is asked for."
     seed:int=0 # Seed of weights, batches and negatives
     test_users:int=1000 # Users to score, drawn at random, the same for every seed; 0: all
+    valid_candidates:str="uni99" # Lists whose NDCG@10 stops a training and chooses a setting: uni99, pop99 or full
     models:str="popularity,last-item,HGN,SASRec-CE,MF,LightGCN" # Models to train; all: every one
     trials:int=1 # Settings tried for each model, the same number for every one; validation chooses
     id_epochs:int=100 # Passes over the training rows at most
@@ -183,7 +184,7 @@ class BaselinesSettings(Settings):
     def check(self):
         "Look at names and numbers, and for RecBole if it is needed."
         p, names = vars(self), named(self.models)
-        wrong = strange(p | {"models": names}, models=[*COUNTED, *known_models()])
+        wrong = strange(p | {"models": names}, models=[*COUNTED, *known_models()], valid_candidates=LISTS)
         return [*wrong, *below(p, 1, "id_epochs"), *below(p, 0, "seed", "test_users", "id_patience"),
                 *told(chosen_settings, self.search_run, self.trials),
                 *(told(has_recbole) if not wrong and set(names) - set(COUNTED) else [])]
@@ -202,7 +203,8 @@ def make_baselines(
         jobs.mkdir(exist_ok=True)
         common = dict(run=str(run_folder(run)), folder=str(jobs), atomic=str(folder/"atomic"),
                       lengths=write_atomic(run, folder/"atomic"),
-                      seed=p.seed, epochs=p.id_epochs, patience=p.id_patience, every=EVERY, test_users=p.test_users)
+                      seed=p.seed, epochs=p.id_epochs, patience=p.id_patience, every=EVERY, test_users=p.test_users,
+                      valid=p.valid_candidates)
         def work(name, train): # on (frames, about) of a model
             if name in COUNTED: return count_model(name, run, p.test_users)
             return id_model(known[name] | common | dict(name=name, settings=settings.get(name, [])), train)

@@ -165,7 +165,8 @@ def score_otherwise(
     "Scoring with flex_attention, or with compiled layers."
     import torch
     flex, asked = way == "flex", made_up(users, n)
-    with (patch("ganprompt.engine.masks", block_masks if flex else masks), torch.compiler.set_stance("force_eager" if tiny else "default")):
+    with (patch("ganprompt.engine.masks", block_masks if flex else masks),
+          torch.compiler.set_stance("force_eager" if tiny else "default")):
         lm = random_lm(size, "flex_attention" if flex else "sdpa")
         if not flex: lm.base_model.compile(dynamic=True)
         model, began = Bare(lm), time.perf_counter()
@@ -511,7 +512,8 @@ def measure_gpu(
 
 # %% ../nbs/51_gpu.ipynb #51-023
 GPU_FIGURES = {"pairs_a_second": "pairs/s", "rows_a_second": "rows/s", "tokens_a_second": "tokens/s",
-         "seconds_a_template": "s a template", "seconds_a_step": "s a step", "first_seconds": "s the first time", "stage_seconds": "s a stage",
+         "seconds_a_template": "s a template", "seconds_a_step": "s a step", "first_seconds": "s the first time",
+         "stage_seconds": "s a stage",
          "share_of_matmul_rate": "of the matrix rate", "useful": "useful",
          "padding": "padding", "forwards": "forwards", "peak_gb": "peak GB", "tau": "tau", "matmul_tflops": "TFLOP/s"}
 

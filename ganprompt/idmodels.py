@@ -554,7 +554,7 @@ def rank_all(
 # %% ../nbs/30_idmodels.ipynb #30-050
 def train_model(
     # name, recbole, data, rows, settings (list), trim, pretrain; run, folder, atomic, lengths; seed, epochs, patience,
-    # every, test_users
+    # every, test_users, valid
     job:dict,
 )->dict: # What models.json says
     "Search, train and rank one model; writes <name>.parquet and <name>.json, for MF also the embeddings."
@@ -562,7 +562,7 @@ def train_model(
     start = time.time()
     if job["pretrain"]: pretrain(recbole(), job)
     (valid, _, scores, dataset, net), at, tried, seconds = search(job,
-            sampled(job["run"], "valid", "uni99", VALID_ROWS))
+            sampled(job["run"], "valid", job["valid"], VALID_ROWS))
     trained = time.time()
     rank_all(job["name"], job["run"], job["test_users"], scores).write_parquet(f"{job['name']}.parquet")
     if job["recbole"] == "BPR":
@@ -571,7 +571,8 @@ def train_model(
                    for k, table in tables.items()}, f"{job['name']}.safetensors")
     spent = {"search": trained - start - seconds[at], "train": seconds[at], "score": time.time() - trained}
     about = dict(pocket=False, backbone=None, settings=job["settings"][at], search=tried, valid=valid,
-                 valid_metric=VALID_METRIC, parameters=sum(p.numel() for p in net.parameters()), seconds=spent)
+                 valid_metric=f"ndcg@10, {job['valid']}", parameters=sum(p.numel() for p in net.parameters()),
+                 seconds=spent)
     write_json(f"{job['name']}.json", about)
     return about
 
