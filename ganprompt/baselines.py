@@ -201,10 +201,9 @@ def make_baselines(
     def make(folder):
         jobs, about = folder/".jobs", {}
         jobs.mkdir(exist_ok=True)
-        common = dict(run=str(run_folder(run)), folder=str(jobs), atomic=str(folder/"atomic"),
-                      lengths=write_atomic(run, folder/"atomic"),
-                      seed=p.seed, epochs=p.id_epochs, patience=p.id_patience, every=EVERY, test_users=p.test_users,
-                      valid=p.valid_candidates)
+        common = dict(run=str(run_folder(run)), folder=str(jobs), atomic=str(folder/"atomic"), every=EVERY,
+                      lengths=write_atomic(run, folder/"atomic"), test_users=p.test_users, valid=p.valid_candidates,
+                      seed=p.seed, epochs=p.id_epochs, patience=p.id_patience)
         def work(name, train): # on (frames, about) of a model
             if name in COUNTED: return count_model(name, run, p.test_users)
             return id_model(known[name] | common | dict(name=name, settings=settings.get(name, [])), train)
