@@ -1407,6 +1407,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ganprompt.study.kept_measures': ('study.html#kept_measures', 'ganprompt/study.py'),
                                  'ganprompt.study.level': ('study.html#level', 'ganprompt/study.py'),
                                  'ganprompt.study.make_study': ('study.html#make_study', 'ganprompt/study.py'),
+                                 'ganprompt.study.models_read': ('study.html#models_read', 'ganprompt/study.py'),
                                  'ganprompt.study.most_moved': ('study.html#most_moved', 'ganprompt/study.py'),
                                  'ganprompt.study.names_of': ('study.html#names_of', 'ganprompt/study.py'),
                                  'ganprompt.study.numbered': ('study.html#numbered', 'ganprompt/study.py'),

@@ -32,7 +32,8 @@ def of_entries(
 ) -> dict: # What stands in a row beside the figures
     "What was kept, from what, and how long it took."
     first, seconds = mine[0], [e["seconds"]["train"] for e in mine if "train" in e["seconds"]]
-    reality = "pocket" if first["pocket"] else "ids" if first.get("family") in ("id", "simple") else first["backbone"]
+    reads = " + ".join(first["reads"]) if "reads" in first else first.get("backbone")
+    reality = "pocket" if first["pocket"] else "ids" if first.get("family") in ("id", "simple") else reads
     return dict(model=first["model"], reality=reality, dataset=data_name(first), study=study, users=first["users"],
                 trainings=len(mine), minutes=float(np.mean(seconds))/60 if seconds else None, tokens=None,
                 machine=first["machine"], commit=", ".join(sorted({e.get("commit", "unknown")[:7] for e in mine})))

@@ -22,8 +22,8 @@ def short(
     x:float, # A figure
     sign:bool=False, # Show a plus
 ) -> str: # ".123", three decimals
-    "A figure without its leading zero."
-    return (f"{x:+.3f}" if sign else f"{x:.3f}").replace("0.", ".", 1)
+    "A figure without its leading zero; nought without a sign has none."
+    return (f"{x:+.3f}" if sign else f"{x:z.3f}").replace("0.", ".", 1)
 
 def spread(
     ends:list, # [mean, low, high]

@@ -8,12 +8,12 @@ __all__ = ['FORMS', 'FIRST', 'SHOWN', 'ABOUT', 'WHOLE', 'STATISTICS', 'CONTROLS'
            'AGAINST', 'REAL_AGAINST', 'PAGES', 'STUDIES', 'names_of', 'refuse_names', 'refuse_choice',
            'is_asked_as_it_is', 'check_entry', 'read_entries', 'asked_entries', 'encoder_for', 'StudySettings',
            'tuned_model', 'bank_file', 'bank_of', 'entries_file', 'first_places', 'shown_of', 'answers_table',
-           'unshifted', 'answers_of', 'run_entry', 'unseen_in', 'whole_entry', 'stage_page', 'write_study',
-           'make_study', 'kept_measures', 'table_of', 'by_entry', 'keep_study', 'read_study_entries', 'unseen_at',
-           'drawn', 'first_stage', 'epochs_of', 'separated', 'costliest', 'study_notes', 'part_errors', 'part_block',
-           'level', 'figures_block', 'difference_block', 'budget_block', 'cost_block', 'separation_block', 'study_page',
-           'plot_study_groups', 'plot_separated', 'examples', 'bank_words', 'most_moved', 'numbered', 'figure1_facts',
-           'plot_figure1', 'plot_study_heat', 'draw_study']
+           'unshifted', 'answers_of', 'run_entry', 'unseen_in', 'models_read', 'whole_entry', 'stage_page',
+           'write_study', 'make_study', 'kept_measures', 'table_of', 'by_entry', 'keep_study', 'read_study_entries',
+           'unseen_at', 'drawn', 'first_stage', 'epochs_of', 'separated', 'costliest', 'study_notes', 'part_errors',
+           'part_block', 'level', 'figures_block', 'difference_block', 'budget_block', 'cost_block', 'separation_block',
+           'study_page', 'plot_study_groups', 'plot_separated', 'examples', 'bank_words', 'most_moved', 'numbered',
+           'figure1_facts', 'plot_figure1', 'plot_study_heat', 'draw_study']
 
 # %% ../nbs/41_study.ipynb #41-004
 import dataclasses, itertools, json, time
@@ -305,6 +305,15 @@ def unseen_in(
         raise UserError(f"study_bank={study_bank}: {bank} has no unseen recommendation template to ask with")
 
 # %% ../nbs/41_study.ipynb #e98db732
+def models_read(
+    how:dict, # Settings of an entry
+    kind:str, # The study's recommender, of those that name none
+    encoder:str, # Name of the run's encoder
+)->list[str]: # Names
+    "The models that an entry is made of."
+    built_on = ("llm",) if is_asked_as_it_is(how) else KINDS[how.get("recommender", kind)].starts
+    return [encoder]*(built_on != ("llm",)) + [v for k, v in how.items() if k == "llm"]
+
 def whole_entry(
     run:str, # Run
     name:str, # Entry
@@ -423,7 +432,8 @@ def keep_study(
                  fingerprint=made["fingerprint"], commit=made["commit"], dirty=made["dirty"],
                  data=made["inputs"]["data"], backbone=made["inputs"]["backbones"], kept_from=home.parent.name)
     def one(name, about):
-        e = dict(model=name) | before | about | dict(measured=kept_measures(about["measured"])) | after
+        reads = models_read(about["settings"], said["recommender"], backbone(run, "encoder")["name"])
+        e = dict(model=name, reads=reads) | before | about | dict(measured=kept_measures(about["measured"])) | after
         path = entry_path(study, info["dataset"], name, made["seed"])
         return write_entry(path, e, tables.filter(entry=name).drop("entry"))
     return [one(name, about) for name, about in said["entries"].items() if "failed" not in about]

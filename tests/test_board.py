@@ -1,5 +1,5 @@
 "The board: its figures are those of the studies' pages, and a report that cannot be is refused."
-import copy, json, sys
+import copy, json, re, sys
 
 import numpy as np
 import polars as pl
@@ -103,3 +103,10 @@ def test_a_click_on_a_head_sorts_by_number_or_word(tmp_path):
         assert [sorted_by(c) for c in ("users", "users", "clean", "model")] == ["acb", "bca", "cba", "abc"]
         assert sorted_by("minutes") == "cba" and not tab.requests[1:] and not tab.faults
     finally: tab.close()
+
+
+def test_a_models_reality_has_a_name():
+    "Also of entries whose models have read the web; what ties an entry to its backbones is a digest, and no name."
+    said = {row["reality"] for row in B.kept_rows()}
+    assert {"pocket", "sentence-transformers/all-MiniLM-L6-v2"} <= said
+    assert not [name for name in said if re.fullmatch("[0-9a-f]{64}", name or "")]

@@ -440,3 +440,11 @@ def test_mistakes_in_the_entries(change, message, tmp_path):
     change(found)
     (tmp_path/"study.yaml").write_text(yaml.safe_dump(found))
     with pytest.raises(UserError, match=message): S.read_entries(tmp_path/"study.yaml")
+
+
+@pytest.mark.parametrize("how,names", [
+    ({}, ["some/encoder"]), ({"tuned": False}, ["some/encoder"]), ({"tuned": False, "llm": "some/lm"}, ["some/lm"]),
+    ({"recommender": "causal-lm", "llm": "some/lm"}, ["some/encoder", "some/lm"]),
+    ({"recommender": "TALLRec", "llm": "some/lm"}, ["some/lm"])])
+def test_an_entry_names_the_models_that_it_is_made_of(how, names):
+    assert S.models_read({"tuned": True} | how, "ranker", "some/encoder") == names
