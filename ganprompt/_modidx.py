@@ -354,7 +354,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ganprompt.encoder.corrupt': ('encoder.html#corrupt', 'ganprompt/encoder.py'),
                                    'ganprompt.encoder.cosine': ('encoder.html#cosine', 'ganprompt/encoder.py'),
                                    'ganprompt.encoder.discriminator': ('encoder.html#discriminator', 'ganprompt/encoder.py'),
-                                   'ganprompt.encoder.epochs_over': ('encoder.html#epochs_over', 'ganprompt/encoder.py'),
                                    'ganprompt.encoder.hide': ('encoder.html#hide', 'ganprompt/encoder.py'),
                                    'ganprompt.encoder.in_parts': ('encoder.html#in_parts', 'ganprompt/encoder.py'),
                                    'ganprompt.encoder.js': ('encoder.html#js', 'ganprompt/encoder.py'),

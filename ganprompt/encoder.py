@@ -6,8 +6,7 @@
 __all__ = ['COUPLINGS', 'TARGETS', 'pool', 'pairs', 'cosine', 'js', 'total', 'discriminator', 'version_loss', 'target_faults',
            'corrupt', 'hide', 'contrast', 'between', 'Versions', 'in_parts', 'pooled', 'vectors_of', 'language_loss',
            'twins', 'among_all', 'title_contrast', 'EncoderSettings', 'adversarial_update', 'version_states',
-           'separability', 'split_users', 'reader_for', 'epochs_over', 'players', 'train_encoder', 'make_encoder',
-           'tune_encoder']
+           'separability', 'split_users', 'reader_for', 'players', 'train_encoder', 'make_encoder', 'tune_encoder']
 
 # %% ../nbs/12_encoder.ipynb #12-004
 import math
@@ -437,22 +436,16 @@ def reader_for(
     return reader, about["path"]
 
 # %% ../nbs/12_encoder.ipynb #12-f1
-def epochs_over(
-    versions:Versions, # Training histories
-    p:EncoderSettings, # What is asked for
-)->Epochs:
-    "The order in which stage 1 sees them."
-    return Epochs(np.array([len(h) for h in versions.past]), p.encoder_epochs, p.encoder_batch, p.seed)
-
 def players(
     path:str, # Model to start from
     versions:Versions, # Training histories
+    steps:int, # Steps of the whole training
     p:EncoderSettings, # What is asked for
 )->dict: # model and D, their optimizers opt_g and opt_d, the schedule of opt_g: all that training changes
     "The two that are optimised in turn, encoder and discriminator."
     model = load_encoder(path).to(device())
     D = discriminator(width_of(model), len(versions.words) + 1).to(device())
-    opt_g, schedule = adamw(model.parameters(), p.encoder_lr, epochs_over(versions, p).steps, p.optimizer)
+    opt_g, schedule = adamw(model.parameters(), p.encoder_lr, steps, p.optimizer)
     opt_d, _ = adamw(D.parameters(), p.encoder_lr, 1, p.optimizer)
     return dict(model=model, D=D, opt_g=opt_g, schedule=schedule, opt_d=opt_d)
 
@@ -467,12 +460,12 @@ def train_encoder(
     import torch
     from safetensors.torch import save_file
     seed_all(p.seed)
-    parts = players(path, versions, p)
+    epochs = Epochs(np.array([len(h) for h in versions.past]), p.encoder_epochs, p.encoder_batch, p.seed)
+    parts = players(path, versions, epochs.steps, p)
     model, D = parts["model"], parts["D"]
     before = version_states(model, shown)
     model.train()
-    curves = train(adversarial_update(versions=versions, p=p, **parts), parts, epochs_over(versions, p), folder,
-                   "stage 1")
+    curves = train(adversarial_update(versions=versions, p=p, **parts), parts, epochs, folder, "stage 1")
     after = version_states(model.eval(), shown)
     with torch.inference_mode(): accuracy = version_loss(D, torch.from_numpy(after).to(device()))[1].item()
     if is_main():

@@ -225,7 +225,7 @@ def step_of_stage_1(
     p = EncoderSettings(encoder_batch=histories, encoder_part=part)
     with in_bits(sixteen), TemporaryDirectory() as folder:
         t5.save_pretrained(folder); del t5
-        parts = players(folder, versions, p)
+        parts = players(folder, versions, 2, p)
         parts["model"].train()
         update = adversarial_update(versions=versions, p=p, **parts)
         found = with_peak(lambda: {"seconds_a_step": [timed_step(update, histories) for _ in range(2)][-1]})
