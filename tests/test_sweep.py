@@ -111,8 +111,8 @@ def test_a_failure_is_kept_until_the_model_is_made(shop, tmp_path, monkeypatch):
     assert data_of(tmp_path/"tables")[0]["failed"] == []
 
 
-def said(monkeypatch, capsys, *words):
-    monkeypatch.setattr(sys, "argv", ["ganprompt", "fill", *map(str, words)])
+def said(monkeypatch, capsys, *words, command="fill"):
+    monkeypatch.setattr(sys, "argv", ["ganprompt", command, *map(str, words)])
     with pytest.raises(SystemExit) as end: main()
     return end.value.code or 0, capsys.readouterr()
 
@@ -146,6 +146,8 @@ def test_the_command(shop, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(W, "launch", fails)
     code, out = said(monkeypatch, capsys, *base, *rows[1]["args"])
     assert code == 3 and out.err == "ganprompt: shop-0-baselines-last-item: no room\n"
+    code, out = said(monkeypatch, capsys, tmp_path/"tables-none", *base[1:], "--data-dir", "", command="tables")
+    assert code == 3 and out.err.count(": no room") == 2 and "no results" not in out.err # nothing to draw, and why
 
 
 @pytest.mark.skipif(not shutil.which("snakemake"), reason="no Snakemake; with it: pip install -e '.[sweep]'")
