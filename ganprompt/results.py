@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['CONSTANT', 'ORDER', 'NUMBERS', 'TIMES', 'Ranks', 'ranks_of', 'owned', 'owners_of', 'per_owner', 'slug', 'entry_path',
            'lacking', 'without_folders', 'ranks_path', 'write_entry', 'ready', 'baseline_models', 'own_models',
-           'same_users', 'entry', 'keep_data', 'keep_models', 'base', 'table_order', 'again', 'read_json', 'read_entry',
-           'lists_of', 'read_tables', 'people', 'reordering', 'sampling_table', 'by_dataset', 'time_table']
+           'same_users', 'entry', 'keep_data', 'keep_failure', 'keep_models', 'base', 'table_order', 'again',
+           'read_json', 'read_entry', 'lists_of', 'read_tables', 'people', 'reordering', 'sampling_table', 'by_dataset',
+           'time_table']
 
 # %% ../nbs/39_results.ipynb #39-n04
 import itertools, json, math, re
@@ -127,6 +128,7 @@ def write_entry(
     ranks = half.rename(ranks_path(path, content := sha256(half)))
     write_json(path, without_folders(e) | {"constant": constant, "ranks_digest": content}, dense=True)
     for old in set(path.parent.glob(f"{path.stem}.*.parquet")) - {ranks}: old.unlink()
+    path.with_suffix(".failed").unlink(missing_ok=True)
     return path
 
 # %% ../nbs/39_results.ipynb #39-019
@@ -201,47 +203,55 @@ def entry(
         settings=about.get("settings", {}), search=about.get("search", []), valid=about.get("valid"),
         valid_metric=about.get("valid_metric"), weights=about.get("parameters"), seconds=about.get("seconds", {}),
         stage=stage, parameters=made["parameters"], versions=made["versions"], machine=made["device"],
-        fingerprint=made["fingerprint"], commit=made["commit"], dirty=made["dirty"], data=made["inputs"]["data"],
-        kept_from=run_folder(run).name)
+        peak_memory_mb=made["peak_memory_mb"], fingerprint=made["fingerprint"], commit=made["commit"],
+        dirty=made["dirty"], data=made["inputs"]["data"], kept_from=run_folder(run).name)
 
 # %% ../nbs/39_results.ipynb #39-021
 def keep_data(
     run:str, # Run
     study:str|Path, # Folder under data/results, or a path
-    failed:list, # (stage, model, what is known of it) of failed models
 ) -> Path: # data/results/<study>/<dataset>/data.json
-    "Keep a run's rows of Table 1, and which of its models failed and why."
-    info, mine = dataset_info(run), run_folder(run).name
+    "Keep a run's rows of Table 1."
+    info = dataset_info(run)
     path = entry_path(study, info["dataset"], "data", 0).with_name("data.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    before = json.loads(path.read_text())["failed"] if path.exists() else []
-    now = [dict(model=model, seed=manifest(run, stage)["seed"], kept_from=mine, why=about["failed"])
-           for stage, model, about in failed]
-    write_json(path, without_folders(dict(dataset=info["dataset"], synthetic=info["synthetic"],
-                                          titles=info["has_titles"],
-                                          table1=pl.read_csv(run_folder(run) / "data/table1.csv").to_dicts(),
-                                          failed=sorted([f for f in before if f["kept_from"] != mine] + now,
-                                                        key=lambda f: (f["model"], f["seed"])))))
-    return path
+    write_json(half := path.with_name(f"data-{run_folder(run).name}.half"), without_folders(dict(
+        dataset=info["dataset"], synthetic=info["synthetic"], titles=info["has_titles"],
+        table1=pl.read_csv(run_folder(run) / "data/table1.csv").to_dicts())))
+    return half.replace(path)
+
+def keep_failure(
+    run:str, # Run
+    study:str|Path, # Folder under data/results, or a path
+    stage:str, # The stage that failed to make it
+    model:str, # Its name
+    why:str, # In a sentence
+):
+    "Keep why a model could not be made, until it is."
+    seed = manifest(run, stage)["seed"]
+    path = entry_path(study, dataset_info(run)["dataset"], model, seed).with_suffix(".failed")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, without_folders(dict(model=model, seed=seed, kept_from=run_folder(run).name, why=why)))
 
 # %% ../nbs/39_results.ipynb #39-022
 def keep_models(
     run:str, # A run with baseline stages, recommenders, or both
     study:str|Path="tables", # Folder under data/results, or a path
-) -> list[Path]: # The JSON of each model, and data.json with Table 1 and what failed
-    """Keep the ranks of all models of a run. A model that a baseline stage and the recommender both have is the
-    baseline stage's."""
-    models = {model: (stage, about, ranks) for stage, model, about, ranks in [*own_models(run), *baseline_models(run)]}
+    only:list|None=None, # Names of models; none: all that the run has
+) -> list[Path]: # data.json with Table 1, and the JSON of each model
+    """Keep the ranks of a run's models. A model that a baseline stage and the recommender both have is the baseline
+    stage's."""
+    models = {model: (stage, about, ranks) for stage, model, about, ranks in [*own_models(run), *baseline_models(run)]
+              if only is None or model in only}
     if not models:
         raise UserError(f"run {str(run)!r} has no ranked models; make some: ganprompt run --run {run} --until "
                         "baselines")
     if len(set(map(slug, models))) < len(models):
         raise UserError(f"two models of run {str(run)!r} have names that make one file name: {', '.join(models)}; "
                         "rename one")
-    failed = [(stage, model, about) for model, (stage, about, _) in models.items() if "failed" in about]
-    paths = [keep_data(run, study, failed)]
+    paths = [keep_data(run, study)]
     for model, (stage, about, ranks) in models.items():
-        if "failed" in about: continue
+        if "failed" in about: keep_failure(run, study, stage, model, about["failed"]); continue
         kept = entry(run, stage, model, about, table := same_users(run, stage, model, ranks))
         path = entry_path(study, kept["dataset"], model, kept["seed"])
         paths.append(write_entry(path, kept, owned(table, kept["users"])))

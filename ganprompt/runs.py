@@ -583,7 +583,9 @@ def kind_of(
 class Study(NamedTuple):
     """A kind of study: what it keeps of a run, and what is drawn of what is kept. A chapter enters its kinds
     in `STUDIES`."""
-    keep:Callable # (run, study, folder of the pages or None) -> files that were written
+    # (run, study, folder of the pages or None; of kinds that have plans, names of entries, and no others are kept) ->
+    # files that were written
+    keep:Callable
     draw:Callable # (study, folder of the pages or None) -> files that were written
     synthetic:bool = False # Whether the project's own may hold made-up data
     asks:dict = {} # Stage -> its parameter that lists, with commas, what it makes

@@ -13,7 +13,7 @@ __all__ = ['FORMS', 'FIRST', 'SHOWN', 'ABOUT', 'WHOLE', 'STATISTICS', 'CONTROLS'
            'unseen_at', 'drawn', 'first_stage', 'epochs_of', 'separated', 'costliest', 'study_notes', 'part_errors',
            'part_block', 'level', 'figures_block', 'difference_block', 'budget_block', 'cost_block', 'separation_block',
            'study_page', 'plot_study_groups', 'plot_separated', 'examples', 'bank_words', 'most_moved', 'numbered',
-           'figure1_facts', 'plot_figure1', 'plot_study_heat', 'draw_study']
+           'figure1_facts', 'plot_figure1', 'plot_study_heat', 'draw_study', 'keep_entries']
 
 # %% ../nbs/41_study.ipynb #41-004
 import dataclasses, itertools, json, time
@@ -421,6 +421,7 @@ def by_entry(
 def keep_study(
     run:str, # A run with stage `study`
     study:str|Path="robustness", # Folder under data/results, or a path
+    only:list|None=None, # Names of entries; none: all that the run has
 )->list[Path]: # The JSON of each entry
     "Keep the entries of a run."
     need(run, "study")
@@ -429,6 +430,7 @@ def keep_study(
     before = dict(dataset=info["dataset"], synthetic=info["synthetic"], seed=made["seed"])
     before |= {k: said[k] for k in ("recommender", "pocket")}
     after = dict(parameters=made["parameters"], versions=made["versions"], machine=made["device"],
+                 peak_memory_mb=made["peak_memory_mb"],
                  fingerprint=made["fingerprint"], commit=made["commit"], dirty=made["dirty"],
                  data=made["inputs"]["data"], backbone=made["inputs"]["backbones"], kept_from=home.parent.name)
     def one(name, about):
@@ -436,7 +438,8 @@ def keep_study(
         e = dict(model=name, reads=reads) | before | about | dict(measured=kept_measures(about["measured"])) | after
         path = entry_path(study, info["dataset"], name, made["seed"])
         return write_entry(path, e, tables.filter(entry=name).drop("entry"))
-    return [one(name, about) for name, about in said["entries"].items() if "failed" not in about]
+    return [one(name, about) for name, about in said["entries"].items()
+            if "failed" not in about and (only is None or name in only)]
 
 # %% ../nbs/41_study.ipynb #41-016a
 def read_study_entries(
@@ -787,5 +790,6 @@ def draw_study(
         for name, (_, fig) in pictures.items(): made += save_figure(fig, out/name)
     return made
 
-STUDIES |= {kind: Study(lambda run, study, out: keep_study(run, study), draw_study, asks={"study": "study_entries"})
-            for kind in PAGES}
+def keep_entries(run, study, out, only=None): return keep_study(run, study, only)
+
+STUDIES |= {kind: Study(keep_entries, draw_study, asks={"study": "study_entries"}) for kind in PAGES}

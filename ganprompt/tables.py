@@ -7,8 +7,8 @@ what they do and do not say."""
 __all__ = ['FAMILIES', 'COUNTS', 'SEQUENCE_FIGURES', 'RIVALS', 'STUDIES', 'shown_as', 'line_up', 'grouped', 'measured_block',
            'against_block', 'interval_block', 'reported_figures', 'reported_block', 'sampling_block', 'sampling_note',
            'time_block', 'missing_notes', 'Results', 'results_of', 'page_of', 'long_rows', 'plot_metric', 'plot_models',
-           'fine', 'published_row', 'published_rows', 'write_published', 'table1_page', 'write_sampling', 'make_tables',
-           'sequence_values', 'sequence_blocks', 'make_sequences', 'keep_study_models']
+           'fine', 'published_row', 'published_rows', 'write_published', 'table1_page', 'write_sampling', 'data_of',
+           'make_tables', 'sequence_values', 'sequence_blocks', 'make_sequences', 'keep_study_models']
 
 # %% ../nbs/40_tables.ipynb #40-n03
 import itertools
@@ -178,7 +178,7 @@ def time_block(
 # %% ../nbs/40_tables.ipynb #40-065
 def missing_notes(
     rows:list, # From `line_up`
-    data:dict, # From data.json: failed, and titles, whether the items have any
+    data:dict, # From `data_of`: failed, and titles, whether the items have any
 ) -> list: # Paragraphs
     "What is not there, and why."
     everything = sorted({seed for row in rows for seed in row["seeds"]})
@@ -216,7 +216,7 @@ def results_of(
 # %% ../nbs/40_tables.ipynb #40-066v1
 def page_of(
     r:Results, # From `results_of`
-    data:dict={}, # From data.json: what failed, whether there are titles
+    data:dict={}, # From `data_of`: what failed, whether there are titles
 ) -> Page: # Table 2, 3 or 4
     "A data set's page."
     first = r.entries[0]
@@ -350,7 +350,7 @@ def write_published(
 
 # %% ../nbs/40_tables.ipynb #40-074
 def table1_page(
-    data:list, # Contents of the data.json files
+    data:list, # From `data_of`
 ) -> Page: # Table 1
     "Statistics of the data sets: ours by both cuts, the paper's as reported."
     rows = [[[data_name(d), f"{row['source']}, {row['cut']}", *(f"{row[c]:,}" for c in COUNTS),
@@ -384,6 +384,18 @@ def write_sampling(
                        ["data set", "models", *map(label, METRICS)], rows)])
     return write_page(page, orders, stem)
 
+# %% ../nbs/40_tables.ipynb #3c1a410f
+def data_of(
+    study:str|Path, # Folder under data/results, or a path
+) -> list[dict]: # Of each data set: dataset, synthetic, titles, table1, and failed: model, seed and why of each
+    "What is kept beside the entries. `UserError` naming a file that is damaged."
+    def one(path):
+        about = read_json(path, lambda d: (d["table1"], d["synthetic"]))
+        failed = [read_json(p, lambda f: (f["model"], f["seed"], f["why"])) for p in path.parent.glob("*.failed")]
+        return about | {"failed": sorted(failed, key=lambda f: (f["model"], f["seed"]))}
+    found = [one(path) for path in results_folder(study).glob("*/data.json")]
+    return sorted(found, key=lambda d: (NUMBERS.get(d["dataset"], 9), d["dataset"]))
+
 # %% ../nbs/40_tables.ipynb #40-077
 def make_tables(
     study:str|Path="tables", # Folder under data/results, or a path
@@ -391,9 +403,7 @@ def make_tables(
 ) -> list[Path]: # Files made
     "Tables 1 to 4, a picture for each data set, and what sampling does, from kept entries alone."
     entries, made, out = read_tables(study), [], pages_folder(out)
-    data = sorted((read_json(p, lambda d: (d["failed"], d["table1"], d["synthetic"]))
-                   for p in results_folder(study).glob("*/data.json")),
-                   key=lambda d: (NUMBERS.get(d["dataset"], 9), d["dataset"]))
+    data = data_of(study)
     known = {d["dataset"]: d for d in data}
     for dataset, mine in by_dataset(entries).items():
         r, stem = results_of(mine), out / f"table{NUMBERS.get(dataset, '')}_{slug(dataset)}"
@@ -459,7 +469,7 @@ def make_sequences(
                       pages_folder(out) / "sequences")
 
 # %% ../nbs/40_tables.ipynb #40-090
-def keep_study_models(run, study, out): return keep_models(run, study)
+def keep_study_models(run, study, out, only=None): return keep_models(run, study, only)
 
 STUDIES |= {kind: Study(keep_study_models, draw, asks={"baselines": "models"}) for kind, draw in
             (("tables", make_tables), ("standard", write_published), ("sequences", make_sequences))}

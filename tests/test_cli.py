@@ -17,7 +17,8 @@ from ganprompt.jobs import (ask_run, chapters, chosen_values, convert, parameter
 from ganprompt.launcher import launch
 from ganprompt.scorer import bank_for
 from ganprompt.results import entry_path
-from ganprompt.cli import chosen_chapters, cli, main, make_missing, read_plan, studies
+from ganprompt.cli import chosen_chapters, cli, main
+from ganprompt.sweep import Sweep, make_missing, read_plan, studies
 
 TRAIN = '''
 import os, time
@@ -261,36 +262,39 @@ def test_tables_make_what_is_missing_and_a_failure_does_not_stop_the_rest(shop, 
                                           "--runs", str(tmp_path/"runs")])
         with pytest.raises(SystemExit) as end: main()
         said = capsys.readouterr()
-        assert end.value.code == 1 and said.err.count("no item titles") == 2 and "Traceback" not in said.err
-        assert ("bare-1: baselines" in said.out) != again and "bare-0: p5" in said.out
+        assert end.value.code == 3 and said.err.count("no item titles") == 2 and "Traceback" not in said.err
+        assert ("bare-1-baselines: popularity, last-item" in said.out) != again and "bare-0-p5: P5 (ids)" in said.out
         assert ({p.name for p in (tmp_path/"data/results/tables/bare-csv").glob("*.json")}
                 == {"data.json", "popularity-0.json", "popularity-1.json", "last-item-0.json", "last-item-1.json"})
-    search = json.loads((tmp_path/"runs/bare-1/baselines/manifest.json").read_text())["parameters"]["search_run"]
-    assert search.endswith("data/results/tables/bare-csv")
 
 
 @pytest.mark.parametrize("kind, stages, kept, asked", [
     ("robustness", dict(study=["one template", "P5"]), "one template", dict(study_entries=["P5", "one template,P5"])),
-    ("tables", dict(baselines=["HGN", "MF"], collm=["CoLLM"]), "MF", dict(models=["HGN,MF", "HGN,MF"])),
+    ("tables", dict(baselines=["HGN", "MF"], collm=["CoLLM"]), "MF", dict(models=["HGN", "HGN,MF"])),
     ("sequences", dict(collm=["CoLLM"]), "CoLLM", dict(models=[None, "MF"]))])
 def test_a_plan_asks_for_what_is_missing_as_its_kind_of_study_says(kind, stages, kept, asked, tmp_path, monkeypatch):
-    "And keeps it so; the models that a stage reads are asked for with those that are missing."
+    """And keeps it so; the models that a stage reads are asked for where it is made, and those that are trained again
+    take over the settings of the first run."""
     home, launched, defaults = tmp_path/f"{kind}-mine", [], chosen_values(chapters(), {})
     plan = dict(seeds=[0, 1], datasets={"beauty": stages}, parameters=dict(core=2), stages={
         stage: dict(needs=["data"], reads=["MF"] if stage == "collm" else []) for stage in stages})
     (first := entry_path(home, "beauty", kept, 0)).parent.mkdir(parents=True)
     first.write_text("{}")
-    def keep(run, study, out):
+    def keep(run, study, out, only):
         assert study == out == home
-        for m in stages[launched[-1][0]]: entry_path(study, "beauty", m, run.name[-1]).write_text("{}")
+        for m in only: entry_path(study, "beauty", m, launched[-1][1]["seed"]).write_text("{}")
     monkeypatch.setitem(studies(), kind, studies()[kind]._replace(keep=keep))
-    monkeypatch.setattr("ganprompt.cli.launch", lambda _, values, may_replace: launched.append((*may_replace, values)))
-    assert make_missing(plan, str(home), "", str(tmp_path)) == [] == make_missing(plan, str(home), "", str(tmp_path))
+    def launch(_, values, may_replace):
+        if may_replace: launched.append((*may_replace, values))
+    monkeypatch.setattr("ganprompt.sweep.launch", launch)
+    sweep = Sweep(plan, str(home), "", str(tmp_path/"runs"))
+    assert make_missing(sweep, sweep.jobs()) == [] == make_missing(sweep, sweep.jobs())
     for name, wanted in asked.items():
-        said = {values["seed"]: values[name] for _, values in launched}
+        said = {values["seed"]: values[name] for stage, values in launched if stage != "collm" or kind == "sequences"}
         assert [said.get(seed) for seed in (0, 1)] == wanted
     assert {v["core"] for _, v in launched} == {2} and {v["encoder"] for _, v in launched} == {defaults["encoder"]}
-    assert [v["search_run"] for _, v in launched if v["seed"]] == [str(home/"beauty")]*len(stages)
+    assert ([v["search_run"] for _, v in launched if v["seed"]]
+            == [str(home/"beauty") if kind != "robustness" else ""]*len(stages))
 
 
 def test_within_minutes_entries_are_made_one_by_one_and_kept_as_they_end(shop, tmp_path, monkeypatch, capsys):
@@ -321,9 +325,9 @@ def test_within_minutes_entries_are_made_one_by_one_and_kept_as_they_end(shop, t
     code, said = go()
     assert not code and "after 60 s: 3 entries are left" in said.out and made == ["one", "two"]
     assert [p.name for p in home.rglob("*-0.json")] == ["one-0.json"]
-    assert (tmp_path/"runs/shop-0/study.partial").is_dir() and not (tmp_path/"runs/shop-0/notebooks").exists()
+    assert (tmp_path/"runs/shop-0-study-two/study.partial").is_dir() and not [*tmp_path.glob("runs/*/notebooks")]
     code, said = go()
-    assert code == 1 and "no/such-model" in said.err and made == ["one", "two", "two", "four"]
+    assert code == 3 and "no/such-model" in said.err and made == ["one", "two", "two", "four"]
     assert sorted(p.name for p in home.rglob("*-0.json")) == ["four-0.json", "one-0.json", "two-0.json"]
     kept = json.loads(next(home.rglob("four-0.json")).read_text())
     assert kept["settings"]["wordings"] == 2 and kept["recommender"] == "ranker"

@@ -254,6 +254,27 @@ def test_two_processes_do_not_make_one_stage(tmp_path):
     finally: other.kill(); other.wait()
 
 
+@pytest.mark.parametrize("no_flock", [False, True])
+def test_a_lock_holds_across_machines_and_a_dead_ones_is_taken(tmp_path, monkeypatch, no_flock):
+    """As where the file system's locks hold on each machine alone: a process with another host's name, whose flock is
+    no obstacle. It is named while it lives, and succeeded when its lease has run out."""
+    import fcntl
+    def refused(*_): raise OSError(38, "Function not implemented")
+    pretend = "import fcntl, socket\nfcntl.flock = lambda *_: None\nsocket.gethostname = lambda: 'far-away'\n"
+    body = (f"import ganprompt.files as f, time\nf.LEASE = 2.\nwith f.lock({str(tmp_path/'r')!r}, 'toy'):\n"
+            "    print('mine', flush=True); time.sleep(60)")
+    monkeypatch.setattr(files, "LEASE", 2.)
+    if no_flock: monkeypatch.setattr(fcntl, "flock", refused)
+    other = subprocess.Popen([sys.executable, "-c", pretend + body], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(UserError, match=f"in use by process {other.pid} on far-away"):
+            with files.lock(tmp_path/"r", "toy", wait=0): pass
+        other.kill(); other.wait()
+        with files.lock(tmp_path/"r", "toy", wait=0): pass
+    finally: other.kill(); other.wait()
+
+
 def test_unwritable_run_folder(tmp_path):
     (tmp_path/"file").write_text("in the way")
     with pytest.raises(UserError, match="cannot write the run folder .*choose another with --run"):

@@ -17,7 +17,7 @@ from ganprompt.statistics import ends
 from ganprompt.p5 import asker_for
 from ganprompt.gather import GatherSettings, likeness, make_gather
 from ganprompt.results import by_dataset
-from ganprompt.cli import plan_of, read_plan, studies, study_of
+from ganprompt.sweep import plan_of, read_plan, studies, study_of
 
 
 def test_the_contrast_is_that_of_looped_sums():
