@@ -4,6 +4,7 @@
 # make slides  the lecture as one page of slides: site/lecture.html
 # make outputs execute every chapter on the demo, and keep in its file what its cells have shown
 # make site    all chapters, results, how-to pages and the reference as pages: site/index.html
+# make screens what a browser shows of the demo and the site, as pictures: figures/screens
 # make mutants plant faults in the modules that compute and count those that tests and chapters notice (an hour or two)
 # make busy    the demo on idle cores and beside busy processes, timed and compared (ten minutes or more)
 # make gpu     what a GPU has to show, in parts, with the torch of the machine (eight minutes; docs/gpu.md: MODELS, DATA, STUDY)
@@ -25,7 +26,7 @@ same = @echo "$(firstword $(notdir $(1)))"; before=$$($(STATE)); $(1) >/dev/null
 HALF := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 1 ? n/2 : 1)))
 LATE := tests/test_processes.py tests/test_beside.py tests/test_gpu.py tests/test_board.py tests/test_wheel.py
 
-.PHONY: demo test chapters tests readme outputs slides site mutants busy soak gpu
+.PHONY: demo test chapters tests readme outputs slides site screens mutants busy soak gpu
 demo: .venv/.demo-stamp
 	$(BIN)/ganprompt run
 
@@ -57,6 +58,10 @@ outputs: .venv/.dev-stamp
 
 site: .venv/.dev-stamp
 	$(BIN)/python -c "from ganprompt.site import make_site; print(make_site())"
+
+screens: site
+	$(BIN)/ganprompt run
+	$(BIN)/pytest -q tests/screens.py
 
 mutants: .venv/.dev-stamp
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py

@@ -1,0 +1,66 @@
+"""What a browser shows, as pictures in figures/screens: `make screens`. It wants chromium, the run `demo` and the site.
+
+The explorer in a real JupyterLab after a tap and as a page from disk, a report, and a chapter of the site; wide and as
+narrow as a telephone, light and dark."""
+import base64, io
+
+import pytest
+from PIL import Image
+
+from chromium import Browser, browser, until
+from ganprompt.explorer import explore_runs
+from ganprompt.files import root, run_folder
+from test_explorer import FIND, opened
+from test_lab import FRAME, executed, lab # noqa: F401, a fixture
+from test_lab import opened as opened_lab
+
+OUT = root()/"figures/screens"
+
+
+@pytest.fixture
+def finished(): return run_folder("demo") # JupyterLab shows the demo, not the shop of the tests
+
+
+def keep(tab, name):
+    "The window as a small picture."
+    shot = Image.open(io.BytesIO(base64.b64decode(tab.call("Page.captureScreenshot")["data"]))).convert("RGB")
+    OUT.mkdir(exist_ok=True)
+    shot.quantize(64, dither=Image.Dither.NONE).save(OUT/f"{name}.png", optimize=True)
+
+
+@pytest.fixture
+def tab(tmp_path, request):
+    tab = Browser(tmp_path/"profile", *getattr(request, "param", (1440, 900)))
+    yield tab
+    tab.close()
+
+
+@browser
+def test_the_explorer_in_jupyterlab(lab, tab): # noqa: F811
+    opened_lab(tab, lab[1], "21_explorer.ipynb")
+    js = executed(tab)
+    js(FIND)
+    i, (left, top) = js("lone()"), tab.js(f"(b => [b.left, b.top])({FRAME}.getBoundingClientRect())")
+    x, y = js(f"place(0, {i})")
+    tab.click(left + x, top + y)
+    until(lambda: js("panel.text.includes('User ')"), 30)
+    keep(tab, "explorer-in-jupyterlab")
+
+
+@browser
+def test_the_explorer_from_disk(tab, tmp_path):
+    opened(tab, explore_runs(["demo"], str(tmp_path/"page.html"), "umap"))
+    tab.click(*tab.js("place(0, lone())"))
+    until(lambda: tab.js("panel.text.includes('User ')"))
+    keep(tab, "explorer-from-disk")
+
+
+@browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("tab", [(1440, 900), (390, 844)], ids=["wide", "narrow"], indirect=True)
+@pytest.mark.parametrize("name,page", [("report", run_folder("demo")/"report.html"),
+                                       ("chapter", root()/"site/nbs/12_encoder.html")])
+def test_a_page(name, page, tab, scheme):
+    tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    tab.open(page)
+    keep(tab, f"{name}-{'wide' if tab.js('innerWidth') > 999 else 'narrow'}-{scheme}")
