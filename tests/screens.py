@@ -17,7 +17,7 @@ from test_lab import opened as opened_lab
 OUT = root()/"figures/screens"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def finished(): return run_folder("demo") # JupyterLab shows the demo, not the shop of the tests
 
 
@@ -25,7 +25,7 @@ def keep(tab, name):
     "The window as a small picture."
     shot = Image.open(io.BytesIO(base64.b64decode(tab.call("Page.captureScreenshot")["data"]))).convert("RGB")
     OUT.mkdir(exist_ok=True)
-    shot.quantize(64, dither=Image.Dither.NONE).save(OUT/f"{name}.png", optimize=True)
+    shot.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(OUT/f"{name}.png", optimize=True)
 
 
 @pytest.fixture
@@ -56,8 +56,8 @@ def test_the_explorer_from_disk(tab, tmp_path):
 
 
 @browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("tab", [(1440, 900), (390, 844)], ids=["wide", "narrow"], indirect=True)
+@pytest.mark.parametrize("tab,scheme", [((1440, 900), "light"), ((1440, 900), "dark"), ((390, 844), "light")],
+                         indirect=["tab"])
 @pytest.mark.parametrize("name,page", [("report", run_folder("demo")/"report.html"),
                                        ("chapter", root()/"site/nbs/12_encoder.html")])
 def test_a_page(name, page, tab, scheme):
