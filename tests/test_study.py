@@ -266,12 +266,13 @@ def test_what_is_answered_is_kept_and_drawn(shop, tmp_path, monkeypatch):
         return name, .5, {}
     known = dict(tuned_model=tuned, score_bank=lambda model, *rest: (scores | others)[model],
                  test_lists=lambda *p: (rows, None), bank_for=lambda *p: bank, reader_for=lambda run: (None, None),
-                 backbone=lambda *p: {"pocket": True},
+                 backbone=lambda *p: {"pocket": True, "name": "some/encoder"},
                  dataset_info=lambda run: {"dataset": "shop", "synthetic": False})
     for name, what in known.items(): monkeypatch.setattr(S, name, what)
     for name in ("own_attributes", "unseen_in", "need"): monkeypatch.setattr(S, name, lambda *p: None)
     S.make_study(S.StudySettings(str(run), study_entries=",".join([*scores, "agreement"]), recommender_epochs=1))
     paths = S.keep_study(str(run), tmp_path/"robustness")
+    assert all(json.loads(path.read_text())["reads"] == ["some/encoder"] for path in paths)
     kept = read(paths)
     assert list(kept) == list(scores) and (run/"study/ranks.parquet").is_file()
     assert [p.name for p in (run/"study").glob(".*")] == [".entries"] and not list((run/"study").rglob(".scores"))
