@@ -108,18 +108,18 @@ COUNTED = {"popularity": popularity, "last-item": last_item}
 # %% ../nbs/31_baselines.ipynb #31-055
 def count_model(
     name:str, # One of `COUNTED`
-    run:str, # Run
-    test_users:int, # Test rows; 0: all
+    p, # `BaselinesSettings`
 ): # (frames, about)
     "A model that only counts."
-    start = time.time()
+    start, run = time.time(), p.run
     model = COUNTED[name](load_training(run), len(pl.read_parquet(need(run, "data", make_data)/"items.parquet")))
     def scores(rows, lists): return [model(history, items) for history, items in zip(rows["history"].to_list(), lists)]
     trained = time.time()
-    valid, ranks = ndcg(scores(*sampled(run, "valid", "uni99", VALID_ROWS))), rank_all(name, run, test_users, scores)
+    valid = ndcg(scores(*sampled(run, "valid", p.valid_candidates, VALID_ROWS)))
+    ranks = rank_all(name, run, p.test_users, scores)
     seconds = {"search": 0., "train": trained - start, "score": time.time() - trained}
-    return [ranks], dict(pocket=False, backbone=None, settings={}, search=[], valid=valid, valid_metric=VALID_METRIC,
-                         parameters=0, seconds=seconds)
+    return [ranks], dict(pocket=False, backbone=None, settings={}, search=[], valid=valid,
+                         valid_metric=VALID_METRIC.format(p.valid_candidates), parameters=0, seconds=seconds)
 
 # %% ../nbs/31_baselines.ipynb #31-056
 def id_model(
@@ -205,7 +205,7 @@ def make_baselines(
                       lengths=write_atomic(run, folder/"atomic"), test_users=p.test_users, valid=p.valid_candidates,
                       seed=p.seed, epochs=p.id_epochs, patience=p.id_patience)
         def work(name, train): # on (frames, about) of a model
-            if name in COUNTED: return count_model(name, run, p.test_users)
+            if name in COUNTED: return count_model(name, p)
             return id_model(known[name] | common | dict(name=name, settings=settings.get(name, [])), train)
         with trainer_process() if set(names) - set(COUNTED) else nullcontext() as train:
             ranks = [attempt(about, name, "simple" if name in COUNTED else "id", partial(work, name, train), folder)

@@ -447,7 +447,7 @@ def as_its_authors_built_it(
     net.item_embedding.register_forward_hook(lambda table, _, vectors: vectors*d**.5)
 
 # %% ../nbs/30_idmodels.ipynb #30-043
-VALID_ROWS, VALID_METRIC = 2000, "ndcg@10, uni99"
+VALID_ROWS, VALID_METRIC = 2000, "ndcg@10, {}" # of which lists
 
 def ndcg(
     scores:list, # Score lists, targets first
@@ -571,7 +571,7 @@ def train_model(
                    for k, table in tables.items()}, f"{job['name']}.safetensors")
     spent = {"search": trained - start - seconds[at], "train": seconds[at], "score": time.time() - trained}
     about = dict(pocket=False, backbone=None, settings=job["settings"][at], search=tried, valid=valid,
-                 valid_metric=f"ndcg@10, {job['valid']}", parameters=sum(p.numel() for p in net.parameters()),
+                 valid_metric=VALID_METRIC.format(job["valid"]), parameters=sum(p.numel() for p in net.parameters()),
                  seconds=spent)
     write_json(f"{job['name']}.json", about)
     return about

@@ -400,7 +400,8 @@ def run_vectors(
         "backbone": p.title_encoder or backbone(p.run, "encoder")["name"]}
     return [ranks], about | {
         "settings": {k: getattr(p, k) for k in ("titles_lr", "titles_dropout", "titles_batch", "titles_epochs")},
-        "search": [], "valid": max(row.get("valid_ndcg") or 0 for row in fit["curves"]), "valid_metric": VALID_METRIC,
+        "search": [], "valid": max(row.get("valid_ndcg") or 0 for row in fit["curves"]),
+        "valid_metric": VALID_METRIC.format("uni99"),
         "parameters": model.size,
         "seconds": {"search": 0., "train": round(fit["seconds"], 2), "score": round(time.time() - began, 2)}}
 

@@ -187,14 +187,16 @@ def test_what_stops_a_training_is_ranked_on_the_lists_that_are_asked_for(small, 
     for lists in "uni99", "full":
         run = tmp_path/lists
         shutil.copytree(run_folder(small)/"data", run/"data")
-        folder = make_baselines(BaselinesSettings(str(run), models="MF", id_epochs=3, valid_candidates=lists))
+        folder = make_baselines(BaselinesSettings(str(run), models="popularity,MF", id_epochs=3,
+                                                  valid_candidates=lists))
         w, rows, (_, asked) = (load_file(folder/"MF.safetensors"), load_sequences(str(run), "valid"),
                                load_candidates(str(run), lists, "valid"))
         ranks = [1 + int(((z := w["item"][items] @ w["user"][u])[1:] >= z[0]).sum())
                  for u, items in zip(rows["user"], asked)]
         found[lists] = np.mean([1/np.log2(r + 1) if r <= 10 else 0 for r in ranks])
-        said = about(str(run))["MF"]
-        assert said["valid"] == pytest.approx(found[lists], abs=1e-6) and said["valid_metric"] == f"ndcg@10, {lists}"
+        said = about(str(run))
+        assert said["MF"]["valid"] == pytest.approx(found[lists], abs=1e-6)
+        assert {said[name]["valid_metric"] for name in ("popularity", "MF")} == {f"ndcg@10, {lists}"}
     assert found["full"] < found["uni99"]
     with pytest.raises(UserError, match="valid_candidates='all'"):
         make_baselines(BaselinesSettings(small, valid_candidates="all"))
