@@ -312,7 +312,7 @@ def models_read(
 )->list[str]: # Names
     "The models that an entry is made of."
     built_on = ("llm",) if is_asked_as_it_is(how) else KINDS[how.get("recommender", kind)].starts
-    return [encoder]*(built_on != ("llm",)) + [v for k, v in how.items() if k == "llm"]
+    return [encoder]*(built_on != ("llm",)) + ([how["llm"]] if "llm" in how else [])
 
 def whole_entry(
     run:str, # Run
@@ -429,12 +429,13 @@ def keep_study(
     said, tables = json.loads((home/"study.json").read_text()), pl.read_parquet(home/"ranks.parquet")
     before = dict(dataset=info["dataset"], synthetic=info["synthetic"], seed=made["seed"])
     before |= {k: said[k] for k in ("recommender", "pocket")}
+    encoder = backbone(run, "encoder")["name"]
     after = dict(parameters=made["parameters"], versions=made["versions"], machine=made["device"],
                  peak_memory_mb=made["peak_memory_mb"],
                  fingerprint=made["fingerprint"], commit=made["commit"], dirty=made["dirty"],
                  data=made["inputs"]["data"], backbone=made["inputs"]["backbones"], kept_from=home.parent.name)
     def one(name, about):
-        reads = models_read(about["settings"], said["recommender"], backbone(run, "encoder")["name"])
+        reads = models_read(about["settings"], said["recommender"], encoder)
         e = dict(model=name, reads=reads) | before | about | dict(measured=kept_measures(about["measured"])) | after
         path = entry_path(study, info["dataset"], name, made["seed"])
         return write_entry(path, e, tables.filter(entry=name).drop("entry"))
