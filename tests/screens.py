@@ -2,14 +2,14 @@
 
 The explorer in a real JupyterLab after a tap and as a page from disk, a report, and a chapter of the site; wide and as
 narrow as a telephone, light and dark."""
-import base64, io
+import base64
 
 import pytest
-from PIL import Image
 
 from chromium import Browser, browser, until
 from ganprompt.explorer import explore_runs
 from ganprompt.files import root, run_folder
+from ganprompt.outputs import small_png
 from test_explorer import FIND, opened
 from test_lab import FRAME, executed, lab # noqa: F401, a fixture
 from test_lab import opened as opened_lab
@@ -23,9 +23,8 @@ def finished(): return run_folder("demo") # JupyterLab shows the demo, not the s
 
 def keep(tab, name):
     "The window as a small picture."
-    shot = Image.open(io.BytesIO(base64.b64decode(tab.call("Page.captureScreenshot")["data"]))).convert("RGB")
     OUT.mkdir(exist_ok=True)
-    shot.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(OUT/f"{name}.png", optimize=True)
+    (OUT/f"{name}.png").write_bytes(base64.b64decode(small_png(tab.call("Page.captureScreenshot")["data"])))
 
 
 @pytest.fixture
