@@ -513,8 +513,7 @@ def measure_gpu(
 # %% ../nbs/51_gpu.ipynb #51-023
 GPU_FIGURES = {"pairs_a_second": "pairs/s", "rows_a_second": "rows/s", "tokens_a_second": "tokens/s",
          "seconds_a_template": "s a template", "seconds_a_step": "s a step", "first_seconds": "s the first time",
-         "stage_seconds": "s a stage",
-         "share_of_matmul_rate": "of the matrix rate", "useful": "useful",
+         "stage_seconds": "s a stage", "share_of_matmul_rate": "of the matrix rate", "useful": "useful",
          "padding": "padding", "forwards": "forwards", "peak_gb": "peak GB", "tau": "tau", "matmul_tflops": "TFLOP/s"}
 
 
