@@ -10,8 +10,8 @@ from chromium import Browser, browser, until
 from ganprompt.explorer import explore_runs
 from ganprompt.files import root, run_folder
 from ganprompt.outputs import small_png
-from test_explorer import FIND, opened
-from test_lab import FRAME, executed, lab # noqa: F401, a fixture
+from test_explorer import opened
+from test_lab import executed, lab, tap_point # noqa: F401, a fixture
 from test_lab import opened as opened_lab
 
 OUT = root()/"figures/screens"
@@ -38,10 +38,7 @@ def tab(tmp_path, request):
 def test_the_explorer_in_jupyterlab(lab, tab): # noqa: F811
     opened_lab(tab, lab[1], "21_explorer.ipynb")
     js = executed(tab)
-    js(FIND)
-    i, (left, top) = js("lone()"), tab.js(f"(b => [b.left, b.top])({FRAME}.getBoundingClientRect())")
-    x, y = js(f"place(0, {i})")
-    tab.click(left + x, top + y)
+    tap_point(tab, js, js("lone()"))
     until(lambda: js("panel.text.includes('User ')"), 30)
     keep(tab, "explorer-in-jupyterlab")
 
@@ -49,8 +46,7 @@ def test_the_explorer_in_jupyterlab(lab, tab): # noqa: F811
 @browser
 def test_the_explorer_from_disk(tab, tmp_path):
     opened(tab, explore_runs(["demo"], str(tmp_path/"page.html"), "umap"))
-    tab.click(*tab.js("place(0, lone())"))
-    until(lambda: tab.js("panel.text.includes('User ')"))
+    tab.tap(lambda: tab.js("place(0, lone())"), lambda: tab.js("panel.text.includes('User ')"))
     keep(tab, "explorer-from-disk")
 
 

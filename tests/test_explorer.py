@@ -298,8 +298,7 @@ def tab(page, tmp_path_factory):
 def test_a_point_tapped_on_the_left_is_chosen_on_the_right(tab):
     view = toy()
     i = tab.js("lone()")
-    tab.click(*tab.js(f"place(0, {i})"))
-    until(lambda: tab.js("points.selected.indices") == [i])
+    tab.tap(lambda: tab.js(f"place(0, {i})"), lambda: tab.js("points.selected.indices") == [i])
     chosen = tab.js("""figures.map(f => f.renderers.filter(r => r.data_source === points)
                        .map(r => [...Bokeh.index.find_one(r).model.data_source.selected.indices]))""")
     assert chosen == [[[i]], [[i]]]
@@ -324,9 +323,7 @@ def test_a_word_of_a_title_finds_its_users(tab):
 @browser
 def test_the_points_of_the_other_side_light_up_under_the_mouse(tab):
     i = tab.js("lone()")
-    x, y = tab.js(f"place(0, {i})")
-    tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-    until(lambda: tab.js("points.inspected.indices") == [i])
+    tab.hover(lambda: tab.js(f"place(0, {i})"), lambda: tab.js("points.inspected.indices") == [i])
 
 
 @browser

@@ -7,7 +7,7 @@ import pytest
 from nbformat.v4 import new_output
 from PIL import Image
 
-from chromium import Browser, browser, until
+from chromium import Browser, again, browser, until
 from ganprompt.explorer import GAP, view_of
 from ganprompt.files import root
 from ganprompt.runs import Run
@@ -83,15 +83,28 @@ SHOWN = "[...Bokeh.index.find_one(panel).shadow_el.querySelectorAll('h3, p')].ma
 
 
 def executed(tab):
-    "The explorer's chapter once it has run; what one evaluates in its page."
+    "The explorer's chapter once it has run; what evaluates code in its page."
     tab.js("void jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ran = true })")
     until(lambda: tab.js("!!window.ran"), 300)
     shown = tab.js("[...book.model.cells].flatMap(c => c.toJSON().outputs ?? [])")
     assert [o for o in shown if o["output_type"] == "error"] == []
     cell = "[...book.model.cells].findIndex(c => JSON.stringify(c.toJSON().outputs ?? []).includes('<iframe'))"
-    tab.js(f"void book.content.scrollToItem({cell}, 'start')")
-    until(lambda: tab.js(f"!!{FRAME}?.contentWindow.Bokeh?.documents[0]?.is_idle"), 120)
-    return lambda code: tab.js(f"{FRAME}.contentWindow.eval({json.dumps(code)})")
+    again(lambda: tab.js(f"void book.content.scrollToItem({cell}, 'start')"),
+          lambda: tab.js(f"!!{FRAME}?.contentWindow.Bokeh?.documents[0]?.is_idle"), 120)
+    def js(code): return tab.js(f"{FRAME}.contentWindow.eval({json.dumps(code)})")
+    js(FIND)
+    return js
+
+
+def placed(tab, js, part):
+    "Where in the window a part of the explorer's page lies once the page is scrolled to, and its size."
+    tab.js(f"{FRAME}.scrollIntoView({{block: 'nearest'}})")
+    (left, top), (x, y, *size) = tab.js(f"(b => [b.left, b.top])({FRAME}.getBoundingClientRect())"), js(part)
+    return left + x, top + y, *size
+
+
+def tap_point(tab, js, i):
+    tab.tap(lambda: placed(tab, js, f"place(0, {i})"), lambda: js("points.selected.indices") == [i])
 
 
 def ink(tab, left, top, width, height):
@@ -105,18 +118,15 @@ def test_a_point_tapped_in_the_explorers_chapter_marks_its_partner_and_shows_its
     "On the right the others fade; what is said is what the run says."
     opened(tab, lab[1], "21_explorer.ipynb")
     js = executed(tab)
-    js(FIND)
-    i, (left, top) = js("lone()"), tab.js(f"(b => [b.left, b.top])({FRAME}.getBoundingClientRect())")
-    (x0, y0), (x1, y1) = js(f"[place(0, {i}), place(1, {i})]")
-    partner, everyone = (left + x1 - 2, top + y1 - 2, 4, 4), js("area(1)")
-    everyone = left + everyone[0], top + everyone[1], *everyone[2:]
-    before = ink(tab, *partner), ink(tab, *everyone)
-    tab.click(left + x0, top + y0)
-    until(lambda: js("points.selected.indices") == [i], 30)
+    i = js("lone()")
+    partner, everyone = f"place(1, {i}).map(at => at - 2).concat(4, 4)", "area(1)"
+    def inked(): return np.array([ink(tab, *placed(tab, js, part)) for part in (partner, everyone)])
+    before = inked()
+    tap_point(tab, js, i)
     view = view_of(Run(finished))
     user, version = view.points.row(i)
     card = view.cards.filter(user=user).to_dicts()[0]
     prompt = card["asked"].replace(GAP, view.names[version]) if version else card["plain"]
     until(lambda: js(SHOWN).startswith(f"User {user}, {view.names[version]}"), 30)
     assert prompt in js(SHOWN)
-    until(lambda: ink(tab, *partner) > .8*before[0] and ink(tab, *everyone) < .8*before[1], 30)
+    until(lambda: (inked()/before > .8).tolist() == [True, False], 30)

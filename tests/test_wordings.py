@@ -196,9 +196,9 @@ def test_the_page_opens_with_who_loses_most(tab, shown):
 @browser
 def test_a_cell_shows_its_user_and_its_template(tab, shown):
     for u, t in (4, 2), (7, 4):
-        tab.click(*tab.js(f"place({t + .5}, {u + .5})"))
         user, template = shown.users.row(u, named=True), shown.templates.row(t, named=True)
-        until(lambda: f"User {user['user']}" in tab.js("text()"), 20)
+        tab.tap(lambda: tab.js(f"place({t + .5}, {u + .5})"),
+                lambda: all(w in tab.js("text()") for w in (f"User {user['user']}", f"Template {template['id']}")))
         said = plain(tab.js("text()"))
         for words in (f"Template {template['id']}", template["text"], "\n".join(user["history"]), user["bought"],
                       f"{shown.ranks[u, t]} of {SIZE}; clean {shown.ranks[u, 0]}"): assert words in said, words
@@ -213,10 +213,8 @@ def test_the_name_of_a_template_lists_whom_it_hurts(tab, shown, t):
     z = expected(scores())
     hurt = {10*u + 7 for u in range(USERS) if z[0, u] <= 10 < z[IDS.index(shown.templates["id"][t]), u]}
     assert hurt
-    x, _ = tab.js(f"place({t + .5}, 0)")
-    y = tab.js("heat.canvas_view.el.getBoundingClientRect().top + heat.frame.bbox.top - 20") # the axis, its label
-    tab.click(x, y)
-    until(lambda: set(tab.js("listed.data.user")) == hurt, 20)
+    axis = "heat.canvas_view.el.getBoundingClientRect().top + heat.frame.bbox.top - 20" # its label
+    tab.tap(lambda: tab.js(f"[place({t + .5}, 0)[0], {axis}]"), lambda: set(tab.js("listed.data.user")) == hurt)
     assert [shown.users["user"][int(y - .5)] for y in tab.js("marks.data.y")] == tab.js("listed.data.user")
     assert tab.js("all.find(m => m.type === 'Div' && m.text.includes('pushes out')).text").startswith(
         f"{len(hurt)} of {USERS} users whom {shown.templates['id'][t]}")
