@@ -121,6 +121,7 @@ def test_a_point_tapped_in_the_explorers_chapter_marks_its_partner_and_shows_its
     i = js("lone()")
     partner, everyone = f"place(1, {i}).map(at => at - 2).concat(4, 4)", "area(1)"
     def inked(): return np.array([ink(tab, *placed(tab, js, part)) for part in (partner, everyone)])
+    until(lambda: inked().all(), 30) # it is drawn
     before = inked()
     tap_point(tab, js, i)
     view = view_of(Run(finished))
