@@ -5,9 +5,9 @@ that needs no network."""
 
 # %% auto #0
 __all__ = ['GAP', 'LISTED', 'CHOOSE', 'TELL', 'NAME', 'THREE', 'SEARCH', 'PAINT', 'SAFE', 'SHOW', 'KEY', 'HINT', 'STYLE_SHEET',
-           'FEW', 'COLUMNS', 'PROJECTIONS', 'held_histories', 'prompts_of', 'answers_to', 'user_cards', 'neighbours',
-           'View', 'view_of', 'kinds', 'amounts', 'many', 'colourings', 'columns_of', 'wrapped', 'arrange', 'Explorer',
-           'whole_file', 'explorer_of', 'explore_runs', 'laid_out']
+           'FEW', 'COLUMNS', 'PREAMBLE', 'PROJECTIONS', 'held_histories', 'prompts_of', 'answers_to', 'user_cards',
+           'neighbours', 'View', 'view_of', 'kinds', 'amounts', 'many', 'colourings', 'columns_of', 'wrapped',
+           'arrange', 'Explorer', 'whole_file', 'explorer_of', 'explore_runs', 'laid_out']
 
 # %% ../nbs/21_explorer.ipynb #21-003
 import html
@@ -278,7 +278,7 @@ def _panel(side, title, args, color):
     x, y = f"x{side}", f"y{side}"
     fig = figure(title=title, tools="tap,pan,wheel_zoom,box_select,lasso_select,reset", output_backend="webgl",
                  active_scroll="wheel_zoom", height=420, min_width=300, sizing_mode="stretch_width",
-                 match_aspect=True, lod_threshold=None, styles={"flex": "1 1 320px"})
+                 match_aspect=True, lod_threshold=FEW, lod_factor=10, styles={"flex": "1 1 320px"})
     few = len(args["points"].data[x]) < FEW
     dots = fig.scatter(x, y, source=args["points"], size=6 if few else 3, line_color=None, fill_color=color,
                        fill_alpha=.8, selection_fill_alpha=1, nonselection_fill_alpha=.12,
@@ -350,6 +350,14 @@ def arrange(
                   styles={"padding": "8px", "box-sizing": "border-box"})
 
 # %% ../nbs/21_explorer.ipynb #21-042
+PREAMBLE = """<meta name="viewport" content="width=device-width"><script>
+{ // no WebGL rather than one that the CPU imitates
+  const get = HTMLCanvasElement.prototype.getContext, gl = document.createElement("canvas").getContext("webgl")
+  const card = gl?.getParameter(gl.getExtension("WEBGL_debug_renderer_info")?.UNMASKED_RENDERER_WEBGL ?? gl.RENDERER)
+  if (/swiftshader|llvmpipe|software/i.test(card)) HTMLCanvasElement.prototype.getContext =
+    function (kind, of) { return /webgl/.test(kind) ? null : get.call(this, kind, of) }
+}
+</script>"""
 PROJECTIONS = {"umap": "UMAP", "tsne": "t-SNE"} # As the command names them, as chapter 20 does
 
 class Explorer(NamedTuple):
@@ -373,8 +381,7 @@ def whole_file(
     "One HTML file with everything in it, which fits a phone."
     from bokeh.embed import file_html
     from bokeh.resources import INLINE
-    head = '{% block preamble %}<meta name="viewport" content="width=device-width">{% endblock %}'
-    return Explorer(file_html(layout, INLINE, title, template=head))
+    return Explorer(file_html(layout, INLINE, title, template="{% block preamble %}" + PREAMBLE + "{% endblock %}"))
 
 def explorer_of(
     view:View, # What is shown

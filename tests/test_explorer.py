@@ -336,5 +336,13 @@ def test_colours_change_on_both_sides(tab):
 
 
 @browser
+def test_webgl_that_a_cpu_imitates_is_not_taken(tab):
+    tab.js("var frame = document.body.appendChild(document.createElement('iframe')); true")
+    assert tab.js("!!frame.contentDocument.createElement('canvas').getContext('webgl')") # the browser imitates one
+    assert not tab.js("!!document.createElement('canvas').getContext('webgl')")
+    assert {f["lod_threshold"] for f in models(E.explorer_of(toy()))["Figure"]} == {E.FEW}
+
+
+@browser
 def test_the_browser_asked_for_nothing_and_found_no_fault(tab):
     assert [u for u in tab.requests if not u.startswith(("file:", "data:", "blob:"))] == [] and tab.faults == []
