@@ -5,8 +5,8 @@ copy of anything: the notebook is the job."""
 
 # %% auto #0
 __all__ = ['RunCommand', 'cli', 'shown', 'chosen_chapters', 'run', 'stage_row', 'as_table', 'show', 'presets', 'check_home',
-           'keep', 'with_sweep', 'sweep_of', 'tables', 'show_jobs', 'fill', 'explore', 'board', 'fetch', 'robustness',
-           'main']
+           'keep', 'with_sweep', 'sweep_of', 'tables', 'show_jobs', 'fill', 'explore', 'board', 'DataCommand',
+           'partition', 'fetch', 'robustness', 'main']
 
 # %% ../nbs/55_cli.ipynb #54-n04
 import json, os, sys
@@ -16,7 +16,9 @@ import click
 
 from .files import UserError, results_folder, root, run_folder, told
 from .runs import complete, existing_runs, fresh, manifest, stale
-from .jobs import absolute, chapters, chosen_values, parameters, unknown
+from .data import DataSettings
+from .partitions import PART_ROWS, partition_data
+from .jobs import absolute, chapters, chosen_values, convert, parameters, unknown
 from .report import merits
 from .launcher import duration, launch
 from .sweep import (Sweep, Unmade, chosen_jobs, job_rows, listed_row, make_missing, papermill_calls, plan_of,
@@ -282,6 +284,28 @@ def board(reports, out):
     "One page of all kept entries, and of reports that `ganprompt robustness` has left."
     from ganprompt.board import make_board
     for path in make_board(reports, Path(out) if out else None): click.echo(shown(path))
+
+# %% ../nbs/55_cli.ipynb #c65a9963
+class DataCommand(click.Command):
+    "A command whose options are the parameters of the chapter on data."
+    def get_params(self, ctx):
+        known = [p for p in parameters(chapters()).values() if p.name in DataSettings().params | {"data_dir": ""}]
+        return super().get_params(ctx) + [
+            click.Option([f"--{p.name.replace('_', '-')}"], metavar=p.type.upper(),
+                         help=f"{p.help}  [{p.default}]" if p.default != "" else p.help) for p in known]
+
+@cli.command(cls=DataCommand)
+@click.argument("out", metavar="FOLDER")
+@click.option("--processes", type=click.IntRange(min=1), default=1, help="Parts that are worked on at once  [1]")
+@click.option("--part-rows", type=click.IntRange(min=1), default=PART_ROWS,
+              help=f"Purchases of a part, about; memory grows with it  [{PART_ROWS}]")
+def partition(out, processes, part_rows, **given):
+    "Cut, split and draw lists for a file that outgrows memory, part by part: a Parquet data set partitioned by user."
+    known, given = parameters(chapters()), {name: text for name, text in given.items() if text is not None}
+    values = {name: convert(known[name], text, f"--{name.replace('_', '-')}") for name, text in given.items()}
+    settings = DataSettings(**{name: absolute(name, v, known[name].help) for name, v in values.items()})
+    made = partition_data(settings, out, processes, part_rows)
+    click.echo((made/"drops.csv").read_text(encoding="utf-8") + shown(made))
 
 # %% ../nbs/55_cli.ipynb #54-060
 @cli.command()

@@ -5,8 +5,8 @@ line and column."""
 
 # %% auto #0
 __all__ = ['TYPES', 'MARKS', 'SEPARATORS', 'NUMBER', 'MISSING', 'DAY', 'CLOCK', 'DATE', 'INCOMPLETE', 'ASIN', 'File', 'Source',
-           'text_encoding', 'sniff', 'date_formats', 'scan', 'note_drop', 'all_reviews', 'first_loved', 'read_reviews',
-           'read_titles']
+           'text_encoding', 'sniff', 'date_formats', 'scan', 'note_drop', 'look_through', 'all_reviews', 'first_loved',
+           'read_reviews', 'read_titles']
 
 # %% ../nbs/03_reviews.ipynb #03-n04
 import ast, codecs, csv, gzip, io, itertools, json, re, zlib
@@ -477,24 +477,35 @@ def _enum(ids):
     return names.cast(pl.Enum(names)).gather(codes)
 
 # %% ../nbs/03_reviews.ipynb #03-038
+def look_through(
+    source:Source, # Files and their columns
+    rating:float, # Least rating to keep
+    wanted, # Function of what is kept (LazyFrame: user, item, rating, time): a list of LazyFrames
+) -> tuple: # (what is kept, lazily; list of drops; one frame for each that was wanted)
+    """Read the file once, piece by piece: collect what is wanted, and count what is dropped on the way; `UserError` as
+    of `read_reviews`."""
+    r, (low, high) = pl.col("rating"), source.scale
+    def likes(lf): return lf.drop("bad").filter(~INCOMPLETE & (r >= max(low, rating))).with_columns(r.cast(pl.Float32))
+    def queries(lf):
+        counts = dict(rows=pl.len(), missing=INCOMPLETE.sum(), bad=pl.col("bad").sum(),
+                      below=(~INCOMPLETE & (r < low)).sum(), above=(~INCOMPLETE & (r > high)).sum(),
+                      early=pl.col("time").filter(pl.col("time") > 1e8).min(), late=pl.col("time").max())
+        return lf.select(pl.col(*TYPES).null_count(), **counts), *wanted(likes(lf))
+    lf, formats, counts, *found = _collect(source, queries)
+    counts = counts.row(0, named=True)
+    _check_values(source, lf, counts, formats)
+    return likes(lf), _read_drops(source, lf, counts, formats), *found
+
+# %% ../nbs/03_reviews.ipynb #68047ee8
 def all_reviews(
     source:Source, # Files and their columns
     rating:float, # Least rating to keep
 ) -> tuple: # (frame as of `read_reviews`, repeats included; list of drops)
     """Rows with at least this rating, in order of time, and what was counted on the way; `UserError` as of
     `read_reviews`."""
-    r, (low, high) = pl.col("rating"), source.scale
-    def queries(lf):
-        counts = dict(rows=pl.len(), missing=INCOMPLETE.sum(), bad=pl.col("bad").sum(),
-                      below=(~INCOMPLETE & (r < low)).sum(), above=(~INCOMPLETE & (r > high)).sum(),
-                      early=pl.col("time").filter(pl.col("time") > 1e8).min(), late=pl.col("time").max())
-        kept = lf.drop("bad").filter(~INCOMPLETE & (r >= max(low, rating))).with_columns(r.cast(pl.Float32))
-        return lf.select(pl.col(*TYPES).null_count(), **counts), kept
-    lf, formats, counts, df = _collect(source, queries)
-    counts = counts.row(0, named=True)
-    _check_values(source, lf, counts, formats)
+    _, drops, df = look_through(source, rating, lambda kept: [kept])
     for c in ("item", "user"): df = df.with_columns(_enum(df[c])) # one after the other: less memory
-    return df.sort("time", maintain_order=True), _read_drops(source, lf, counts, formats)
+    return df.sort("time", maintain_order=True), drops
 
 # %% ../nbs/03_reviews.ipynb #70443f71
 def first_loved(
