@@ -28,6 +28,6 @@ setup(
     author=meta["author"], license=meta["license"], python_requires=">=" + meta["min_python"],
     long_description=(here / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     packages=["ganprompt"], cmdclass={"build_py": WithChapters}, install_requires=lines("requirements"),
-    extras_require={extra: lines(f"{extra}_requirements") for extra in ("dev", "baselines", "test", "sweep")},
+    extras_require={extra: lines(f"{extra}_requirements") for extra in ("dev", "baselines", "test", "sweep", "scale")},
     entry_points={"console_scripts": lines("console_scripts")},
 )

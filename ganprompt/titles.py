@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'WIDTH', 'LAYERS', 'HEADS', 'START', 'VECTORS', 'KINDS', 'title_vectors', 'principal_vectors',
-           'item_vectors', 'facing', 'causal_model', 'next_item_loss', 'new_net', 'listed_scores', 'towers_of',
-           'TitlesSettings', 'reading_model', 'reads', 'kept_vectors', 'item_update', 'learn', 'ItemSequence',
-           'best_weights', 'Towers', 'kind_of_model', 'one_of', 'tune_vectors', 'run_vectors', 'make_titles',
-           'by_frequency']
+           'item_vectors', 'facing', 'causal_model', 'next_item_loss', 'new_net', 'history_states', 'listed_scores',
+           'towers_of', 'TitlesSettings', 'reading_model', 'reads', 'kept_vectors', 'item_update', 'learn',
+           'ItemSequence', 'best_weights', 'Towers', 'kind_of_model', 'one_of', 'tune_vectors', 'run_vectors',
+           'make_titles', 'by_frequency']
 
 # %% ../nbs/32_titles.ipynb #32-004
 import dataclasses, json, math, time
@@ -143,23 +143,33 @@ def new_net(
     return net.to(device())
 
 # %% ../nbs/32_titles.ipynb #32-027
+def history_states(
+    causal, # From `causal_model`
+    vectors, # Of all items, from `item_vectors` (items, width + 1)
+    histories:list, # Items of each, oldest first
+    at_once:int=256, # Histories that are read together
+): # Yields states (at_once, width + 1)
+    "What is read of whole histories; of one that is too long, the last items."
+    import torch
+    places = len(causal.place.weight)
+    for at in range(0, len(histories), at_once):
+        seen, mask = pad([h[-places:] for h in histories[at:at + at_once]], 0, vectors.device)
+        lengths = mask.sum(1)
+        with torch.inference_mode(): states = causal(vectors[seen], lengths)
+        yield states[torch.arange(len(seen)), lengths - 1]
+
+# %% ../nbs/32_titles.ipynb #bd014fe5
 def listed_scores(
     causal, # From `causal_model`
     vectors, # Of all items, from `item_vectors` (items, width + 1)
     histories:list, # Items of each, oldest first
     lists:list, # Candidates of each
-    at_once:int=256, # Histories that are read together
 )->list[np.ndarray]: # float32 scores of each history's candidates
-    "ln P + ln N of listed items. Of a history that is too long, the last items are read."
-    import torch
-    out, places, table = [], len(causal.place.weight), facing(vectors)
-    with torch.inference_mode():
-        for at in range(0, len(histories), at_once):
-            seen, mask = pad([h[-places:] for h in histories[at:at + at_once]], 0, vectors.device)
-            lengths = mask.sum(1)
-            h = causal(vectors[seen], lengths)[torch.arange(len(seen)), lengths - 1]
-            z = ((h @ table.T).log_softmax(1) + math.log(len(vectors))).cpu().numpy()
-            out += [row[items] for row, items in zip(z, lists[at:at + at_once])]
+    "ln P + ln N of listed items."
+    out, table = [], facing(vectors)
+    for h in history_states(causal, vectors, histories):
+        z = ((h @ table.T).log_softmax(1) + math.log(len(vectors))).cpu().numpy()
+        out += [row[items] for row, items in zip(z, lists[len(out):])]
     return out
 
 # %% ../nbs/32_titles.ipynb #32-030
