@@ -162,7 +162,8 @@ def cost_rows(
 def cost_blocks(plan): # A block a catalogue: hours and dollars on each card
     blocks = []
     for (catalogue,), table in cost_rows(plan).group_by("catalogue", maintain_order=True):
-        rows = [[name, f"{items:,}", *(f"{amount(h)} h, {amount(d)} $" for h, d in part.select("hours", "dollars").iter_rows())]
+        rows = [[name, f"{items:,}", *(f"{amount(part['hours'][i])} h, {amount(part['dollars'][i])} $"
+                                       for i in range(len(part)))]
                 for (name, items), part in table.group_by("recommender", "items", maintain_order=True)]
         users = plan["catalogues"][catalogue]["users"]
         blocks.append(Block(f"{catalogue}: each of {users:,} users is asked for once, in one wording (computed)",
