@@ -174,22 +174,23 @@ def cost_blocks(plan): # A block a catalogue: hours and dollars on each card
 def shortlist_block(e): # Of a kept measurement
     rows = [[f"{r['length']}", *(short(r[k]) for k in ("found", "exact", "index"))] for r in e["lists"]]
     s, who = e["seconds"], f"{e['users']:,} users, {e['items']:,} items"
-    return Block(f"Shortlists from titles one by one, {e['dataset']} ({who}; measured). Index built in {s['build']:.1f} s; "
-                 f"all users asked in {s['index']:.1f} s, by all products in {s['exact']:.1f} s; {e['machine']}",
+    return Block(f"Shortlists from titles one by one, {e['dataset']} ({who}; measured). Index built in "
+                 f"{s['build']:.1f} s; all users asked in {s['index']:.1f} s, by all products in {s['exact']:.1f} s; "
+                 f"{e['machine']}",
                  ["length", "of the exact list, found", "holds the purchase: exact", "index"], [rows])
 
 
 def scale_notes(plan): # What the page rests on
-    grown = read_json(root()/"data/results/benchmarks/cpu-2-cores.json")["parts"]
-    power, reached = (grown["growth"][axis]["exponent"] for axis in ("users", "tokens of a prompt")), grown["utilisation"]
-    return [f"Costs are computed, not measured: operations, over the rate of a card times {plan['share']}, an assumption. "
-            "Cards' rates are their makers', prices are assumed; both stand in data/scale.yaml. No GPU was measured here.",
-            "That costs grow in proportion to users and tokens was measured on two CPU cores: exponents "
-            + " and ".join(f"{x:.2f}" for x in power) + "; so was the share of the matrix rate that a model reaches there: "
-            f"{reached['stage 1']['share_of_matmul_rate']:.2f} in stage 1, {reached['scoring']['share_of_matmul_rate']:.2f} "
-            "in scoring.",
-            f"Tokens: {plan['tokens']['instruction']} of instruction, {plan['tokens']['title']} a title, "
-            f"{plan['tokens']['history']} titles a history. Another wording costs a ranker and a causal LM the same again."]
+    seen = read_json(root()/"data/results/benchmarks/cpu-2-cores.json")["parts"]
+    power = " and ".join(f"{seen['growth'][axis]['exponent']:.2f}" for axis in ("users", "tokens of a prompt"))
+    share = {name: f"{seen['utilisation'][name]['share_of_matmul_rate']:.2f}" for name in ("stage 1", "scoring")}
+    return [f"Costs are computed, not measured: operations, over the rate of a card times {plan['share']}, which is an "
+            "assumption, as prices are; cards' rates are their makers'. They stand in data/scale.yaml. No GPU was "
+            "measured here.",
+            f"Costs grow in proportion to users and tokens: exponents of {power}, measured on two CPU cores. A model "
+            f"reaches {share['stage 1']} of their matrix rate in stage 1 and {share['scoring']} in scoring.",
+            "Tokens: {instruction} of instruction, {title} a title, {history} titles a history. Another wording costs a "
+            "ranker and a causal LM the same again.".format(**plan["tokens"])]
 
 # %% ../nbs/58_scale.ipynb #8b5f8c80
 def draw_scale(
