@@ -140,6 +140,7 @@ def keep_shortlist(
 
 def amount(x:float) -> str: # Two digits, and no more zeros than it needs
     "A number of hours or dollars for a table."
+    if x < .01: return "< 0.01"
     return f"{float(f'{x:.2g}'):,.0f}" if x >= 10 else f"{x:.2g}"
 
 # %% ../nbs/58_scale.ipynb #cd8a44e3
