@@ -190,8 +190,8 @@ def scale_notes(plan): # What the page rests on
             "measured here.",
             f"Costs grow in proportion to users and tokens: exponents of {power}, measured on two CPU cores. A model "
             f"reaches {share['stage 1']} of their matrix rate in stage 1 and {share['scoring']} in scoring.",
-            "Tokens: {instruction} of instruction, {title} a title, {history} titles a history. Another wording costs a "
-            "ranker and a causal LM the same again.".format(**plan["tokens"])]
+            "Tokens: {instruction} of instruction, {title} a title, {history} titles a history. Another wording costs "
+            "a ranker and a causal LM the same again.".format(**plan["tokens"])]
 
 # %% ../nbs/58_scale.ipynb #8b5f8c80
 def draw_scale(
