@@ -21,8 +21,8 @@ from .partitions import PART_ROWS, partition_data
 from .jobs import absolute, chapters, chosen_values, convert, parameters, unknown
 from .report import merits
 from .launcher import duration, launch
-from .sweep import (Sweep, Unmade, chosen_jobs, job_rows, listed_row, make_missing, papermill_calls, plan_of,
-                             read_plan, studies, study_of)
+from .sweep import (Sweep, Unmade, chosen_jobs, job_rows, listed_row, make_missing, own_card, papermill_calls,
+                             plan_of, read_plan, studies, study_of)
 
 # %% ../nbs/55_cli.ipynb #54-046
 class RunCommand(click.Command):
@@ -247,17 +247,21 @@ def show_jobs(
 @click.option("--stage", metavar="NAME", default="", help="This stage alone  [all]")
 @click.option("--entry", metavar="NAME", default="", help="This entry alone  [all that the stage lacks, together]")
 @click.option("--data-dir", metavar="DIR", default="", help="Where the files of the data sets are  [data/raw]")
-@click.option("--list", "listing", is_flag=True, help="Print what is missing, and make nothing")
-@click.option("--json", "as_json", is_flag=True, help="With --list: all entries of the plan, as JSON")
-@click.option("--dry-run", is_flag=True, help="Print the papermill calls that make the same")
-def fill(study, plan, runs, data_dir, listing, as_json, dry_run, **chosen):
+@click.option("--cards", type=click.IntRange(min=0), default=0,
+              help="GPUs that jobs beside this one share: hold one of them, see no other  [take what is given]")
+@click.option("--list", "instead", flag_value="list", help="Print what is missing, and make nothing")
+@click.option("--json", "instead", flag_value="json", help="After --list: all entries of the plan, as JSON")
+@click.option("--dry-run", "instead", flag_value="calls", help="Print the papermill calls that make the same")
+def fill(study, plan, runs, data_dir, cards, instead, **chosen):
     "Make and keep the entries that a study's plan names and its results lack."
     sweep = sweep_of(study, plan, runs, data_dir)
-    jobs = chosen_jobs(sweep.jobs(alone=bool(chosen["entry"] or listing)), **chosen)
-    if as_json: click.echo(json.dumps(job_rows(sweep, jobs), indent=1))
-    elif listing: show_jobs(job_rows(sweep, jobs))
-    elif dry_run: click.echo("\n".join(line for job in jobs for line in papermill_calls(sweep, job)))
-    elif failed := make_missing(sweep, jobs): raise Unmade("\n".join(failed))
+    jobs = chosen_jobs(sweep.jobs(alone=bool(chosen["entry"] or instead in ("list", "json"))), **chosen)
+    if instead == "json": click.echo(json.dumps(job_rows(sweep, jobs), indent=1))
+    elif instead == "list": show_jobs(job_rows(sweep, jobs))
+    elif instead == "calls": click.echo("\n".join(line for job in jobs for line in papermill_calls(sweep, job)))
+    else:
+        with own_card(sweep.runs, cards): failed = make_missing(sweep, jobs)
+        if failed: raise Unmade("\n".join(failed))
 
 # %% ../nbs/55_cli.ipynb #54-058sv2
 @cli.command()

@@ -5,12 +5,13 @@ others on one machine or on many."""
 
 # %% auto #0
 __all__ = ['COST', 'read_plan', 'studies', 'study_of', 'plan_of', 'Job', 'Sweep', 'chosen_jobs', 'first_of', 'taken_over',
-           'waits_on', 'given_by', 'borrow', 'make_stages', 'Unmade', 'make_job', 'fill_job', 'make_missing', 'costs',
-           'names_a_model', 'estimate', 'job_rows', 'listed_row', 'papermill_call', 'papermill_calls']
+           'waits_on', 'given_by', 'borrow', 'make_stages', 'Unmade', 'make_job', 'fill_job', 'make_missing',
+           'hold_one', 'own_card', 'costs', 'names_a_model', 'estimate', 'job_rows', 'listed_row', 'papermill_call',
+           'papermill_calls']
 
 # %% ../nbs/54_sweep.ipynb #54-03
-import importlib, itertools, math, os, shlex
-from contextlib import nullcontext
+import importlib, itertools, math, os, platform, shlex, time
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -256,6 +257,32 @@ def make_missing(
     except TimeOver as e:
         print(f"{e}: {sum(len(sweep.missing(job)) for job in jobs)} entries are left; run again to go on")
     return failed
+
+# %% ../nbs/54_sweep.ipynb #b30562ad
+def hold_one(
+    held:ExitStack, # Holds it
+    runs:Path, # Where the run folders of the study go
+    names:list[str], # Of cards
+) -> str: # One of them; none if all are in use
+    "Take a card that is free."
+    for name in names:
+        try: held.enter_context(lock(runs/"cards", f"{platform.node()}-{name}", wait=0))
+        except UserError: continue # a job beside this one has it
+        return name
+    return ""
+
+@contextmanager
+def own_card(
+    runs:Path, # Where the run folders of the study go
+    cards:int, # GPUs of this machine that jobs beside this one share; 0: take what is given
+):
+    "See one card and no other, one that no job beside this one has; wait until there is one."
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = (given.split(",") if given else list(map(str, range(cards))))[:cards]
+    with ExitStack() as held:
+        while cards and not (name := hold_one(held, runs, names)): time.sleep(1)
+        if cards: os.environ["CUDA_VISIBLE_DEVICES"] = name
+        yield
 
 # %% ../nbs/54_sweep.ipynb #54-26
 COST = "seconds", "machine", "peak_memory_mb"

@@ -1,9 +1,10 @@
 """Jobs of a study: each made once and kept whole, whoever works beside, and what is said of those that are missing."""
-import json, shutil, sys
+import json, os, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
 import yaml
+from chromium import until
 from conftest import begin, warm
 
 from ganprompt import sweep as W
@@ -175,3 +176,46 @@ def test_jobs_of_the_projects_plans(plan):
         shared, own = sweep.needs(job)
         assert shared + own == sweep.plan["stages"][job.stage]["needs"] and "data" in shared
         assert all(n not in sweep.needs(j)[0] for n in own for j in jobs if j.base == job.base)
+
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from ganprompt.sweep import own_card
+runs, n, sign = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+with own_card(runs, n):
+    sign.with_suffix(".half").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "unset"))
+    sign.with_suffix(".half").rename(sign)
+    while not sign.with_suffix(".done").exists(): time.sleep(.05)
+"""
+
+
+@pytest.mark.parametrize("given,cards", [(None, {"0", "1"}), ("3,5,7", {"3", "5"})])
+def test_each_job_of_a_pool_has_a_card_of_its_own(tmp_path, given, cards):
+    "The third waits for one; who is killed gives its own back."
+    env = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"} | (
+        {"CUDA_VISIBLE_DEVICES": given} if given else {})
+    signs = [tmp_path/name for name in "abcd"]
+    def begin(sign): return subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path), "2", str(sign)], env=env)
+    jobs = [begin(sign) for sign in signs[:2]]
+    try:
+        until(lambda: all(sign.exists() for sign in signs[:2]))
+        assert {sign.read_text() for sign in signs[:2]} == cards
+        jobs += [begin(sign) for sign in signs[2:]]
+        signs[0].with_suffix(".done").touch()
+        assert jobs[0].wait(30) == 0
+        until(lambda: signs[2].exists() or signs[3].exists())
+        third, fourth = (2, 3) if signs[2].exists() else (3, 2)
+        assert signs[third].read_text() == signs[0].read_text() and not signs[fourth].exists()
+        jobs[1].kill(); jobs[1].wait()
+        until(lambda: signs[fourth].exists(), 120)
+        assert signs[fourth].read_text() == signs[1].read_text()
+    finally:
+        for sign in signs: sign.with_suffix(".done").touch()
+        for job in jobs: job.wait(30)
+
+
+def test_without_a_pool_a_job_takes_what_it_is_given(tmp_path, monkeypatch):
+    for given in ("1", None):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given) if given else monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        with W.own_card(tmp_path, 0): assert os.environ.get("CUDA_VISIBLE_DEVICES") == given
