@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCANNED', 'FORM', 'LITTLE', 'k_core', 'cut_reviews', 'histories', 'moments', 'split_of', 'split_rows', 'hashed_names',
            'uniforms', 'sample', 'draw_lists', 'rankable', 'table1_row', 'table1', 'arrange_users', 'prepare',
-           'source_of', 'DataSettings', 'gentler', 'drop_lines', 'purchases', 'candidate_lists', 'note_cut',
-           'about_data', 'make_data', 'dataset_info', 'load_sequences', 'load_training', 'load_candidates']
+           'source_of', 'DataSettings', 'gentler', 'drop_lines', 'purchases', 'candidate_lists', 'named_items',
+           'note_cut', 'about_data', 'make_data', 'dataset_info', 'load_sequences', 'load_training', 'load_candidates']
 
 # %% ../nbs/05_data.ipynb #05-n02
 import hashlib, itertools, json, time
@@ -375,20 +375,27 @@ def candidate_lists(
                                                                           exclude=others)
 
 # %% ../nbs/05_data.ipynb #05-076
+def named_items(
+    source:Source, # Which may have titles
+    items:pl.Series, # Raw ids, sorted
+) -> pl.DataFrame: # item, raw_item, title
+    "The catalogue as items.parquet has it."
+    titles = read_titles(source, set(items))
+    named = pl.DataFrame({"raw_item": items, "title": pl.Series([titles.get(i) for i in items], dtype=pl.String)})
+    return named.with_row_index("item").cast({"item": pl.Int32})
+
+
 def _write_names(folder, made, source):
     "Write users.parquet and items.parquet, with the truth on the demo; return the number of titles."
-    titles = read_titles(source, set(made["items"]))
+    items = named_items(source, made["items"])
     users = pl.DataFrame({"raw_user": made["users"]}).with_row_index("user").cast({"user": pl.Int32})
-    items = pl.DataFrame({"raw_item": made["items"], "title": pl.Series([titles.get(i) for i in made["items"]],
-            dtype=pl.String)})
-    items = items.with_row_index("item").cast({"item": pl.Int32})
     if source.name == "demo":
         truth = json.loads((source.reviews.path.parent/"truth.json").read_text())
         items = items.with_columns(attributes=pl.Series([truth["items"][i] for i in made["items"]]))
         users = users.with_columns(attribute=pl.Series([truth["users"][u] for u in made["users"]]))
     users.write_parquet(folder/"users.parquet")
     items.write_parquet(folder/"items.parquet")
-    return len(titles)
+    return items["title"].count()
 
 # %% ../nbs/05_data.ipynb #05-f1
 def note_cut(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PART_ROWS', 'SAMPLED', 'part_names', 'scatter', 'each', 'tidy', 'common_items', 'cut_part', 'core_of_parts', 'Whole',
-           'still_there', 'arrange_part', 'write_part', 'read_parts', 'write_items', 'write_parts', 'list_sizes',
-           'fill_parts', 'partition_data']
+           'still_there', 'arrange_part', 'write_part', 'read_parts', 'write_parts', 'list_sizes', 'sum_of',
+           'refuse_nothing', 'fill_parts', 'partition_data']
 
 # %% ../nbs/46_partitions.ipynb #9b89a3a6
 import shutil
@@ -19,9 +19,9 @@ import numpy as np
 import polars as pl
 
 from .files import UserError, refuse, write_json
-from .reviews import first_loved, look_through, note_drop, read_titles
+from .reviews import Source, first_loved, look_through, note_first
 from .data import (DataSettings, about_data, arrange_users, candidate_lists, drop_lines, hashed_names, moments,
-                            note_cut, purchases, rankable, source_of)
+                            named_items, note_cut, purchases, rankable, source_of)
 
 # %% ../nbs/46_partitions.ipynb #e994b2ab
 PART_ROWS = 3_000_000 # Purchases of a part, about
@@ -106,16 +106,16 @@ def core_of_parts(
     folders:list[Path], # Parts, whose items have common numbers
     n_items:int, # How many there are
     core:int=5, cut:str="literal", # As in the parameters
-    processes:int=1, # How many parts at once
 ) -> np.ndarray: # int64 [items]: how often each item is left
-    "The k-core of all parts, in their files `left.npy`."
+    """The k-core of all parts, in their files `left.npy`. A round takes less time than other processes would to
+    start."""
     for folder in folders:
         last = np.load(folder/"last.npy")
         np.save(folder/"left.npy", ~last if cut == "holdout-first" else np.ones_like(last))
     rare, counts = np.zeros(n_items, bool), None
     while counts is None or ((counts > 0) & (counts < core)).any():
         if counts is not None: rare = counts < core
-        counts = np.sum(each(partial(cut_part, rare=rare, core=core), folders, processes), axis=0, dtype=np.int64)
+        counts = np.sum([cut_part(folder, rare, core) for folder in folders], axis=0, dtype=np.int64)
     return counts
 
 # %% ../nbs/46_partitions.ipynb #4a35f034
@@ -175,7 +175,7 @@ def write_part(
 
 # %% ../nbs/46_partitions.ipynb #482c8a28
 def read_parts(
-    p:DataSettings, # What is asked for
+    source:Source, rating:float, # The file, least rating to keep
     work:Path, # Where the parts are made
     processes:int=1, part_rows:int=PART_ROWS, # As of `partition_data`
 ) -> tuple: # (folders of the parts, tidied; number of users; list of drops)
@@ -183,22 +183,12 @@ def read_parts(
     def wanted(kept):
         some = kept.filter(pl.col("user").hash(0) % SAMPLED == 0)
         return [kept.select(pl.len()), some.group_by("user").len()]
-    lf, drops, n, sample = look_through(source_of(p), p.rating, wanted)
+    lf, drops, n, sample = look_through(source, rating, wanted)
     folders = scatter(lf, part_names(sample, -(-n.item() // part_rows)), work)
     told = each(tidy, folders, processes)
     rows, first, timeless, users = (sum(t[k] for t in told) for k in ("rows", "first", "timeless", "users"))
-    note_drop(drops, "rating", rows, f"rating below {p.rating:g}")
-    note_drop(drops, "repeat", first, "the user has this item already")
-    if timeless:
-        note_drop(drops, "no time", first, f"{timeless} rows without a time: kept, first in their user's history")
+    note_first(drops, rating, rows, first, timeless)
     return folders, users, drops
-
-
-def write_items(out, items, source): # Write items.parquet, as chapter 05 does; return the number of titles
-    titles = read_titles(source, set(items))
-    named = pl.DataFrame({"raw_item": items, "title": pl.Series([titles.get(i) for i in items], dtype=pl.String)})
-    named.with_row_index("item").cast({"item": pl.Int32}).write_parquet(out/"items.parquet")
-    return len(titles)
 
 # %% ../nbs/46_partitions.ipynb #404a6a6e
 def write_parts(
@@ -215,6 +205,19 @@ def list_sizes(sizes): # Shortest and longest list of all parts, by name
     return {name: (min(s[name][0] for s in sizes if name in s), max(s[name][1] for s in sizes if name in s))
             for name in ("uni99", "pop99")}
 
+# %% ../nbs/46_partitions.ipynb #3ef22d42
+def sum_of(done, name): return sum(part.get(name, 0) for part in done) # Of what the parts have told
+
+def refuse_nothing(
+    source:Source, # The file
+    done:list[dict], # From `arrange_part`
+    drops:list, # What was dropped
+):
+    "Raise `UserError` with the drops if there is nothing to train or to test on."
+    if all(sum_of(done, name) for name in ("train", "valid", "test")): return
+    head = f"{source.name}: nothing left to train or to test on; lower --core or --rating"
+    raise UserError("\n".join([head, *drop_lines(drops)]))
+
 # %% ../nbs/46_partitions.ipynb #9f0a7b18
 def fill_parts(
     p:DataSettings, # What is asked for
@@ -222,24 +225,23 @@ def fill_parts(
     processes:int=1, part_rows:int=PART_ROWS, # As of `partition_data`
 ):
     "Fill the folder."
-    folders, users, drops = read_parts(p, work := out/"work", processes, part_rows)
+    source = source_of(p)
+    folders, users, drops = read_parts(source, p.rating, work := out/"work", processes, part_rows)
     items = common_items(folders)
-    kept = core_of_parts(folders, len(items), p.core, p.cut, processes) > 0
+    kept = core_of_parts(folders, len(items), p.core, p.cut) > 0
     whole = Whole(out, p, np.where(kept, np.cumsum(kept) - 1, -1).astype(np.int32), None)
     if p.protocol == "time": # the one thing of which all purchases are in memory
         whole = whole._replace(times=moments(pl.concat([still_there(f, whole)[0]["time"] for f in folders])))
     done = each(partial(arrange_part, whole=whole), folders, processes)
-    def sums(name): return sum(part.get(name, 0) for part in done)
-    note_cut(drops, p, users, *map(sums, ("core", "interactions", "users", "tested")))
+    note_cut(drops, p, users, *(sum_of(done, name) for name in ("core", "interactions", "users", "tested")))
     pl.DataFrame(drops).write_csv(out/"drops.csv")
-    if not all(map(sums, ("train", "valid", "test"))):
-        head = f"{source_of(p).name}: nothing left to train or to test on; lower --core or --rating"
-        raise UserError("\n".join([head, *drop_lines(drops)]))
+    refuse_nothing(source, done, drops)
     np.save(work/"item_names.npy", hashed_names(items := items.filter(pl.Series(kept))))
-    np.save(work/"counts.npy", sums("counts"))
+    np.save(work/"counts.npy", sum_of(done, "counts"))
     about = list_sizes(write_parts(folders, done, whole, processes))
     shutil.rmtree(work)
-    write_json(out/"dataset.json", about_data(source_of(p), write_items(out, items, source_of(p)), about, [], p))
+    (named := named_items(source, items)).write_parquet(out/"items.parquet")
+    write_json(out/"dataset.json", about_data(source, named["title"].count(), about, [], p))
 
 # %% ../nbs/46_partitions.ipynb #6f2f0888
 def partition_data(

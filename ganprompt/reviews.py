@@ -6,7 +6,7 @@ line and column."""
 # %% auto #0
 __all__ = ['TYPES', 'MARKS', 'SEPARATORS', 'NUMBER', 'MISSING', 'DAY', 'CLOCK', 'DATE', 'INCOMPLETE', 'ASIN', 'File', 'Source',
            'text_encoding', 'sniff', 'date_formats', 'scan', 'note_drop', 'look_through', 'all_reviews', 'first_loved',
-           'read_reviews', 'read_titles']
+           'note_first', 'read_reviews', 'read_titles']
 
 # %% ../nbs/03_reviews.ipynb #03-n04
 import ast, codecs, csv, gzip, io, itertools, json, re, zlib
@@ -517,6 +517,18 @@ def first_loved(
     user, item = (pl.col(c).to_physical().cast(pl.UInt64) for c in ("user", "item"))
     return df.filter((user * 2**32 + item).is_first_distinct())
 
+# %% ../nbs/03_reviews.ipynb #4a0cdeaf
+def note_first(
+    drops:list, # Grows by two or three
+    rating:float, # Least rating that was kept
+    rows:int, first:int, timeless:int, # With this rating; of them without repeats; of those without a time
+):
+    "Note what the rating and repeats have cost."
+    note_drop(drops, "rating", rows, f"rating below {rating:g}")
+    note_drop(drops, "repeat", first, "the user has this item already")
+    if timeless:
+        note_drop(drops, "no time", first, f"{timeless} rows without a time: kept, first in their user's history")
+
 
 def read_reviews(
     source:Source,
@@ -525,11 +537,7 @@ def read_reviews(
     "Read, filter and sort the reviews. Raises `UserError` for unreadable files, missing columns and impossible values."
     df, drops = all_reviews(source, rating)
     first = first_loved(df, rating)
-    note_drop(drops, "rating", len(df), f"rating below {rating:g}")
-    note_drop(drops, "repeat", len(first), "the user has this item already")
-    timeless = first["time"].null_count()
-    if timeless:
-        note_drop(drops, "no time", len(first), f"{timeless} rows without a time: kept, first in their user's history")
+    note_first(drops, rating, len(df), len(first), first["time"].null_count())
     return first, drops
 
 # %% ../nbs/03_reviews.ipynb #03-062

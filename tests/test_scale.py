@@ -1,5 +1,5 @@
 "What a catalogue costs, by hand; shortlists against all products."
-import json
+import json, sys
 
 import numpy as np
 import polars as pl
@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from ganprompt import scale as S
 from ganprompt.cli import cli
-from ganprompt.files import root
+from ganprompt.files import UserError, root
 
 TOKENS = dict(instruction=30, title=16, history=10)
 
@@ -45,6 +45,12 @@ def test_an_index_finds_what_products_find(width):
     exact, found = S.largest(states, vectors, 50), S.index_of(vectors).search(states, 50)[1]
     assert (np.diff(np.take_along_axis(states @ vectors.T, exact, 1), axis=1) <= 0).all()
     assert np.mean([np.isin(a, b).mean() for a, b in zip(exact, found)]) > .9
+
+
+def test_who_lacks_the_library_is_told_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    for call in (lambda: S.keep_shortlist(tmp_path/"no run", tmp_path), lambda: S.index_of(np.eye(2))):
+        with pytest.raises(UserError, match="wants faiss: pip install"): call()
 
 
 def test_what_a_user_has_leaves_a_shortlist_and_the_purchase_does_not():
