@@ -56,15 +56,21 @@ def t5_tokenizer(
     words:list[str], # Words that must be single tokens: template words, yes and no
     min_count:int=3, # A title word that stands so often is one token
 ):
-    "A T5 tokenizer of whole words, which spells rare ones by the likeliest pieces (a unigram model)."
-    from transformers import T5Tokenizer
-    counts = Counter(w for t in titles for w in t.split())
-    whole = {w for w, n in counts.items() if n >= min_count} | set(words)
+    "A lower-casing tokenizer of whole words, which spells rare ones by the likeliest pieces (T5's unigram model)."
+    from tokenizers.normalizers import Lowercase
+    from transformers import PreTrainedTokenizerFast, T5Tokenizer
+    lower = Lowercase()
+    counts = Counter(w for t in titles for w in lower.normalize_str(t).split())
+    whole = {w for w, n in counts.items() if n >= min_count} | set(map(lower.normalize_str, words))
     parts = pieces(Counter({f"▁{w}": n for w, n in counts.items()}))
     spell = [(p, math.log(n/sum(parts.values()))) for p, n in parts.items() if p[1:] not in whole]
-    specials = [(s, 0.) for s in ("<pad>", "</s>", "<unk>")]
+    specials = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     # -1 beats any spelling
-    return T5Tokenizer(vocab=specials + spell + [(f"▁{w}", -1.) for w in sorted(whole)], extra_ids=100)
+    vocab = [(s, 0.) for s in specials.values()] + spell + [(f"▁{w}", -1.) for w in sorted(whole)]
+    t5 = T5Tokenizer(vocab=vocab, extra_ids=100)
+    t5.backend_tokenizer.normalizer = lower # T5's own class would be read back without it
+    return PreTrainedTokenizerFast(tokenizer_object=t5.backend_tokenizer, **specials,
+                                   extra_special_tokens=t5.extra_special_tokens)
 
 # %% ../nbs/09_backbones.ipynb #09-013
 def bert_tokenizer(
