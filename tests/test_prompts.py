@@ -278,15 +278,17 @@ def test_two_slots_that_touch_words_are_one_fault():
     (fault,) = T._faults_of_slots("bought:{purchase_history} next:{target_item} ?", "recommendation")
     assert "white space" in fault and "{purchase_history} lacks it" in fault
 
-@pytest.mark.parametrize("kind, case", [(k, c) for k in ("t5", "bert", "causal") for c in ("upper", "lower", "title")])
-def test_no_pocket_tokenizer_knows_capitals_and_it_is_read_back_so(kind, case, tmp_path):
-    "Titles in another case are the same tokens, after the model's folder has been read again too."
+@pytest.mark.parametrize("kind", ["t5", "bert", "causal"])
+def test_pocket_tokenizers_have_met_every_case(kind, tmp_path):
+    """Titles in capitals or small letters take no more tokens than as they are, none of them unknown, and after the
+    model's folder has been read again: a pocket T5 keeps case, a pocket BERT, as the paper's, does not."""
     from ganprompt.backbones import bert_tokenizer, pocket_model, t5_tokenizer
     from ganprompt.models import load_tokenizer
     some = [t.title() for t in titles(50)]
-    made = (bert_tokenizer if kind == "bert" else t5_tokenizer)(some, TEXT["recommendation"].split() + ["Yes"])
+    made = (bert_tokenizer if kind == "bert" else t5_tokenizer)(some, TEXT["recommendation"].split() + ["yes"])
     for part in (pocket_model(kind, made, 16, 1), made): part.save_pretrained(tmp_path)
     read = load_tokenizer(tmp_path)
-    def ids(tokenizer, how): return PromptEncoder(tokenizer, "{title_seq" + how + "}", some, 99, 9).ids(range(9))
-    assert ids(read, f":case={case}") == ids(read, "") == ids(made, "")
-    assert len(read) == len(made) and read.tokenize("YES")[-1] == read.tokenize("yes")[-1] != read.unk_token
+    def ids(how): return PromptEncoder(read, "{title_seq" + how + "}", some, 99, 50).ids(range(50))
+    plain, upper, lower = ids(""), ids(":case=upper"), ids(":case=lower")
+    assert read.unk_token_id not in plain + upper + lower and (plain == upper == lower) == (kind == "bert")
+    assert max(len(upper), len(lower)) < 1.1*len(plain)
