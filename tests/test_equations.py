@@ -318,8 +318,8 @@ def test_stage_2_computes_the_loss_of_section_3_4_2(world, tmp_path):
 
 @pytest.mark.parametrize("kind", [T5Decoder, T5Ranker])
 def test_a_recommender_learns_what_was_bought(kind, tmp_path):
-    """Shoppers stay with one kind of thing. Two hundred steps tell the bought from the others, for which chance is
-    .5, and give yes to the bought more often. How often is left open: the weights are those that ranked best first."""
+    """Shoppers stay with one kind of thing. Two hundred steps tell the bought from the others, and give yes to the
+    bought: chance is .5."""
     seed_all(0)
     reader = tiny_reader()
     model = kind(pocket_model("t5", reader.tokenizer, 32, 1), reader)
@@ -335,8 +335,8 @@ def test_a_recommender_learns_what_was_bought(kind, tmp_path):
     lists = np.column_stack([fresh["target"], np.random.default_rng(5).integers(6, size=(60, 3))
                              + 6*(1 - kinds)[:, None]])
     z = np.stack(model.scores(asked(reader, fresh)[0], np.arange(60), list(lists)))
-    assert (list_auc(z) > .9 and curves[-1]["loss"] < .7*curves[0]["loss"]
-            and (z[:, 0] > 0).mean() > (z[:, 1:] > 0).mean() + .2)
+    assert (list_auc(z) > .9 and curves[-1]["loss"] < .6*curves[0]["loss"]
+            and (z[:, 0] > 0).mean() > .6 > .4 > (z[:, 1:] > 0).mean())
 
 
 @pytest.mark.parametrize("kind", [T5Decoder, T5Ranker])

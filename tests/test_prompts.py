@@ -280,7 +280,7 @@ def test_two_slots_that_touch_words_are_one_fault():
 
 @pytest.mark.parametrize("kind", ["t5", "bert", "causal"])
 def test_pocket_tokenizers_have_met_every_case(kind, tmp_path):
-    """Titles in capitals or small letters take no more tokens than as they are, none of them unknown, and after the
+    """Titles in capitals or small letters take hardly more tokens than as they are, none of them unknown, and after the
     model's folder has been read again: a pocket T5 keeps case, a pocket BERT does not."""
     from ganprompt.backbones import bert_tokenizer, pocket_model, t5_tokenizer
     from ganprompt.models import load_tokenizer
