@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRIVIAL', 'trivial_scores', 'collect_scores', 'standing', 'notes', 'metrics_page', 'long_table', 'plot_ranks',
-           'comparisons', 'evaluate', 'MetricsSettings', 'make_metrics', 'card_metrics', 'keep_metrics', 'group_names',
-           'read_study', 'entries', 'means_block', 'methods_block', 'pairs_block', 'seeds_block', 'plot_study',
-           'summary_page', 'summary']
+           'comparisons', 'evaluate', 'MetricsSettings', 'make_metrics', 'card_metrics', 'keep_metrics', 'code_of',
+           'provenance', 'group_names', 'read_study', 'entries', 'means_block', 'methods_block', 'pairs_block',
+           'seeds_block', 'plot_study', 'summary_page', 'summary']
 
 # %% ../nbs/19_metrics.ipynb #19-n04
 import json
@@ -254,6 +254,28 @@ def keep_metrics(
     write_json(path, record)
     return path
 
+# %% ../nbs/19_metrics.ipynb #007c8406
+def code_of(
+    kept:dict, # An entry: with commit, with commits of stages, or with what `made` each
+) -> set: # Commits, in seven letters; none if they were not kept
+    "The code that made an entry."
+    stages = kept.get("commits") or {stage: m.get("commit") for stage, m in kept.get("made", {}).items()}
+    return {c[:7] for c in [*stages.values(), kept.get("commit")] if c and c != "unknown"}
+
+def provenance(
+    kept:list, # Entries
+) -> str: # To stand under a page's title
+    "Which code, and which machines."
+    code = [code_of(e) for e in kept]
+    older = [e for e, known in zip(kept, code) if not known]
+    said = [f"commit{'s' * (len(c) > 1)} {', '.join(c)}"] if (c := sorted(set().union(*code))) else []
+    if older:
+        pocket = any(e.get("pocket") for e in older)
+        said.append("from before commits were kept" + f" ({len(older)} of {len(kept)} entries)" * bool(c)
+                    + ", when pocket models had met titles in one case only" * pocket)
+    machines = sorted({e["machine"] for e in kept if "machine" in e})
+    return f"Code: {'; '.join(said)}." + f" Machine: {'; '.join(machines)}." * bool(machines)
+
 # %% ../nbs/19_metrics.ipynb #19-068
 def group_names(
     records:list, # Kept entries
@@ -381,7 +403,8 @@ def summary_page(
     kept = entries(records)
     several = sorted(kept.group_by("group", "model").agg(pl.col("entry").n_unique())["entry"].unique())
     said = [f"Made from data/results/{study}. Intervals: 95 %, " + "; ".join(map(scope, several)) + ".",
-            "\"> random\": the whole interval lies above that of random scores; the same for popularity."]
+            "\"> random\": the whole interval lies above that of random scores; the same for popularity.",
+            provenance(records)]
     return Page(f"Results: {study}", said, [means_block(kept), methods_block(kept), pairs_block(records),
                                             seeds_block(kept)])
 

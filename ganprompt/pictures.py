@@ -19,6 +19,7 @@ from .data import dataset_info
 from .encoder import COUPLINGS
 from .measures import data_name
 from .pages import Block, Page, save_figure, short, write_page
+from .metrics import provenance
 from .figures import about_run, draw_couplings, draw_framework, draw_six, framework_facts
 from .robustness import draw_figure1, test_lists
 from .results import NUMBERS, by_dataset, entry_path, read_entry, read_json, without_folders, write_entry
@@ -93,13 +94,14 @@ def separation_rows(
 
 def separation_page(
     rows:pl.DataFrame, # From `separation_rows`
-    pocket:bool, # Whether there are pocket models among them
+    kept:list, # Entries that they are of
 ) -> Page:
     "Figure 3 in figures."
     said = ["Versions of held-out histories before and after stage 1, in the encoder's space. Silhouette and purity "
             "say whether they lie apart, the linear probe whether they can be told apart at all; chance is that of the "
-            "probe. Each row is of one training, and says nothing of another."]
-    if pocket: said.append("Pocket models, trained here from nothing on the titles of the data set.")
+            "probe. Each row is of one training, and says nothing of another.", provenance(kept)]
+    if any(e["pocket"] for e in kept):
+        said.append("Pocket models, trained here from nothing on the titles of the data set.")
     cells = [[*map(str, row[:5]), *map(short, row[5:])] for row in rows.iter_rows()]
     return Page("Figure 3: versions before and after stage 1", said,
                 [Block("Separation", ["data set", "coupling", "seed", "users", "stage 1", "silhouette", "purity",
@@ -120,7 +122,7 @@ def draw_points(
     entries, stem = read_points(study), pages_folder(out) / Path(study).name
     rows, other = first_of_each(entries), stem.with_name(f"{stem.name}-tsne")
     table = separation_rows(entries)
-    page = separation_page(table, any(e["pocket"] for e in entries))
+    page = separation_page(table, entries)
     shown = {f"{at.name}.png": f"Figure 3, {method}" for method, at in (("UMAP", stem), ("t-SNE", other))}
     return [*write_page(page._replace(pictures=shown), table, stem),
             *save_figure(draw_six(rows), stem), *save_figure(draw_six(rows, "t-SNE"), other)]

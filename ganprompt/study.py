@@ -36,6 +36,7 @@ from .recommender import RecommenderSettings, find_llm, on_encoder
 from .measures import data_name, figures_of, label, ranking
 from .statistics import ahead, drawn_cps, drawn_worst, ends, redrawn, scope
 from .pages import (TWO_COLUMNS, Block, Page, for_print, save_figure, short, spread, to_md, write_page)
+from .metrics import provenance
 from .idmodels import short_message
 from .titles import ItemSequence
 from .p5 import P5, PROMPTS
@@ -552,6 +553,7 @@ def study_notes(
             "are over trainings and users. "
             "Lost at q05, drop, flips, tau and RBO compare with the clean template: lost, drop and flips are best at "
             "zero, tau and RBO at one."]
+    said.append(provenance(mine))
     if few: said.append("Fewer trainings than the others: " + "; ".join(few) + ".")
     return said + [f"The control of {name}, {other}, is not among these entries; what {name} is ahead of others by is "
                    "not due to its wordings alone." for name, other in CONTROLS.items() if name in seeds

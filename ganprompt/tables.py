@@ -24,7 +24,7 @@ from .measures import METRICS, data_name, label
 from .statistics import against_best, by_training, interval, mark_best, method_figures, scope, trainings
 from .pages import TWO_COLUMNS, Block, Cell, Page, for_print, save_figure, short, spread, write_page
 from .published import check_tables, paper_tables
-from .metrics import notes
+from .metrics import notes, provenance
 from .figures import COLORS
 from .results import (NUMBERS, ORDER, TIMES, base, by_dataset, keep_models, people, read_json, read_tables,
                                sampling_table, slug, table_order, time_table)
@@ -228,6 +228,7 @@ def page_of(
                                          "of a column. Star: the best of the models that are not ours, simple ones "
                                          "included; it was picked on these users and flatters its model "
                            "a little. ± is over seeds; what the intervals are over stands above them.",
+                           provenance(r.entries),
                            *missing_notes(r.rows, data)]
     blocks = [measured_block(r.rows, r.stats, r.pairs), *([against_block(r.pairs)] if len(r.pairs) else []),
               interval_block(r.rows, r.stats),
@@ -338,12 +339,13 @@ def write_published(
     out:Path|None=None, # Where the page goes; figures/ by default
 ) -> list[Path]: # Files
     "Ours beside published figures, in the setting that they share. `UserError` if nothing is kept."
-    rows = published_rows(read_tables(study), pl.read_csv(root() / "data/published.csv"))
+    entries = read_tables(study)
+    rows = published_rows(entries, pl.read_csv(root() / "data/published.csv"))
     head = ["data set", "model", "HR@10", "NDCG@10", "source"]
     page = Page("Against published figures",
                 ["All ratings, 5-core, each user's last item, all items ranked. Ours with 95 % intervals: with "
                  "several seeds over trainings and users (a claim wants five), with one seed over users alone, which "
-                 "says nothing of the method. The others as reported."],
+                 "says nothing of the method. The others as reported.", provenance(entries)],
                  [Block("Id models on the common setting", head, rows)])
     return write_page(page, pl.DataFrame([r for group in rows for r in group], schema=head, orient="row"),
                       pages_folder(out) / "published")
@@ -463,7 +465,7 @@ def make_sequences(
     read = sorted({e["backbone"] for e in entries if e["backbone"]})
     said = ["Ranked by who has seen items or their titles and no question. Among 99 sampled items, and among all items "
             "that the user has not bought. Intervals: 95 %, over trainings and users; differences are paired, on the "
-            f"same users and seeds. Titles are read by {', '.join(read) or 'nothing'}."]
+            f"same users and seeds. Titles are read by {', '.join(read) or 'nothing'}.", provenance(entries)]
     return write_page(Page("Items in order", said, [b for blocks, _ in found for b in blocks]),
                       pl.DataFrame([row for _, long in found for row in long]),
                       pages_folder(out) / "sequences")
