@@ -90,5 +90,5 @@ soak: .venv/.dev-stamp
 
 .venv/.dev-stamp: .venv/.demo-stamp
 	$(BIN)/pip install -q -c .ci/constraints.txt -e '.[dev,baselines,test]'
-	@mkdir -p .venv/etc/jupyter && cp .ci/jupyter_server_config.json .venv/etc/jupyter # a chapter is cleaned as it is saved
+	@mkdir -p .venv/etc/jupyter && cp .ci/jupyter_server_config.json .venv/etc/jupyter # a chapter is cleaned as it is saved; no news
 	@touch $@

@@ -27,8 +27,7 @@ def lab(finished, tmp_path_factory):
     keeps = {f"JUPYTER_{name}_DIR": str(home/name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
     server = subprocess.Popen(
         [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--ServerApp.port=0",
-         "--IdentityProvider.token=t", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=",
-         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
+         "--IdentityProvider.token=t", "--LabApp.expose_app_in_browser=True"],
         cwd=home/"work", env=os.environ | keeps | {"PYTHONPATH": str(home/"work")}, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL)
     def running(): return list((home/"runtime").glob("jpserver-*.json"))
@@ -54,6 +53,16 @@ def tab(tmp_path):
     tab = Browser(tmp_path/"profile")
     yield tab
     tab.close()
+
+
+@browser
+def test_nobody_is_asked_for_news(lab, tab):
+    "Neither the hub's news nor a newer version: no network without being asked."
+    opened(tab, lab[1], "15_measures.ipynb")
+    page = json.loads(tab.js("document.getElementById('jupyter-config-data').textContent"))
+    assert page["news"] == {"disabled": True}
+    found = tab.js("fetch('/lab/api/update', {headers: {Authorization: 'token t'}}).then(r => r.text())")
+    assert json.loads(found) == {"notification": None}
 
 
 def give_outputs(chapter):
