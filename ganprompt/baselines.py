@@ -150,15 +150,20 @@ def searched(
 def chosen_settings(
     search_run:str, # As for `searched`; empty: search
     trials:int, # Settings to try
+    names:list, # Models that are asked for
 )->tuple[dict, dict]: # (name -> list of settings, name -> the file they were taken from)
-    "The settings to train."
+    "The settings to train. `UserError` if a model that was searched has other forms to choose from now."
     models = known_models()
     most = min(len(m["settings"]) for m in models.values())
     if not 1 <= trials <= most:
         raise UserError(f"trials={trials}: data/baselines.yaml has {most} settings a model; choose 1 to {most}, or "
                         "add settings")
     if not search_run: return {name: m["settings"][:trials] for name, m in models.items()}, {}
-    found = {name: f for name, f in searched(search_run).items() if name in models}
+    found = {name: f for name, f in searched(search_run).items() if name in models and name in names}
+    for name, (taken, path) in found.items():
+        if not any(offered.items() <= taken.items() for offered in models[name]["settings"]):
+            raise UserError(f"{path}: {name} was searched among settings that data/baselines.yaml no longer offers; "
+                            "search again, and keep what comes out in the place of this file")
     return {name: [settings] for name, (settings, _) in found.items()}, {name: path
             for name, (_, path) in found.items()}
 
@@ -186,7 +191,7 @@ class BaselinesSettings(Settings):
         p, names = vars(self), named(self.models)
         wrong = strange(p | {"models": names}, models=[*COUNTED, *known_models()], valid_candidates=LISTS)
         return [*wrong, *below(p, 1, "id_epochs"), *below(p, 0, "seed", "test_users", "id_patience"),
-                *told(chosen_settings, self.search_run, self.trials),
+                *told(chosen_settings, self.search_run, self.trials, names),
                 *(told(has_recbole) if not wrong and set(names) - set(COUNTED) else [])]
 
 # %% ../nbs/31_baselines.ipynb #31-s01
@@ -196,7 +201,7 @@ def make_baselines(
     "Stage `baselines`."
     refuse(p.check())
     run, known, names = p.run, known_models(), named(p.models)
-    settings, taken = chosen_settings(p.search_run, p.trials)
+    settings, taken = chosen_settings(p.search_run, p.trials, names)
     need(run, "data", make_data)
     def make(folder):
         jobs, about = folder/".jobs", {}

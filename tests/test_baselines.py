@@ -13,7 +13,7 @@ from ganprompt.idmodels import known_models, mean_figures, rank_rows, trainer_pr
 from ganprompt.baselines import BaselinesSettings, COUNTED, make_baselines
 from ganprompt.data import DataSettings, load_candidates, load_sequences, load_training, make_data
 from ganprompt.statistics import bootstrap
-from ganprompt.files import Killed, UserError, run_folder
+from ganprompt.files import Killed, UserError, run_folder, write_json
 from ganprompt.runs import replacing
 
 
@@ -125,6 +125,20 @@ def test_failure_resume_and_reuse(small, shop, monkeypatch, tmp_path):
     assert (found["MF"] == {"family": "id", **first} and found["MF"]["settings"] == about(small)["MF"]["settings"]
             and len(found["MF"]["search"]) == 1)
     assert "no settings" in found["HGN"]["failed"]
+
+
+def test_settings_of_another_form_are_not_taken_over(tmp_path):
+    "A model may have got other blocks since it was searched: what suited the old ones is no choice among the new."
+    def kept(**other):
+        taken = known_models()["SASRec-CE"]["settings"][1] | other
+        write_json(tmp_path/"sasrec-ce-0.json", {"model": "SASRec-CE", "settings": taken, "stage": "baselines"})
+    def chosen(*names): return baselines.chosen_settings(str(tmp_path), 1, names)
+    kept()
+    assert chosen("SASRec-CE")[0] == {"SASRec-CE": [known_models()["SASRec-CE"]["settings"][1]]}
+    kept(blocks="recbole", learning_rate=.002)
+    with pytest.raises(UserError, match="sasrec-ce-0.json: SASRec-CE was searched among settings that .* no longer"):
+        chosen("MF", "SASRec-CE")
+    assert chosen("MF") == ({}, {})
 
 
 def test_a_killed_job_is_no_failed_model(small):
