@@ -62,7 +62,7 @@ def ranked_rows(
         for name in values:
             clean = interval(trainings(values, name))[:, METRICS.index("hit@10")].tolist()
             own = [e for e in mine if e["model"] == name]
-            silent = {s: "as clean" for s in ASKED if own[0]["stage"] in ("titles", "baselines")}
+            silent = {s: "as clean" for s in ASKED if own[0]["stage"] in ("titles", "baselines", "ctrl")}
             rows.append(of_entries(own, study) | dict(bank=None, clean=clean) | silent)
     return rows
 

@@ -169,10 +169,11 @@ def check_home(
     "Raise `UserError` if results of one's own would be written into the repository."
     from ganprompt import corpora, data
     if "/" in study: return
-    if not results_folder(study).is_dir():
+    if not results_folder(study).is_dir() and study not in studies():
         raise UserError(f"--study: the project has no study {study!r}; for one of your own name a folder, as in "
                         f"--study ./{study}")
     for run in runs:
+        if not (run_folder(run)/"data").exists(): continue # what was measured of a machine is about no data
         name = data.dataset_info(run)["dataset"]
         made_up = name == "demo" and not study_of(study)[2].synthetic
         what = "made up" if made_up else "data of your own" if told(corpora.categories, name) else ""

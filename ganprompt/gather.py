@@ -44,7 +44,7 @@ class GatherSettings(Settings):
         return [*below(p, 1, "gather_wordings", "gather_batch", "gather_epochs"),
                 *below(p, 0, "seed", "gather_nonsense", "gather_same", "gather_next"),
                 *not_positive(p, "temperature", "gather_lr"),
-                *wordings_faults(self.gather_wordings, self.gather_nonsense)]
+                *wordings_faults(self.gather_wordings, self.gather_nonsense, self.run)]
 
     def room(self, values):
         "Room for the encoder, and for a checkpoint beside the one before it."

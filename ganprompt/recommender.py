@@ -21,12 +21,14 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import polars as pl
 
-from .files import UserError, below, listed, not_positive, refuse, root, strange, told, write_json
-from .runs import Run, Settings, kept, need, stage
+from .files import (UserError, below, listed, not_positive, refuse, root, run_folder, strange, told,
+                             write_json)
+from .runs import Run, Settings, complete, kept, need, stage
 from .processes import (device, gathered, in_processes, is_main, part, possible, progress_bar, seed_all,
                                  shard, side_by_side, totals)
 from .data import load_candidates, load_sequences, load_training
 from .templates import nonsense as templates_of_nonsense, read_templates
+from .prompts import load_templates
 from .models import (MODELS, answer_logits, answers, check_t5, encode, encoder_kind, fast_math, first_step,
                               halved, head_rows, is_large, load_encoder, load_model, load_tokenizer, resolve,
                               t5_logits, to_fetch, vocabulary_words, weights, width_of)
@@ -561,7 +563,7 @@ class RecommenderSettings(Settings):
                        "cache_file_gb"), *not_positive(p, "recommender_lr"),
                 *(["consistency compares answers in log-odds to two wordings; it needs --wordings 2 or more and "
                    "--score yes-no"] if self.consistency and not compares else []),
-                *wordings_faults(self.wordings, self.nonsense), *told(possible, self.processes),
+                *wordings_faults(self.wordings, self.nonsense, self.run), *told(possible, self.processes),
                 *(fault for kind in kinds if kind in KINDS for fault in KINDS[kind].check(self))]
 
     def fits(self, values):
@@ -716,10 +718,13 @@ LISTS = ("uni99", "pop99", "full")
 
 def wordings_faults(
     wordings:int, nonsense:int, # See the parameters
+    run:str, # Whose own template is one of them; if it has none yet, one of the bank
 )->list[str]: # A sentence if there are not so many
     "Whether the bank has enough templates to train on."
-    most = 1 + nonsense + sum(t["task"] == "recommendation" and t["split"] == "seen"
-                              for t in read_templates(root()/"data/templates.yaml"))
+    own = {load_templates(run)["recommendation"]} if complete(run_folder(run)/"prompts") else set()
+    seen = {t["text"] for t in read_templates(root()/"data/templates.yaml")
+            if t["task"] == "recommendation" and t["split"] == "seen"}
+    most = nonsense + len(seen | own)
     return [f"wordings={wordings}: there are {most} templates to train on, {nonsense} of them nonsense; choose 1 to "
             f"{most}, or add seen ones to data/templates.yaml"]*(wordings > most)
 

@@ -226,6 +226,8 @@ def test_other_wordings_are_seen_templates_and_differ(finished):
     assert len(every) == len(by_template)
     with pytest.raises(UserError, match=f"choose 1 to {len(by_template)}"):
         worded(reader, own, rows, attributes=False, wordings=len(by_template) + 1, nonsense=0, seed=1)
+    def faults(more): return RecommenderSettings(str(finished), wordings=len(by_template) + more).check()
+    assert not faults(0) and f"choose 1 to {len(by_template)}, " in faults(1)[0] # before work starts, and the same
 
 
 def test_nonsense_is_drawn_beside_the_seen_templates_and_holds_the_same_titles(finished):
