@@ -257,10 +257,12 @@ def keep_metrics(
 # %% ../nbs/19_metrics.ipynb #007c8406
 def code_of(
     kept:dict, # An entry: with commit, with commits of stages, or with what `made` each
-) -> set: # Commits, in seven letters; none if they were not kept
+) -> set: # Commits, in seven letters, and whether there were changes; none if they were not kept
     "The code that made an entry."
-    stages = kept.get("commits") or {stage: m.get("commit") for stage, m in kept.get("made", {}).items()}
-    return {c[:7] for c in [*stages.values(), kept.get("commit")] if c and c != "unknown"}
+    made = [(m.get("commit"), m.get("dirty")) for m in kept.get("made", {}).values()]
+    if "commits" in kept: made += [(c, kept.get("dirty", {}).get(stage)) for stage, c in kept["commits"].items()]
+    else: made.append((kept.get("commit"), kept.get("dirty")))
+    return {c[:7] + " with changes"*(dirty is True) for c, dirty in made if c and c != "unknown"}
 
 def provenance(
     kept:list, # Entries

@@ -323,8 +323,10 @@ def published_rows(
         stats = method_figures(people(mine, "full"))
         ends = [stats.row(by_predicate=pl.col("metric") == m, named=True) for m in ("hit@10", "ndcg@10")]
         seeds = f"seed{'s' * (len(mine) > 1)} " + ", ".join(str(e["seed"]) for e in mine)
+        stops = {f"stopped {p['id_patience']} epochs after the best NDCG@10 on {p.get('valid_candidates', 'uni99')}"
+                 for e in mine if "id_patience" in (p := e.get("parameters", {}))}
         ours = [dataset, model, *(f"{fine(r['mean'])} [{fine(r['low'])}, {fine(r['high'])}]" for r in ends),
-                f"here: {mine[0]['users']:,} users, {seeds}"]
+                "; ".join([f"here: {mine[0]['users']:,} users, {seeds}", *sorted(stops)])]
         return [ours, *reported_of(dataset, model)]
     def reported_of(dataset, model):
         return [published_row(r) for r in printed.filter(dataset=dataset, model=model).iter_rows(named=True)]
@@ -420,7 +422,8 @@ def make_tables(
 
 # %% ../nbs/40_tables.ipynb #40-092
 SEQUENCE_FIGURES = [*(("uni99", m) for m in ("hit@1", "hit@10", "ndcg@10", "auc")), ("full", "ndcg@10")]
-RIVALS = "SASRec-CE", "S3Rec", "Sequence (ids)" # the best id models of Tables 2 to 4, and the same model without titles
+# the best id models of Tables 2 to 4, and the same model without titles
+RIVALS = "SASRec-CE", "S3Rec", "LightGCN", "Sequence (ids)"
 
 
 def sequence_values(
