@@ -4,7 +4,7 @@
 # make slides  the lecture as one page of slides: site/lecture.html
 # make outputs execute every chapter on the demo, and keep in its file what its cells have shown
 # make site    all chapters, results, how-to pages and the reference as pages: site/index.html
-# make screens what a browser shows of the demo and the site, as pictures: figures/screens
+# make screens what a browser shows of the demo and the site, as pictures: figures/screens, and runs/screens
 # make mutants plant faults in the modules that compute and count those that tests and chapters notice (an hour or two)
 # make busy    the demo on idle cores and beside busy processes, timed and compared (ten minutes or more)
 # make gpu     what a GPU has to show, in parts, with the torch of the machine (eight minutes; docs/gpu.md: MODELS, DATA, STUDY)

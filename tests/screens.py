@@ -1,4 +1,5 @@
-"""What a browser shows, as pictures in figures/screens: `make screens`. It wants chromium, the run `demo` and the site.
+"""What a browser shows, as pictures: `make screens`. It wants chromium, the run `demo` and the site. Those that pages
+show go to figures/screens, the others, to be looked at, to runs/screens.
 
 The explorer in a real JupyterLab after a tap and as a page from disk, a report, and a chapter of the site; wide and as
 narrow as a telephone, light and dark."""
@@ -14,7 +15,7 @@ from test_explorer import opened
 from test_lab import executed, lab, tap_point # noqa: F401, a fixture
 from test_lab import opened as opened_lab
 
-OUT = root()/"figures/screens"
+SHOWN = {"explorer-from-disk", "explorer-in-jupyterlab", "report-wide-light"}
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +24,9 @@ def finished(): return run_folder("demo") # JupyterLab shows the demo, not the s
 
 def keep(tab, name):
     "The window as a small picture."
-    OUT.mkdir(exist_ok=True)
-    (OUT/f"{name}.png").write_bytes(base64.b64decode(small_png(tab.call("Page.captureScreenshot")["data"])))
+    out = root()/("figures" if name in SHOWN else "runs")/"screens"
+    out.mkdir(exist_ok=True)
+    (out/f"{name}.png").write_bytes(base64.b64decode(small_png(tab.call("Page.captureScreenshot")["data"])))
 
 
 @pytest.fixture
