@@ -1114,6 +1114,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ganprompt.results.read_tables': ('results.html#read_tables', 'ganprompt/results.py'),
                                    'ganprompt.results.ready': ('results.html#ready', 'ganprompt/results.py'),
                                    'ganprompt.results.reordering': ('results.html#reordering', 'ganprompt/results.py'),
+                                   'ganprompt.results.same_data': ('results.html#same_data', 'ganprompt/results.py'),
                                    'ganprompt.results.same_users': ('results.html#same_users', 'ganprompt/results.py'),
                                    'ganprompt.results.sampling_table': ('results.html#sampling_table', 'ganprompt/results.py'),
                                    'ganprompt.results.slug': ('results.html#slug', 'ganprompt/results.py'),

@@ -6,18 +6,18 @@
 __all__ = ['CONSTANT', 'ORDER', 'NUMBERS', 'TIMES', 'Ranks', 'ranks_of', 'owned', 'owners_of', 'per_owner', 'slug', 'entry_path',
            'lacking', 'without_folders', 'ranks_path', 'write_entry', 'ready', 'baseline_models', 'own_models',
            'same_users', 'entry', 'keep_data', 'keep_failure', 'keep_models', 'base', 'table_order', 'again',
-           'read_json', 'read_entry', 'lists_of', 'read_tables', 'people', 'reordering', 'sampling_table', 'by_dataset',
-           'time_table']
+           'read_json', 'same_data', 'read_entry', 'lists_of', 'read_tables', 'people', 'reordering', 'sampling_table',
+           'by_dataset', 'time_table']
 
 # %% ../nbs/39_results.ipynb #39-n04
 import itertools, json, math, re
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import polars as pl
+import numpy as np, polars as pl, yaml
 
-from .files import UserError, digest, results_folder, run_folder, sha256, write_json
+from .files import UserError, digest, results_folder, root, run_folder, sha256, write_json
 from .runs import complete, manifest, stale
 from .data import dataset_info
 from .measures import METRICS, figures_of
@@ -297,6 +297,13 @@ def read_json(
         raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); {again(path)}") from None
     return kept
 
+# %% ../nbs/39_results.ipynb #1c690a74
+@cache
+def same_data()->dict: # Hash -> the first of those that stand for the same data
+    "What `data/same_data.yaml` knows to be equal, though the files differ."
+    lines = yaml.safe_load((root()/"data/same_data.yaml").read_text(encoding="utf-8"))
+    return {each: line[0] for line in lines for each in line}
+
 # %% ../nbs/39_results.ipynb #39-025v1
 def read_entry(
     path:Path, # From `entry_path`
@@ -309,6 +316,7 @@ def read_entry(
         if wrong: raise UserError(f"{file} is {wrong}, which {path.name} names; {again(path)}")
         table = pl.read_parquet(file, memory_map=False)
         e.update(arrays(e, table.with_columns(pl.lit(v).alias(c) for c, v in e["constant"].items())))
+        if "data" in e: e["data"] = same_data().get(e["data"], e["data"])
     return read_json(path, check)
 
 def lists_of(

@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 import scipy.stats
+import yaml
 
 from conftest import make
 from ganprompt import baselines as B, idmodels as I, measures as G, metrics as M, pages as P, published, results as K
@@ -231,6 +232,17 @@ def test_impossible_ranks_are_refused(hand, ranks):
     rows = pl.DataFrame(dict(candidates="uni99", rank=ranks, ties=0, size=21))
     K.write_entry(path, json.loads(path.read_text()), rows)
     with pytest.raises(UserError, match="hgn-0.json is damaged .* ganprompt keep"): K.read_tables(hand)
+
+
+def test_data_that_were_found_to_be_the_same_are_compared(hand):
+    "Their files differ in a column, so that their hashes do; what is not on the list is other data."
+    (first, second, *_), *_ = yaml.safe_load((root()/"data/same_data.yaml").read_text())
+    assert first != second
+    put(hand, "HGN", 0, HAND["HGN"][0], data=first)
+    with pytest.raises(UserError, match="different users or lists"): K.people(K.read_tables(hand))
+    for model, seeds in HAND.items():
+        for seed, ranks in enumerate(seeds): put(hand, model, seed, ranks, data=second if model == "HGN" else first)
+    assert len(K.people(K.read_tables(hand))) == 24
 
 
 def test_nothing_kept(tmp_path):
