@@ -173,7 +173,8 @@ def check_home(
         raise UserError(f"--study: the project has no study {study!r}; for one of your own name a folder, as in "
                         f"--study ./{study}")
     for run in runs:
-        if not (run_folder(run)/"data").exists(): continue # what was measured of a machine is about no data
+        # what was measured of a machine is about no data
+        if study_of(study)[2].synthetic and not (run_folder(run)/"data").exists(): continue
         name = data.dataset_info(run)["dataset"]
         made_up = name == "demo" and not study_of(study)[2].synthetic
         what = "made up" if made_up else "data of your own" if told(corpora.categories, name) else ""
