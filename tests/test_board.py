@@ -37,6 +37,8 @@ def test_tables_rows_are_means_over_trainings_and_users():
     said = page.filter(model="SASRec-CE", metric="hit@10").row(0, named=True)
     np.testing.assert_allclose(row["clean"], [said[k] for k in ("measured", "low", "high")], atol=1e-5)
     assert row["reality"] == "ids" and row["unseen"] == "as clean" and row["trainings"] == 3
+    silent = [r["model"] for r in B.ranked_rows("tables") if r.get("q05") == "as clean"]
+    assert "CTRL" in silent and "TALLRec" not in silent # a question reaches the one only
 
 
 def test_a_report_of_ones_own_stands_among_them(report, tmp_path, monkeypatch, capsys):
